@@ -1,0 +1,274 @@
+"""What a user may set: frozen dataclasses, checked once when they are made.
+
+Flags, `--config` files, help texts and `_run/run.json` are all made from these, so that they never drift. Knows no flag
+parser, no torch and no Ray; a bad value raises `ConfigError`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from captioner.errors import ConfigError
+
+__all__ = [
+    "CaptionJobConfig",
+    "DecodingConfig",
+    "ImageConfig",
+    "InputConfig",
+    "ModelConfig",
+    "ResourceConfig",
+]
+
+InputFormat = Literal["auto", "files", "list", "parquet", "webdataset"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """Where the images are and which of their columns to use."""
+
+    input_format: InputFormat = "auto"
+    """What INPUT is. `auto` goes by its name: `.parquet`, `.tar` and `.txt`/`.csv` are tables, shards and lists of URIs,
+    also inside a folder; everything else is image files."""
+
+    image_column: str | None = None
+    """Column of a Parquet or CSV input that holds the image: bytes, Hugging Face's struct<bytes, path>, or a URI.
+    By default the only column that can be one."""
+
+    id_column: str | None = None
+    """Column that names each image in the output. By default the URI, the tar member, or file#row."""
+
+    keep_columns: tuple[str, ...] = ()
+    """Input columns to carry into the output, as `a,b`; `a=b` keeps column a under the name b. For tars: a member's
+    extension (`txt`) or a key of its `.json`."""
+
+    storage_options: dict[str, object] = field(default_factory=dict)
+    """fsspec options of the input's store, as JSON. By default the usual environment variables. Never written to disk."""
+
+    output_storage_options: dict[str, object] | None = None
+    """fsspec options of the output's store, as JSON; by default those of the input when both are on the same kind of
+    store."""
+
+    allow_local_uris: bool = False
+    """Follow `file://` and plain paths, and loopback or link-local hosts, inside a list that itself is remote."""
+
+    limit: int | None = None
+    """Caption only the first N images of the input. A later run without it continues."""
+
+    def __post_init__(self) -> None:
+        _check(self.limit is None or self.limit > 0, "--limit", self.limit, "at least 1")
+        names = list(self.kept)
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        _check(not repeated, "--keep-columns", ",".join(self.keep_columns), "each new name once")
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Name in the output -> name in the input, of each kept column."""
+        pairs = [name.partition("=") for name in self.keep_columns]
+        return {new or old: old for old, _, new in pairs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How bytes become pixels, and what is refused."""
+
+    max_image_bytes: int = 64 << 20
+    """Largest image file that is fetched, in bytes; a larger one is a `too_large` row."""
+
+    max_image_pixels: int = 100_000_000
+    """Largest image that is decoded, in pixels; a larger one is a `too_many_pixels` row (decompression bombs)."""
+
+    decode_timeout_s: float = 20.0
+    """Time one image may take to decode, in seconds."""
+
+    fetch_timeout_s: float = 60.0
+    """Time one image may take to arrive, all retries included, in seconds."""
+
+    fetch_retries: int = 4
+    """Times a throttled, reset or timed-out fetch is tried again, with growing pauses."""
+
+    fetch_concurrency: int = 32
+    """Images that one CPU worker fetches at the same time."""
+
+    fast_decode: bool = False
+    """Decode JPEGs at the smallest scale that covers the model's input: up to 2.5 times faster, pixels off by about 1/255
+    on average instead of 0.3/255."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_image_bytes", "max_image_pixels", "decode_timeout_s", "fetch_timeout_s", "fetch_concurrency"):
+            _check(getattr(self, name) > 0, _flag(name), getattr(self, name), "more than 0")
+        _check(self.fetch_retries >= 0, "--fetch-retries", self.fetch_retries, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model captions, and where its numbers live."""
+
+    model: str = "demo"
+    """A bundle: `demo`, a folder on any store, or a LLaVA checkpoint of CLIP and LLaMA-3 by hub name or path."""
+
+    dtype: Dtype = "auto"
+    """Number format of the weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+
+    device: str = "auto"
+    """`auto`: the worker's GPU, or the CPU when it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How tokens are chosen. Names and meanings are those of transformers' `GenerationConfig`."""
+
+    max_new_tokens: int = 64
+    """Longest caption, in tokens; a caption cut here has finish_reason `length`."""
+
+    min_new_tokens: int = 0
+    """Tokens before which the end token is not allowed."""
+
+    do_sample: bool = False
+    """Draw tokens instead of taking the most probable one. The draw depends on seed and image only."""
+
+    temperature: float = 1.0
+    """Divides the logits before sampling; below 1 is more careful."""
+
+    top_k: int = 50
+    """Sample among the k most probable tokens; 0 for all."""
+
+    top_p: float = 1.0
+    """Sample among the fewest tokens whose probabilities reach this sum."""
+
+    min_p: float = 0.0
+    """Sample among tokens at least this share as probable as the best one."""
+
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that the caption already has less probable."""
+
+    num_beams: int = 1
+    """Beams of the beam search; 1 for none."""
+
+    length_penalty: float = 1.0
+    """Exponent of the length in a beam's score; above 0 favours longer captions."""
+
+    early_stopping: bool = False
+    """End the beam search when num_beams captions are complete, rather than when no better one is possible."""
+
+    num_captions: int = 1
+    """Captions an image, best first; all are kept in the column `candidates`."""
+
+    stop: tuple[str, ...] = ()
+    """Strings that end a caption; they are not part of it. As `a,b`."""
+
+    seed: int = 0
+    """Seed of every draw."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "at least 1")
+        _check(
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            "--min-new-tokens",
+            self.min_new_tokens,
+            f"0 to --max-new-tokens ({self.max_new_tokens})",
+        )
+        _check(self.temperature > 0, "--temperature", self.temperature, "more than 0 (for greedy: --no-do-sample)")
+        _check(self.top_k >= 0, "--top-k", self.top_k, "0 (off) or more")
+        _check(0 < self.top_p <= 1, "--top-p", self.top_p, "above 0, at most 1")
+        _check(0 <= self.min_p <= 1, "--min-p", self.min_p, "0 to 1")
+        _check(self.repetition_penalty > 0, "--repetition-penalty", self.repetition_penalty, "more than 0")
+        _check(self.num_beams >= 1, "--num-beams", self.num_beams, "at least 1")
+        _check(self.num_captions >= 1, "--num-captions", self.num_captions, "at least 1")
+        _check(all(self.stop), "--stop", ",".join(self.stop), "strings of at least one character")
+        self._check_strategy()
+
+    def _check_strategy(self) -> None:
+        if self.do_sample:
+            _check(self.num_beams == 1, "--num-beams", self.num_beams, "1 with --do-sample")
+        elif self.num_beams == 1:
+            _check(
+                self.num_captions == 1, "--num-captions", self.num_captions, "1, or --do-sample, or --num-beams >= it"
+            )
+        else:
+            _check(
+                self.num_captions <= self.num_beams,
+                "--num-captions",
+                self.num_captions,
+                f"at most --num-beams ({self.num_beams})",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceConfig:
+    """What the job may take of the machine or the cluster."""
+
+    workers: str = "auto"
+    """Model workers, as `8` or `1:8` (autoscaling). `auto`: from 1 to as many as there are GPUs, 1 without a GPU."""
+
+    gpus_per_worker: float | None = None
+    """GPUs each model worker takes; a fraction lets several small models share a card. By default 1 when the cluster
+    has GPUs, else 0."""
+
+    cpu_workers: str = "auto"
+    """Workers that fetch and decode, as `8` or `1:8`. `auto`: as many as the CPUs allow."""
+
+    slots: str = "auto"
+    """Captions that one model worker writes at the same time. `auto`: as many as its memory holds, up to 256."""
+
+    rows_per_part: int | None = None
+    """Rows of one output file, which is also the most that a crash can cost. By default a 64th of the work, from 256 to
+    16,384."""
+
+    def __post_init__(self) -> None:
+        worker_range(self.workers, "--workers")
+        worker_range(self.cpu_workers, "--cpu-workers")
+        _check(self.slots == "auto" or _is_count(self.slots), "--slots", self.slots, "`auto` or a number from 1 up")
+        _check(
+            self.gpus_per_worker is None or self.gpus_per_worker >= 0, "--gpus-per-worker", self.gpus_per_worker, ">= 0"
+        )
+        _check(
+            self.rows_per_part is None or self.rows_per_part > 0, "--rows-per-part", self.rows_per_part, "at least 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionJobConfig:
+    """One caption job: images in, a Parquet caption table out."""
+
+    input_path: str
+    """Folder, prefix, glob, file, list of URIs, Parquet or tars (`shard-{0000..0099}.tar`), on any fsspec store."""
+
+    output: str
+    """Folder of the caption table, on any fsspec store. The same command again continues it."""
+
+    input: InputConfig = field(default_factory=InputConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
+
+    retry_failures: str = "transient"
+    """Failures of earlier runs to try again: `transient`, `all`, `none`, or reasons as `corrupt,missing`."""
+
+    dry_run: bool = False
+    """Print the plan - images, units, model, what is left - and stop."""
+
+
+def worker_range(text: str, flag: str) -> tuple[int, int] | None:
+    """Return `(min, max)` of `8` or `1:8`, or None for `auto`. Raises ConfigError for anything else."""
+    if text == "auto":
+        return None
+    low, _, high = text.partition(":")
+    high = high or low
+    expected = "`auto`, a number from 1 up, or `min:max`"
+    _check(_is_count(low) and _is_count(high), flag, text, expected)
+    _check(int(low) <= int(high), flag, text, expected)
+    return int(low), int(high)
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) >= 1
+
+
+def _check(holds: bool, flag: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{flag} is {value}; expected {expected}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,127 @@
+"""The vocabulary: what one image is called and which columns it has at every step.
+
+Knows Arrow schemas and nothing else. One image is one row all the way through:
+
+    SOURCE     read from a unit          key, image_id, uri | data, attempt
+    DECODED    after the CPU worker      pixels uint8[3, S, S], width, height, size_bytes
+    CAPTIONED  after the model           caption, num_tokens, finish_reason, logprobs
+    CAPTIONS / FAILURES                  the two tables on disk
+
+A row that failed carries `reason` and `detail` from the step where it failed to the end: rows in = rows out. The columns
+that a user keeps (`--keep-columns`) travel after the named ones.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+import pyarrow as pa
+
+__all__ = [
+    "CAPTIONS",
+    "FAILURES",
+    "MAX_UNIT_ROWS",
+    "SOURCE",
+    "TRANSIENT_REASONS",
+    "FinishReason",
+    "RejectReason",
+    "captioned_schema",
+    "captions_schema",
+    "decoded_schema",
+    "row_key",
+    "source_schema",
+    "split_key",
+]
+
+_POSITION_BITS = 32
+MAX_UNIT_ROWS = 1 << _POSITION_BITS
+
+
+class RejectReason(StrEnum):
+    """Why an image has no caption. The value is what stands in `failures.reason`."""
+
+    MISSING = "missing"  # the store says there is no such object
+    FORBIDDEN = "forbidden"  # the store refuses our credentials for it
+    FETCH_FAILED = "fetch_failed"  # the store did not deliver, after every retry
+    UNSAFE_URI = "unsafe_uri"  # a URI that a list may not point to: local files in a remote list, link-local hosts
+    EMPTY = "empty"  # a null, or zero bytes
+    NOT_AN_IMAGE = "not_an_image"  # bytes that no decoder recognises
+    UNSUPPORTED = "unsupported"  # a known format in a variant that the decoder lacks
+    CORRUPT = "corrupt"  # recognised, but cannot be read to its end
+    TOO_LARGE = "too_large"  # more bytes than --max-image-bytes
+    TOO_MANY_PIXELS = "too_many_pixels"  # more pixels than --max-image-pixels
+    DECODE_TIMEOUT = "decode_timeout"  # took longer than --decode-timeout-s
+
+
+TRANSIENT_REASONS = frozenset({RejectReason.FETCH_FAILED, RejectReason.DECODE_TIMEOUT})
+"""Reasons that another attempt may mend; every other one is a property of the image."""
+
+
+class FinishReason(StrEnum):
+    """Why a caption ended, in the words of the field's inference servers."""
+
+    STOP = "stop"  # the model wrote its end token, or a stop string
+    LENGTH = "length"  # --max-new-tokens was reached
+
+
+def row_key(unit: int, position: int) -> int:
+    """Return the int64 that names one row for ever: `unit << 32 | position`."""
+    assert 0 <= position < MAX_UNIT_ROWS, position
+    return unit << _POSITION_BITS | position
+
+
+def split_key(key: int) -> tuple[int, int]:
+    """Return `(unit ordinal, position in the unit)` of a row key."""
+    return key >> _POSITION_BITS, key & (MAX_UNIT_ROWS - 1)
+
+
+_IDENTITY = [pa.field("key", pa.int64(), nullable=False), pa.field("image_id", pa.string(), nullable=False)]
+_ATTEMPT = pa.field("attempt", pa.int32(), nullable=False)
+_REJECT = [pa.field("reason", pa.string()), pa.field("detail", pa.string())]
+_SIZE = [pa.field("width", pa.int32()), pa.field("height", pa.int32()), pa.field("size_bytes", pa.int64())]
+_CAPTION = [
+    pa.field("caption", pa.string()),
+    pa.field("num_tokens", pa.int32()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("mean_logprob", pa.float32()),
+    pa.field("min_logprob", pa.float32()),
+]
+_CANDIDATE = pa.struct([*(field.with_nullable(False) for field in _CAPTION)])
+_CANDIDATES = pa.field("candidates", pa.list_(pa.field("item", _CANDIDATE, nullable=False)))
+_RUN = pa.field("run_id", pa.string(), nullable=False)
+
+
+def _required(fields: Sequence[pa.Field]) -> list[pa.Field]:
+    return [field.with_nullable(False) for field in fields]
+
+
+def source_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Return the columns of a row as read: exactly one of `uri`, `data` and `reason` is set.
+
+    `attempt` is 1 for an image that was never tried. `kept` are the user's own columns, already renamed.
+    """
+    source = [pa.field("uri", pa.string()), pa.field("data", pa.large_binary())]
+    return pa.schema([*_IDENTITY, _ATTEMPT, *_REJECT, *source, *kept])
+
+
+def decoded_schema(image_size: int, kept: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Return the columns after decoding: `pixels` holds uint8[3, image_size, image_size], null when rejected."""
+    pixels = pa.field("pixels", pa.binary(3 * image_size * image_size))
+    return pa.schema([*_IDENTITY, _ATTEMPT, *_REJECT, pixels, *_SIZE, *kept])
+
+
+def captioned_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Return the columns after the model: `caption` and its scores, null when rejected.
+
+    `candidates` lists every caption of the image, best first, when more than one was asked for; null otherwise.
+    """
+    return pa.schema([*_IDENTITY, _ATTEMPT, *_REJECT, *_CAPTION, _CANDIDATES, *_SIZE, *kept])
+
+
+def captions_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Return the columns of `captions/part-*.parquet`, `kept` between the fixed columns and `run_id`."""
+    return pa.schema([*_IDENTITY, *_required(_CAPTION), *_required(_SIZE), _CANDIDATES, *kept, _RUN])
+
+
+SOURCE = source_schema()
+CAPTIONS = captions_schema()
+FAILURES = pa.schema([*_IDENTITY, *_required(_REJECT), _ATTEMPT, _RUN])
