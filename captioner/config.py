@@ -27,8 +27,8 @@ class InputConfig:
     """Where the images are and which of their columns to use."""
 
     input_format: InputFormat = "auto"
-    """What INPUT is. `auto` goes by its name: `.parquet`, `.tar` and `.txt`/`.csv` are tables, shards and lists of URIs,
-    also inside a folder; everything else is image files."""
+    """What INPUT is. `auto` goes by its name: `.parquet`, `.tar` and `.txt`/`.csv` are tables, shards and lists of
+    URIs, also inside a folder; everything else is image files."""
 
     image_column: str | None = None
     """Column of a Parquet or CSV input that holds the image: bytes, Hugging Face's struct<bytes, path>, or a URI.
@@ -42,7 +42,7 @@ class InputConfig:
     extension (`txt`) or a key of its `.json`."""
 
     storage_options: dict[str, object] = field(default_factory=dict)
-    """fsspec options of the input's store, as JSON. By default the usual environment variables. Never written to disk."""
+    """fsspec options of the input's store, as JSON. By default the usual environment variables. Never written down."""
 
     output_storage_options: dict[str, object] | None = None
     """fsspec options of the output's store, as JSON; by default those of the input when both are on the same kind of
@@ -90,8 +90,7 @@ class ImageConfig:
     """Images that one CPU worker fetches at the same time."""
 
     fast_decode: bool = False
-    """Decode JPEGs at the smallest scale that covers the model's input: up to 2.5 times faster, pixels off by about 1/255
-    on average instead of 0.3/255."""
+    """Decode JPEGs at the smallest scale that covers the model's input: faster, but pixels are off by more."""
 
     def __post_init__(self) -> None:
         for name in ("max_image_bytes", "max_image_pixels", "decode_timeout_s", "fetch_timeout_s", "fetch_concurrency"):

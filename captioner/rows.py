@@ -7,8 +7,8 @@ Knows Arrow schemas and nothing else. One image is one row all the way through:
     CAPTIONED  after the model           caption, num_tokens, finish_reason, logprobs
     CAPTIONS / FAILURES                  the two tables on disk
 
-A row that failed carries `reason` and `detail` from the step where it failed to the end: rows in = rows out. The columns
-that a user keeps (`--keep-columns`) travel after the named ones.
+A row that failed carries `reason` and `detail` from the step where it failed to the end: rows in = rows out. The
+columns that a user keeps (`--keep-columns`) travel after the named ones.
 """
 
 from collections.abc import Sequence
