@@ -1,11 +1,13 @@
 """What a user may set: frozen dataclasses, checked once when they are made.
 
-Flags, `--config` files, help texts and `_run/run.json` are all made from these, so that they never drift. Knows no flag
-parser, no torch and no Ray; a bad value raises `ConfigError`.
+Flags, `--config` files, help texts and `_run/` are all made from these, so that they never drift. Knows no torch and no
+Ray; a bad value raises `ConfigError`. A second line of a field's docstring begins a sentence: the help page breaks there.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from captioner.errors import ConfigError
 
@@ -27,29 +29,29 @@ class InputConfig:
     """Where the images are and which of their columns to use."""
 
     input_format: InputFormat = "auto"
-    """What INPUT is. `auto` goes by its name: `.parquet`, `.tar` and `.txt`/`.csv` are tables, shards and lists of
-    URIs, also inside a folder; everything else is image files."""
+    """What INPUT is. `auto` goes by the names: .parquet is a table, .tar a shard, .txt and .csv are lists of URIs.
+    Everything else is image files."""
 
     image_column: str | None = None
-    """Column of a Parquet or CSV input that holds the image: bytes, Hugging Face's struct<bytes, path>, or a URI.
+    """Column of a table that holds the image: bytes, Hugging Face's struct<bytes, path>, or a URI.
     By default the only column that can be one."""
 
     id_column: str | None = None
     """Column that names each image in the output. By default the URI, the tar member, or file#row."""
 
     keep_columns: tuple[str, ...] = ()
-    """Input columns to carry into the output, as `a,b`; `a=b` keeps column a under the name b. For tars: a member's
-    extension (`txt`) or a key of its `.json`."""
+    """Input columns to carry into the output; `a=b` keeps column a under the name b.
+    For tars: a member's extension (`txt`) or a key of its .json."""
 
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of the input's store, as JSON. By default the usual environment variables. Never written down."""
 
     output_storage_options: dict[str, object] | None = None
-    """fsspec options of the output's store, as JSON; by default those of the input when both are on the same kind of
-    store."""
+    """fsspec options of the output's store, as JSON.
+    By default those of the input when both are on the same kind of store."""
 
     allow_local_uris: bool = False
-    """Follow `file://` and plain paths, and loopback or link-local hosts, inside a list that itself is remote."""
+    """Follow local paths, and loopback or link-local hosts, that a remote list points to."""
 
     limit: int | None = None
     """Caption only the first N images of the input. A later run without it continues."""
@@ -197,21 +199,22 @@ class ResourceConfig:
     """What the job may take of the machine or the cluster."""
 
     workers: str = "auto"
-    """Model workers, as `8` or `1:8` (autoscaling). `auto`: from 1 to as many as there are GPUs, 1 without a GPU."""
+    """Model workers, as `8` or `1:8` (autoscaling).
+    `auto`: from 1 to as many as there are GPUs, 1 without a GPU."""
 
     gpus_per_worker: float | None = None
-    """GPUs each model worker takes; a fraction lets several small models share a card. By default 1 when the cluster
-    has GPUs, else 0."""
+    """GPUs each model worker takes; a fraction lets several small models share a card.
+    By default 1 when the cluster has GPUs, else 0."""
 
     cpu_workers: str = "auto"
     """Workers that fetch and decode, as `8` or `1:8`. `auto`: as many as the CPUs allow."""
 
     slots: str = "auto"
-    """Captions that one model worker writes at the same time. `auto`: as many as its memory holds, up to 256."""
+    """Captions that one model worker writes at the same time. `auto`: as many as its memory holds."""
 
     rows_per_part: int | None = None
-    """Rows of one output file, which is also the most that a crash can cost. By default a 64th of the work, from 256 to
-    16,384."""
+    """Rows of one output file.
+    By default a 64th of the work, from 256 to 16,384: many small files are slow to query, large ones late to be safe."""
 
     def __post_init__(self) -> None:
         worker_range(self.workers, "--workers")
@@ -229,11 +232,13 @@ class ResourceConfig:
 class CaptionJobConfig:
     """One caption job: images in, a Parquet caption table out."""
 
-    input_path: str
-    """Folder, prefix, glob, file, list of URIs, Parquet or tars (`shard-{0000..0099}.tar`), on any fsspec store."""
+    input_path: Annotated[Positional[str], arg(metavar="INPUT")] = "demo"
+    """Folder, prefix, glob, file, list of URIs, Parquet or tars (shard-{0000..0099}.tar), on any fsspec store.
+    `demo` is the embedded images."""
 
-    output: str
-    """Folder of the caption table, on any fsspec store. The same command again continues it."""
+    output: Annotated[Positional[str], arg(metavar="OUTPUT")] = ""
+    """Folder of the caption table, on any fsspec store. The same command again continues it.
+    By default `captions-demo` when the input is `demo`."""
 
     input: InputConfig = field(default_factory=InputConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -246,6 +251,11 @@ class CaptionJobConfig:
 
     dry_run: bool = False
     """Print the plan - images, units, model, what is left - and stop."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            _check(self.input_path == "demo", "OUTPUT", "missing", f"a folder for the captions of {self.input_path}")
+            object.__setattr__(self, "output", "captions-demo")
 
 
 def worker_range(text: str, flag: str) -> tuple[int, int] | None:
