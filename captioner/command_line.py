@@ -1,7 +1,7 @@
 """The command line of every job: dataclass -> flags, `--config` file, exit code, last line of JSON.
 
-Knows tyro and nothing of captions. A job is a function from its config to a summary that can be written as JSON; data goes
-to stdout, log and progress to stderr. Exit 0 done, 1 failed, 2 wrong use.
+Knows tyro and nothing of captions. A job is a function from its config to a summary that can be written as JSON; data
+goes to stdout, log and progress to stderr. Exit 0 done, 1 failed, 2 wrong use.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _POSITIONALS = ("input_path", "output")
 def run(
     config_type: type[Config], job: Callable[[Config], Mapping[str, Any]], arguments: Sequence[str] | None = None
 ) -> int:
-    """Parse the flags into `config_type`, call `job`, print its summary as the last line of stdout; return the exit code."""
+    """Parse the flags, call `job`, print its summary as the last line of stdout and return the exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     try:
         summary = job(parse(config_type, sys.argv[1:] if arguments is None else arguments))

@@ -1,7 +1,8 @@
 """What a user may set: frozen dataclasses, checked once when they are made.
 
-Flags, `--config` files, help texts and `_run/` are all made from these, so that they never drift. Knows no torch and no
-Ray; a bad value raises `ConfigError`. A second line of a field's docstring begins a sentence: the help page breaks there.
+Flags, `--config` files, help texts and `_run/` are all made from these, so that they never drift. Knows no torch and
+no Ray; a bad value raises `ConfigError`. A second line of a field's docstring begins a sentence: the help page breaks
+its lines there.
 """
 
 from dataclasses import dataclass, field
@@ -214,7 +215,7 @@ class ResourceConfig:
 
     rows_per_part: int | None = None
     """Rows of one output file.
-    By default a 64th of the work, from 256 to 16,384: many small files are slow to query, large ones late to be safe."""
+    By default a 64th of the work, from 256 to 16,384: small files are slow to query, large ones late to be safe."""
 
     def __post_init__(self) -> None:
         worker_range(self.workers, "--workers")
