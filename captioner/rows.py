@@ -12,6 +12,7 @@ columns that a user keeps (`--keep-columns`) travel after the named ones.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ __all__ = [
     "SOURCE",
     "TRANSIENT_REASONS",
     "FinishReason",
+    "Reject",
     "RejectReason",
     "captioned_schema",
     "captions_schema",
@@ -50,6 +52,14 @@ class RejectReason(StrEnum):
     TOO_LARGE = "too_large"  # more bytes than --max-image-bytes
     TOO_MANY_PIXELS = "too_many_pixels"  # more pixels than --max-image-pixels
     DECODE_TIMEOUT = "decode_timeout"  # took longer than --decode-timeout-s
+
+
+@dataclass(frozen=True)
+class Reject:
+    """What stands in place of an image that got no further: a reason from the list, and what exactly was seen."""
+
+    reason: RejectReason
+    detail: str
 
 
 TRANSIENT_REASONS = frozenset({RejectReason.FETCH_FAILED, RejectReason.DECODE_TIMEOUT})
