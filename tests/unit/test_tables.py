@@ -1,0 +1,159 @@
+"""The caption table: parts, resumption, proof."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captioner.errors import JobError, OutputError
+from captioner.keys import KeySet
+from captioner.rows import CAPTIONS, FAILURES, TRANSIENT_REASONS, captioned_schema, row_key
+from captioner.tables import CaptionTable, Stamp
+
+IDENTITY = {"input": "in", "model": {"name": "demo", "fingerprint": "abc"}}
+
+
+def captioned(keys: list[int], failed: dict[int, str] | None = None, attempt: int = 1) -> pa.Table:
+    """Rows as they leave the model: a caption for each of `keys`, a reject for each of `failed`."""
+    rows = [{**_row(key, attempt), "caption": f"caption {key}", "num_tokens": 3, "finish_reason": "stop",
+             "mean_logprob": -0.5, "min_logprob": -1.0, "width": 4, "height": 5, "size_bytes": 6}
+            for key in keys]  # fmt: skip
+    rows += [{**_row(key, attempt), "reason": reason, "detail": "why"} for key, reason in (failed or {}).items()]
+    return pa.Table.from_pylist(rows, captioned_schema())
+
+
+def _row(key: int, attempt: int) -> dict[str, object]:
+    return {"key": key, "image_id": f"image-{key}", "attempt": attempt}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> CaptionTable:
+    return CaptionTable(str(tmp_path / "out"))
+
+
+@pytest.fixture
+def stamp(table: CaptionTable) -> Stamp:
+    return Stamp("run-1", table.claim(IDENTITY))
+
+
+def is_transient(reason: str) -> bool:
+    return reason in TRANSIENT_REASONS
+
+
+def test_a_part_holds_exactly_the_pinned_columns(table: CaptionTable, stamp: Stamp) -> None:
+    table.write(captioned([1, 2], {3: "corrupt"}), stamp)
+    [captions] = Path(table.url).glob("captions/*.parquet")
+    [failures] = Path(table.url).glob("failures/*.parquet")
+    assert pq.read_schema(captions).remove_metadata() == CAPTIONS
+    assert pq.read_schema(failures).remove_metadata() == FAILURES
+    assert pq.read_schema(captions).metadata[b"captioner.run_id"] == b"run-1"
+    assert pq.read_schema(captions).metadata[b"captioner.identity"] == stamp.identity.encode()
+
+
+def test_rows_in_are_rows_out(table: CaptionTable, stamp: Stamp) -> None:
+    summary = table.write(captioned([5, 1], {3: "corrupt", 4: "corrupt", 9: "missing"}), stamp)
+    assert (summary.captioned, summary.failed, summary.num_tokens) == (2, 3, 6)
+    assert summary.failed_by_reason == {"corrupt": 2, "missing": 1}
+    rows = pq.read_table(f"{table.url}/captions").to_pylist()
+    assert [row["key"] for row in rows] == [1, 5]
+    assert {row["reason"] for row in pq.read_table(f"{table.url}/failures").to_pylist()} == {"corrupt", "missing"}
+
+
+def test_writing_the_same_rows_twice_is_writing_them_once(table: CaptionTable, stamp: Stamp) -> None:
+    table.write(captioned([1, 2]), stamp)
+    table.write(captioned([2, 1]), stamp)
+    assert len(list(Path(table.url).glob("captions/*"))) == 1
+
+
+def test_a_failed_write_leaves_nothing_behind(table: CaptionTable, stamp: Stamp) -> None:
+    (Path(table.url) / "captions").write_text("a file where the folder should be")
+    with pytest.raises(JobError, match="could not be written"):
+        table.write(captioned([1]), stamp)
+
+
+def test_done_rows_are_found_in_the_parts_and_transient_failures_are_tried_again(
+    table: CaptionTable, stamp: Stamp
+) -> None:
+    table.write(
+        captioned([row_key(0, 1), row_key(7, 0)], {row_key(0, 2): "corrupt", row_key(0, 3): "fetch_failed"}), stamp
+    )
+    done = table.done(is_transient)
+    assert done.keys.positions(0, 5).tolist() == [False, True, True, False, False]
+    assert done.keys.positions(7, 2).tolist() == [True, False]
+    assert done.attempts == {row_key(0, 3): 1}
+    assert (done.num_captioned, done.num_failed) == (2, 1)
+
+
+def test_a_row_that_failed_and_was_captioned_later_is_done(table: CaptionTable, stamp: Stamp) -> None:
+    table.write(captioned([], {1: "fetch_failed", 2: "fetch_failed"}), stamp)
+    table.write(captioned([1], {2: "missing"}, attempt=2), stamp)
+    done = table.done(is_transient)
+    assert done.attempts == {}
+    assert (done.num_captioned, done.num_failed) == (1, 1)
+
+
+def test_another_model_into_the_same_output_is_refused_naming_the_difference(table: CaptionTable, stamp: Stamp) -> None:
+    assert table.claim(IDENTITY) == stamp.identity
+    with pytest.raises(OutputError, match=r"model\.fingerprint: abc there, xyz now"):
+        table.claim({**IDENTITY, "model": {"name": "demo", "fingerprint": "xyz"}})
+
+
+def test_a_folder_with_parts_but_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "someone-elses.parquet").write_bytes(b"")
+    with pytest.raises(OutputError, match="holds 1 parts but no _run"):
+        CaptionTable(str(tmp_path)).claim(IDENTITY)
+
+
+def test_a_torn_part_stops_a_rerun_instead_of_being_captioned_again(table: CaptionTable, stamp: Stamp) -> None:
+    table.write(captioned([1]), stamp)
+    (Path(table.url) / "captions" / "part-torn.parquet").write_bytes(b"PAR1 half a file")
+    with pytest.raises(OutputError, match=r"part-torn\.parquet cannot be read"):
+        table.done(is_transient)
+
+
+def test_an_audit_of_a_whole_table_finds_nothing(table: CaptionTable, stamp: Stamp) -> None:
+    table.write(captioned([0, 1], {2: "fetch_failed"}), stamp)
+    table.write(captioned([2], {row_key(1, 0): "corrupt"}, attempt=2), stamp)
+    audit = table.audit({0: 3, 1: 1})
+    assert audit.is_whole
+    assert (audit.read, audit.captioned, audit.failed) == (4, 3, 1)
+    assert audit.failed_by_reason == {"corrupt": 1}
+
+
+def test_an_audit_finds_what_is_missing_doubled_and_alien(table: CaptionTable, stamp: Stamp) -> None:
+    table.write(captioned([0, 1]), stamp)
+    table.write(captioned([1, 9, row_key(5, 0)], {2: "corrupt"}), stamp)
+    table.write(captioned([], {2: "corrupt", 3: "corrupt"}), stamp)
+    audit = table.audit({0: 5, 1: None})
+    assert not audit.is_whole
+    assert (audit.missing, audit.duplicated, audit.alien, audit.unread_units) == (1, 2, 2, 1)
+
+
+def test_an_audit_names_torn_and_foreign_parts(table: CaptionTable, stamp: Stamp) -> None:
+    table.write(captioned([0]), stamp)
+    table.write(captioned([0]), Stamp("run-2", "another identity"))
+    (Path(table.url) / "captions" / "part-torn.parquet").write_bytes(b"PAR1 half a file")
+    audit = table.audit({0: 1})
+    assert [Path(part).name for part in audit.torn_parts] == ["part-torn.parquet"]
+    assert "run-2" in audit.foreign_parts[0]
+    assert not audit.is_whole
+
+
+def test_an_invocation_leaves_its_record(table: CaptionTable) -> None:
+    table.record("run-1", {"config": {"limit": 3}})
+    assert json.loads((Path(table.run_folder) / "runs" / "run-1.json").read_text()) == {"config": {"limit": 3}}
+
+
+def test_a_key_set_returns_the_keys_it_already_had() -> None:
+    keys = KeySet()
+    assert keys.add(np.array([row_key(0, 3), row_key(2, 1)])).tolist() == []
+    assert keys.add(np.array([row_key(2, 1), row_key(2, 5), row_key(4, 0), row_key(4, 0)])).tolist() == [
+        row_key(2, 1),
+        row_key(4, 0),
+    ]
+    assert keys.count() == 4
+    assert keys.contains(np.array([row_key(0, 3), row_key(0, 4), row_key(9, 9)])).tolist() == [True, False, False]
