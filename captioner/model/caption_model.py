@@ -1,0 +1,174 @@
+"""CLIP, projector and LLaMA together: pixels to image embeddings, the prompt around them, token ids to text.
+
+Knows tensors and tokens; not files, images or Ray. `generate` is transformers' own and the reference that the decoding
+engine is held to.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from captioner.config import DecodingConfig
+from captioner.errors import ShapeError
+from captioner.model.clip import normalise
+from captioner.model.projector import ProjectorConfig
+from captioner.model.template import Template
+from captioner.rows import FinishReason
+
+__all__ = ["CaptionModel", "Generated"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One caption as token ids, its end token included, with the log probability of each."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CaptionModel:
+    """A model to caption with, frozen, on one device in one dtype.
+
+    Letters in shapes: B images, S image side, F CLIP width, P patch states, k image tokens, D LLaMA width.
+    """
+
+    vision_tower: CLIPVisionModel
+    projector: nn.Module
+    projector_config: ProjectorConfig
+    llama: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    template: Template
+    eos_token_ids: tuple[int, ...]
+    image_size: int
+    """Side S of the square images it reads, in pixels."""
+
+    preprocessing: dict[str, Any] = field(repr=False)
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.llama.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return self.llama.dtype
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Embeddings k that stand for one image."""
+        return self.projector_config.num_image_tokens
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens before the first one of a caption: prompt and image."""
+        return self.template.num_tokens + self.num_image_tokens
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that LLaMA was made for, prompt and image included."""
+        return int(self.llama.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return what LLaMA reads in place of each image: float[B, k, D] from uint8[B, 3, S, S] on any device."""
+        embeddings: Tensor = self.projector(self.features(pixels))
+        return embeddings
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """Return what the projector reads, from uint8[B, 3, S, S] on any device.
+
+        float[B, F], the pooled CLS state, for a linear projector; float[B, P, F], the states of one layer, for an MLP.
+        Raises ShapeError for pixels of another shape or type.
+        """
+        self._check_pixels(pixels)
+        on_device = pixels.to(self.device, non_blocking=True)
+        states = self.vision_tower(pixel_values=normalise(on_device, self.preprocessing).to(self.dtype))
+        if not self.projector_config.reads_patches:
+            pooled: Tensor = states.pooler_output
+            return pooled
+        first = 1 if self.projector_config.vision_feature_select_strategy == "default" else 0
+        patches: Tensor = states.last_hidden_state[:, first:]  # the tower was loaded up to the layer to read
+        return patches
+
+    @torch.no_grad()
+    def prompt_embeddings(self) -> Tensor:
+        """Return the embeddings of the prompt before the image, float[tokens, D]: the same for every image."""
+        return self._embed(self.template.prefix_ids)
+
+    @torch.no_grad()
+    def request_embeddings(self, image_embeds: Tensor) -> Tensor:
+        """Return each image and the prompt after it, float[B, k + tokens, D], from float[B, k, D]."""
+        suffix = self._embed(self.template.suffix_ids).expand(len(image_embeds), -1, -1)
+        return torch.cat([image_embeds.to(suffix), suffix], dim=1)
+
+    def text(self, token_ids: list[int]) -> str:
+        """Return the caption that the tokens spell, without special tokens and outer spaces."""
+        decoded = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(decoded).strip()
+
+    @torch.no_grad()
+    def generate(self, image_embeds: Tensor, decoding: DecodingConfig) -> list[Generated]:
+        """Return `num_captions` captions for each of float[B, k, D], those of one image together, best first."""
+        request = self.request_embeddings(image_embeds)
+        prompt = self.prompt_embeddings().expand(len(request), -1, -1)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(decoding.seed)
+            llama: Any = self.llama  # transformers types these two methods for a protocol that it does not meet
+            out = llama.generate(
+                inputs_embeds=torch.cat([prompt, request], dim=1),
+                attention_mask=torch.ones(len(request), self.num_prompt_tokens, dtype=torch.long, device=self.device),
+                generation_config=self._generation_config(decoding),
+                tokenizer=self.tokenizer,
+            )
+        logprobs = llama.compute_transition_scores(
+            out.sequences, out.logits, out.get("beam_indices"), normalize_logits=True
+        )
+        return [self._caption(*row) for row in zip(out.sequences.tolist(), logprobs.tolist(), strict=True)]
+
+    def _embed(self, token_ids: tuple[int, ...]) -> Tensor:
+        embeddings: Tensor = self.llama.get_input_embeddings()(
+            torch.tensor(token_ids, dtype=torch.long, device=self.device)
+        )
+        return embeddings
+
+    def _generation_config(self, decoding: DecodingConfig) -> GenerationConfig:
+        sampling = {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
+        beams = {"length_penalty": decoding.length_penalty, "early_stopping": decoding.early_stopping}
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens,
+            repetition_penalty=decoding.repetition_penalty,
+            num_beams=decoding.num_beams,
+            num_return_sequences=decoding.num_captions,
+            do_sample=decoding.do_sample,
+            stop_strings=list(decoding.stop) or None,
+            eos_token_id=list(self.eos_token_ids),
+            pad_token_id=self.eos_token_ids[0],
+            return_dict_in_generate=True,
+            output_logits=True,
+            **(sampling | {"min_p": decoding.min_p} if decoding.do_sample else {}),
+            **(beams if decoding.num_beams > 1 else {}),
+        )
+
+    def _caption(self, token_ids: list[int], logprobs: list[float]) -> Generated:
+        """Return the row up to its first end token; what stands behind it is padding."""
+        ends = [i for i, token in enumerate(token_ids) if token in self.eos_token_ids]
+        if not ends:
+            return Generated(token_ids, logprobs, FinishReason.LENGTH)
+        length = ends[0] + 1
+        return Generated(token_ids[:length], logprobs[:length], FinishReason.STOP)
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        side = self.image_size
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
+            raise ShapeError(
+                f"pixels are {pixels.dtype}{list(pixels.shape)}; expected torch.uint8[B, 3, {side}, {side}]"
+            )
