@@ -27,7 +27,10 @@ _POSITIONALS = ("input_path", "output")
 def run(
     config_type: type[Config], job: Callable[[Config], Mapping[str, Any]], arguments: Sequence[str] | None = None
 ) -> int:
-    """Parse the flags, call `job`, print its summary as the last line of stdout and return the exit code."""
+    """Parse the flags, call `job`, print its summary as the last line of stdout and return the exit code.
+
+    A summary whose `ok` is false is a job that did its work and found something wrong: exit 1.
+    """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     try:
         summary = job(parse(config_type, sys.argv[1:] if arguments is None else arguments))
@@ -38,7 +41,7 @@ def run(
         print("interrupted: the same command continues where this one stopped", file=sys.stderr)  # noqa: T201
         return 1
     print(json.dumps(summary), flush=True)  # noqa: T201
-    return 0
+    return 0 if summary.get("ok", True) else 1
 
 
 def parse(config_type: type[Config], arguments: Sequence[str]) -> Config:

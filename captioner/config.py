@@ -19,6 +19,7 @@ __all__ = [
     "InputConfig",
     "ModelConfig",
     "ResourceConfig",
+    "VerifyConfig",
 ]
 
 InputFormat = Literal["auto", "files", "list", "parquet", "webdataset"]
@@ -107,6 +108,9 @@ class ModelConfig:
 
     model: str = "demo"
     """A bundle: `demo`, a folder on any store, or a LLaVA checkpoint of CLIP and LLaMA-3 by hub name or path."""
+
+    prompt: str | None = None
+    """What to ask a LLaVA checkpoint, with `{image}` for the picture; by default it is asked for one sentence."""
 
     dtype: Dtype = "auto"
     """Number format of the weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
@@ -257,6 +261,17 @@ class CaptionJobConfig:
         if not self.output:
             _check(self.input_path == "demo", "OUTPUT", "missing", f"a folder for the captions of {self.input_path}")
             object.__setattr__(self, "output", "captions-demo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Prove that every image of a caption table came out exactly once; exit 1 where that does not hold."""
+
+    table: Annotated[Positional[str], arg(metavar="OUTPUT")] = "captions-demo"
+    """Folder of the caption table, on any fsspec store."""
+
+    storage_options: dict[str, object] = field(default_factory=dict)
+    """fsspec options of its store, as JSON. By default the usual environment variables."""
 
 
 def worker_range(text: str, flag: str) -> tuple[int, int] | None:

@@ -120,19 +120,28 @@ class CaptionTable:
     def _run_file(self) -> str:
         return join(self.run_folder, "run.json")
 
-    def claim(self, identity: Mapping[str, Any]) -> str:
-        """Make this table one of `identity`, or check that it already is; return the identity's digest.
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Check that a run of `identity` may write here. Writes nothing.
 
         Raises OutputError when the folder holds another run's captions, naming what differs, or nobody's parts.
         """
-        wanted = {"format": FORMAT, **identity}
-        found = self.identity()
+        found, wanted = self.identity(), {"format": FORMAT, **identity}
         if found is None:
             self._refuse_strangers()
-            self.store.write_atomic(self._run_file, _json(wanted))
         elif found != wanted:
             raise OutputError(_difference(self.url, found, wanted))
-        return hashlib.blake2b(_json(wanted), digest_size=16).hexdigest()
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Make this table one of `identity`, unless it is already. Raises OutputError as `check` does."""
+        self.check(identity)
+        if self.identity() is None:
+            self.store.write_atomic(self._run_file, _json({"format": FORMAT, **identity}))
+
+    @property
+    def digest(self) -> str:
+        """Digest of what the table was made with, as it stands in each part's footer; empty where no run has begun."""
+        found = self.identity()
+        return "" if found is None else hashlib.blake2b(_json(found), digest_size=16).hexdigest()
 
     def _refuse_strangers(self) -> None:
         strangers = [part for folder in ("captions", "failures") for part in self._parts(folder)]
@@ -172,7 +181,7 @@ class CaptionTable:
         return [join(url, name) for name in names if name.endswith(".parquet") and not name.startswith((".", "_"))]
 
     def _read_parts(self, folder: str, columns: list[str]) -> Iterator[pa.Table]:
-        identity = self._identity_digest()
+        identity = self.digest
         with ThreadPoolExecutor(_READERS) as pool:
             for url, part in pool.map(lambda url: (url, self._read_part(url, columns)), self._parts(folder)):
                 problem = _problem(part, identity)
@@ -182,10 +191,6 @@ class CaptionTable:
                         " See what jobs/verify.py says, then move the file away"
                     )
                 yield part
-
-    def _identity_digest(self) -> str:
-        found = self.identity()
-        return "" if found is None else hashlib.blake2b(_json(found), digest_size=16).hexdigest()
 
     def _read_part(self, url: str, columns: list[str]) -> pa.Table | None:
         """Return some columns of a part, its footer in the schema's metadata; None where it cannot be read."""
@@ -216,11 +221,18 @@ class CaptionTable:
         run_ids = pa.repeat(pa.scalar(stamp.run_id), rows.num_rows)
         rows = rows.append_column("run_id", run_ids).select(schema.names).cast(schema)
         content = hashlib.blake2b(rows.column("key").to_numpy().tobytes(), digest_size=8).hexdigest()
-        url = join(self.url, folder, f"part-{stamp.run_id}-{content}.parquet")
+        url = join(self.url, folder, f"part-{stamp.run_id}-{rows.num_rows}-{content}.parquet")
         try:
             self.store.write_atomic(url, _parquet(rows.replace_schema_metadata(stamp.footer)))
         except OSError as error:
             raise JobError(f"{redact(url)} could not be written: {error}") from error
+
+    def num_written(self, run_id: str) -> int:
+        """Return how many rows a run has put on disk so far, from the names of its parts."""
+        names = [
+            name.split("-") for folder in ("captions", "failures") for name in self.store.names(join(self.url, folder))
+        ]
+        return sum(int(name[-2]) for name in names if "-".join(name[1:-2]) == run_id)
 
     # Proof
 
@@ -229,11 +241,11 @@ class CaptionTable:
 
         unit_rows: rows of each unit of the frozen input, None where it was never read to its end.
         """
-        seen = _Seen()
+        seen, digest = _Seen(), self.digest
         for folder in ("captions", "failures"):
             for url in self._parts(folder):
                 part = self._read_part(url, ["key"] if folder == "captions" else _FAILURE_COLUMNS)
-                seen.add(folder, url, part, self._identity_digest())
+                seen.add(folder, url, part, digest)
         return seen.judge(unit_rows)
 
 

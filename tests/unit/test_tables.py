@@ -36,7 +36,8 @@ def table(tmp_path: Path) -> CaptionTable:
 
 @pytest.fixture
 def stamp(table: CaptionTable) -> Stamp:
-    return Stamp("run-1", table.claim(IDENTITY))
+    table.claim(IDENTITY)
+    return Stamp("run-1", table.digest)
 
 
 def is_transient(reason: str) -> bool:
@@ -96,7 +97,8 @@ def test_a_row_that_failed_and_was_captioned_later_is_done(table: CaptionTable, 
 
 
 def test_another_model_into_the_same_output_is_refused_naming_the_difference(table: CaptionTable, stamp: Stamp) -> None:
-    assert table.claim(IDENTITY) == stamp.identity
+    table.claim(IDENTITY)
+    assert table.digest == stamp.identity
     with pytest.raises(OutputError, match=r"model\.fingerprint: abc there, xyz now"):
         table.claim({**IDENTITY, "model": {"name": "demo", "fingerprint": "xyz"}})
 
@@ -141,6 +143,12 @@ def test_an_audit_names_torn_and_foreign_parts(table: CaptionTable, stamp: Stamp
     assert [Path(part).name for part in audit.torn_parts] == ["part-torn.parquet"]
     assert "run-2" in audit.foreign_parts[0]
     assert not audit.is_whole
+
+
+def test_the_rows_on_disk_are_known_from_the_names_of_the_parts(table: CaptionTable, stamp: Stamp) -> None:
+    table.write(captioned([1, 2], {3: "corrupt"}), stamp)
+    table.write(captioned([4]), Stamp("run-2", stamp.identity))
+    assert (table.num_written("run-1"), table.num_written("run-2"), table.num_written("run")) == (3, 1, 0)
 
 
 def test_an_invocation_leaves_its_record(table: CaptionTable) -> None:

@@ -1,0 +1,219 @@
+"""What a caption job is going to do: its input frozen, its model described, what is done and what is left.
+
+Everything a job refuses is refused here, before any model is loaded and any accelerator is taken. Knows no weights and
+no Ray. Rows are planned as slices: a unit, the positions in it that are left, and where to stop.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from captioner import demo
+from captioner.config import CaptionJobConfig, InputConfig
+from captioner.errors import ConfigError
+from captioner.model.bundle import BundleDescription, describe
+from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
+from captioner.sources import Frozen, Unit, count_images, freeze, load_counts, load_frozen
+from captioner.sources.urls import absolute, redact, scheme
+from captioner.tables import CaptionTable, Done
+
+__all__ = ["Plan", "Slice", "output_options", "plan_job"]
+
+_PART_ROWS = (256, 16_384)  # fewest and most rows of a part by default
+_PARTS = 64  # parts of a job whose size lies between: a crash costs at most this share of the work
+_BLOCK_ROWS = 256  # images of one decode task
+_LIGHT_ROW_BYTES = 4096  # a Parquet row below this holds a URI, not an image, so that many fit one block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Rows of one unit that one read task reads: positions `start` to `stop`, less those that are done."""
+
+    unit: Unit
+    start: int = 0
+    stop: int | None = None
+    """First position that is not to be read; None for the unit's end."""
+
+    done: np.ndarray | None = None
+    """bool[N], true where position start + n is not to be read; further ones are. None: nothing is done."""
+
+    attempts: Mapping[int, int]
+    """Position -> attempts so far, of rows that failed before."""
+
+    @property
+    def num_left(self) -> int | None:
+        """Rows to read; None when nobody has counted the unit."""
+        if self.stop is None:
+            return None
+        return self.stop - self.start - (0 if self.done is None else int(self.done.sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A caption job that is ready to run."""
+
+    config: CaptionJobConfig
+    table: CaptionTable
+    frozen: Frozen
+    model: BundleDescription
+    done: Done
+    slices: list[Slice]
+    num_skipped: int
+    """Images that earlier runs finished, among those asked for."""
+
+    @property
+    def num_left(self) -> int | None:
+        """Images that this run will read; None while there is a tar that nobody has counted."""
+        counts = [piece.num_left for piece in self.slices]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def rows_per_part(self) -> int:
+        """Rows of one output file."""
+        if self.config.resources.rows_per_part:
+            return self.config.resources.rows_per_part
+        fewest, most = _PART_ROWS
+        return most if self.num_left is None else min(most, max(fewest, math.ceil(self.num_left / _PARTS)))
+
+    def lines(self) -> Iterator[str]:
+        """Yield the plan as people read it."""
+        counted = "unknown until its tars are read" if self.frozen.num_images is None else f"{self.frozen.num_images:,}"
+        skipped = ", ".join(f"{count:,} {kind}" for kind, count in self.frozen.skipped.items())
+        yield f"input     {redact(self.config.input_path)} ({self.frozen.kind})"
+        yield f"images    {counted} in {len(self.frozen.units):,} units" + (f"; left out: {skipped}" if skipped else "")
+        yield f"model     {self.model}"
+        yield f"output    {redact(self.table.url)}"
+        yield f"done      {self.done.num_captioned:,} captioned, {self.done.num_failed:,} failed for good"
+        left = "unknown" if self.num_left is None else f"{self.num_left:,}"
+        again = f", of which {len(self.done.attempts):,} failed before" if self.done.attempts else ""
+        yield f"left      {left}{again}"
+
+
+def plan_job(config: CaptionJobConfig, on_progress: Callable[[int], None] = lambda _: None) -> Plan:
+    """Return the plan of a job; with `config.dry_run` nothing is written.
+
+    Raises UsageError for whatever cannot run: no input, no model, another job's output, a flag out of range.
+    """
+    config = _resolve(config)
+    is_retried = _retry_rule(config.retry_failures)
+    model = describe(config.model.model, config.input.storage_options, prompt=config.model.prompt)
+    table = CaptionTable(config.output, output_options(config))
+    table.check(identity := _identity(config, model))
+    frozen = _frozen(config, table, on_progress)
+    if not config.dry_run:
+        table.claim(identity)
+    done = table.done(is_retried)
+    slices, num_skipped = _slices(frozen, done, config.input)
+    return Plan(
+        config=config,
+        table=table,
+        frozen=frozen,
+        model=model,
+        done=done,
+        slices=slices,
+        num_skipped=num_skipped,
+    )
+
+
+def output_options(config: CaptionJobConfig) -> Mapping[str, Any]:
+    """Return the fsspec options of the output's store: the input's own, unless others are given."""
+    if config.input.output_storage_options is not None:
+        return config.input.output_storage_options
+    return config.input.storage_options if scheme(config.output) == scheme(config.input_path) else {}
+
+
+def _resolve(config: CaptionJobConfig) -> CaptionJobConfig:
+    path = str(demo.images_path()) if config.input_path == "demo" else config.input_path
+    return replace(config, input_path=absolute(path), output=absolute(config.output))
+
+
+def _retry_rule(text: str) -> Callable[[str], bool]:
+    groups = {"transient": TRANSIENT_REASONS, "all": frozenset(RejectReason), "none": frozenset[RejectReason]()}
+    if text in groups:
+        return groups[text].__contains__
+    unknown = sorted(set(text.split(",")) - set(RejectReason))
+    if unknown:
+        raise ConfigError(
+            f"--retry-failures names {', '.join(unknown)}; expected transient, all, none, or some of"
+            f" {', '.join(RejectReason)}"
+        )
+    return frozenset(text.split(",")).__contains__
+
+
+def _frozen(config: CaptionJobConfig, table: CaptionTable, on_progress: Callable[[int], None]) -> Frozen:
+    """Return the input as an earlier run froze it, or freeze it now; for a dry run in a folder that vanishes again."""
+    options = output_options(config)
+    earlier = load_frozen(table.run_folder, options) if table.identity() else None
+    if earlier:
+        counts = load_counts(table.run_folder, options)
+        units = (replace(unit, num_rows=counts.get(unit.ordinal, unit.num_rows)) for unit in earlier.units)
+        return replace(earlier, units=tuple(units))
+    if not config.dry_run:
+        return freeze(config.input_path, config.input, table.run_folder, options, on_progress)
+    with tempfile.TemporaryDirectory() as folder:
+        return freeze(config.input_path, config.input, folder, None, on_progress)
+
+
+def _identity(config: CaptionJobConfig, model: BundleDescription) -> dict[str, Any]:
+    """Return everything that decides which captions the table holds; no credentials, no limits, no resources."""
+    access = config.input
+    columns = {"image_column": access.image_column, "id_column": access.id_column, "keep_columns": access.keep_columns}
+    return {
+        "input": redact(config.input_path),
+        "columns": {name: list(value) if isinstance(value, tuple) else value for name, value in columns.items()},
+        "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": config.model.dtype},
+        "decoding": {**asdict(config.decoding), "stop": list(config.decoding.stop)},
+        "image": {"size": model.image_size, "fast_decode": config.image.fast_decode},
+    }
+
+
+def _slices(frozen: Frozen, done: Done, access: InputConfig) -> tuple[list[Slice], int]:
+    """Return what is left to read of the first `limit` images, and how many of them need not be read again."""
+    attempts = _by_unit(done.attempts)
+    slices: list[Slice] = []
+    num_skipped, left = 0, access.limit
+    for unit in frozen.units:
+        stop = unit.num_rows
+        if left is not None:
+            stop = min(left, count_images(unit, access) if stop is None else stop)
+            left -= stop
+        finished = done.keys.positions(unit.ordinal, stop)
+        num_skipped += int(finished.sum())
+        slices += _cut(unit, stop, finished, attempts.get(unit.ordinal, {}))
+        if left == 0:
+            break
+    return slices, num_skipped
+
+
+def _cut(unit: Unit, stop: int | None, finished: np.ndarray, attempts: Mapping[int, int]) -> Iterator[Slice]:
+    """Yield the slices of one unit that have rows left."""
+    if stop is None:
+        yield Slice(unit=unit, done=finished if finished.any() else None, attempts=attempts)
+        return
+    step = _slice_rows(unit) or max(stop, 1)
+    for start in range(0, stop, step):
+        end = min(stop, start + step)
+        here = finished[start:end]
+        tried = {position: attempts[position] for position in attempts if start <= position < end}
+        if not here.all():
+            yield Slice(unit=unit, start=start, stop=end, done=here if here.any() else None, attempts=tried)
+
+
+def _slice_rows(unit: Unit) -> int | None:
+    """Return how many rows of a unit one task reads; None for all, where to skip rows would mean to read them."""
+    if unit.kind == "listing":
+        return _BLOCK_ROWS
+    is_light = unit.kind == "parquet" and unit.num_rows and (unit.size_bytes or 0) / unit.num_rows < _LIGHT_ROW_BYTES
+    return 8 * _BLOCK_ROWS if is_light else None
+
+
+def _by_unit(attempts: Mapping[int, int]) -> dict[int, dict[int, int]]:
+    found: dict[int, dict[int, int]] = {}
+    for key, count in attempts.items():
+        unit, position = split_key(key)
+        found.setdefault(unit, {})[position] = count
+    return found

@@ -1,0 +1,100 @@
+"""How many workers a cluster can hold, and what each reserves. Arithmetic only; knows no Ray.
+
+The traps, measured on Ray 2.60: a fraction of a core reserved too much costs a whole decode worker; pools that reserve
+everything leave nothing for the read tasks and the job hangs without an error. So the sum is done here, beforehand.
+"""
+
+import math
+from dataclasses import dataclass
+
+from captioner.config import ResourceConfig, worker_range
+from captioner.errors import ResourceError
+
+__all__ = ["Allocation", "Cluster", "allocate"]
+
+_TASK_CPUS = 0.05  # a read or write task: it waits for a store
+_NUM_READERS = 2
+_NUM_WRITERS = 2
+_TASKS_CPUS = (_NUM_READERS + _NUM_WRITERS) * _TASK_CPUS
+_DECODER_CPUS = 0.9  # so that one fits on each core beside the tasks
+_CORES_PER_DECODER = 4  # without a GPU, one core in four decodes and the others run the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What there is: CPUs and GPUs now, and whether nodes may join later."""
+
+    cpus: float
+    gpus: float
+    can_grow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """What the job takes. Pools are (min, max) workers; reservations are for each worker or task."""
+
+    workers: tuple[int, int]
+    worker_gpus: float
+    worker_cpus: float
+    decoders: tuple[int, int]
+    decoder_cpus: float
+    task_cpus: float = _TASK_CPUS
+    num_readers: int = _NUM_READERS
+    num_writers: int = _NUM_WRITERS
+
+    @property
+    def torch_threads(self) -> int:
+        """Threads of one model worker on the CPU."""
+        return max(1, round(self.worker_cpus))
+
+
+def allocate(config: ResourceConfig, cluster: Cluster) -> Allocation:
+    """Return an allocation whose smallest form fits the cluster. Raises ResourceError with the sum where none does."""
+    gpus_per_worker = config.gpus_per_worker
+    if gpus_per_worker is None:
+        gpus_per_worker = 1.0 if cluster.gpus else 0.0
+    allocation = _with_gpus(config, cluster, gpus_per_worker) if gpus_per_worker else _with_cpus(config, cluster)
+    if not cluster.can_grow:
+        _check_fits(allocation, cluster)
+    return allocation
+
+
+def _with_gpus(config: ResourceConfig, cluster: Cluster, gpus_per_worker: float) -> Allocation:
+    most = max(1, int(cluster.gpus / gpus_per_worker))
+    workers = worker_range(config.workers, "--workers") or (1, most)
+    room = max(1, int((cluster.cpus - _TASKS_CPUS) / _DECODER_CPUS + 1e-9))
+    decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, room)
+    return Allocation(
+        workers=workers, worker_gpus=gpus_per_worker, worker_cpus=0.0, decoders=decoders, decoder_cpus=_DECODER_CPUS
+    )
+
+
+def _with_cpus(config: ResourceConfig, cluster: Cluster) -> Allocation:
+    """Share the CPUs: the decoders take theirs first, the model workers what is left, in fractions if need be."""
+    workers = worker_range(config.workers, "--workers") or (1, 1)
+    decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, max(1, int(cluster.cpus / _CORES_PER_DECODER)))
+    room = cluster.cpus - _TASKS_CPUS
+    decoder_cpus = min(_DECODER_CPUS, _floor(room / 2 / decoders[1]))
+    worker_cpus = _floor((room - decoders[1] * decoder_cpus) / workers[1])
+    whole = float(math.floor(worker_cpus)) if worker_cpus >= 1 else worker_cpus  # Ray takes whole CPUs above one
+    return Allocation(workers=workers, worker_gpus=0.0, worker_cpus=whole, decoders=decoders, decoder_cpus=decoder_cpus)
+
+
+def _floor(cpus: float) -> float:
+    """Round down to hundredths, so that a sum of shares never exceeds the whole."""
+    return math.floor(cpus * 100 + 1e-9) / 100
+
+
+def _check_fits(allocation: Allocation, cluster: Cluster) -> None:
+    gpus = allocation.workers[0] * allocation.worker_gpus
+    if gpus > cluster.gpus:
+        raise ResourceError(
+            f"--workers {allocation.workers[0]} with {allocation.worker_gpus:g} GPUs each need {gpus:g} GPUs; there are"
+            f" {cluster.gpus:g}. Lower --workers or --gpus-per-worker (0 to run on CPUs)"
+        )
+    cpus = allocation.workers[0] * allocation.worker_cpus + allocation.decoders[0] * allocation.decoder_cpus
+    if min(allocation.decoder_cpus, cluster.cpus) < 0.05 or cpus + _TASKS_CPUS > cluster.cpus + 1e-6:
+        raise ResourceError(
+            f"{allocation.workers[0]} model workers and {allocation.decoders[0]} decode workers need"
+            f" {cpus + _TASKS_CPUS:.2f} CPUs; there are {cluster.cpus:g}. Lower --workers or --cpu-workers"
+        )

@@ -1,0 +1,62 @@
+"""How a job's workers are fitted into a cluster."""
+
+import itertools
+
+import pytest
+
+from captioner.config import ResourceConfig
+from captioner.errors import ResourceError
+from captioner.resources import Allocation, Cluster, allocate
+
+
+def reserved(allocation: Allocation, end: int) -> float:
+    """CPUs that the whole job reserves with its pools at their smallest (0) or largest (1)."""
+    tasks = (allocation.num_readers + allocation.num_writers) * allocation.task_cpus
+    return tasks + allocation.workers[end] * allocation.worker_cpus + allocation.decoders[end] * allocation.decoder_cpus
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 96])
+def test_by_default_the_whole_job_fits_a_machine_without_a_gpu(cpus: int) -> None:
+    assert reserved(allocate(ResourceConfig(), Cluster(cpus=cpus, gpus=0)), end=1) <= cpus
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(2, 1), (8, 1), (16, 2), (96, 8)])
+def test_by_default_the_whole_job_fits_a_machine_with_gpus(cpus: int, gpus: int) -> None:
+    allocation = allocate(ResourceConfig(), Cluster(cpus=cpus, gpus=gpus))
+    assert reserved(allocation, end=1) <= cpus
+    assert allocation.workers == (1, gpus)
+    assert allocation.worker_gpus == 1
+    assert allocation.worker_cpus == 0
+
+
+def test_two_cores_decode_on_nearly_one_and_caption_on_nearly_one() -> None:
+    allocation = allocate(ResourceConfig(), Cluster(cpus=2, gpus=0))
+    assert (allocation.decoders, allocation.workers) == ((1, 1), (1, 1))
+    assert allocation.decoder_cpus == pytest.approx(0.9)
+    assert allocation.worker_cpus == pytest.approx(0.9)
+
+
+def test_any_number_of_workers_shares_the_cpus_in_fractions() -> None:
+    for workers, decoders in itertools.product((1, 2, 7), (1, 2, 5)):
+        config = ResourceConfig(workers=str(workers), cpu_workers=str(decoders))
+        assert reserved(allocate(config, Cluster(cpus=2, gpus=0)), end=1) <= 2
+
+
+def test_a_fraction_of_a_gpu_lets_several_workers_share_a_card() -> None:
+    allocation = allocate(ResourceConfig(gpus_per_worker=0.25), Cluster(cpus=8, gpus=1))
+    assert (allocation.workers, allocation.worker_gpus) == ((1, 4), 0.25)
+
+
+def test_more_gpus_than_there_are_is_an_error_that_says_the_sum() -> None:
+    with pytest.raises(ResourceError, match=r"--workers 4 with 1 GPUs each need 4 GPUs; there are 2\."):
+        allocate(ResourceConfig(workers="4:8"), Cluster(cpus=8, gpus=2))
+
+
+def test_decoders_that_do_not_fit_beside_gpus_are_an_error_and_not_a_hang() -> None:
+    with pytest.raises(ResourceError, match=r"8 decode workers need 7\.40 CPUs; there are 4"):
+        allocate(ResourceConfig(cpu_workers="8"), Cluster(cpus=4, gpus=1))
+
+
+def test_a_cluster_that_can_grow_may_be_asked_for_more_than_it_has() -> None:
+    allocation = allocate(ResourceConfig(workers="4:8", gpus_per_worker=1), Cluster(cpus=0, gpus=0, can_grow=True))
+    assert allocation.workers == (4, 8)
