@@ -1,0 +1,136 @@
+"""What went wrong in a store, told apart by whether another try may help and whose fault it is.
+
+Every store has its own exceptions: aiohttp's, botocore's translated by s3fs, gcsfs's and Azure's with a status code,
+plain OSErrors. Knows their shapes, imports none of the optional packages, and opens nothing.
+"""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import aiohttp
+from botocore import exceptions as botocore  # type: ignore[import-untyped]
+
+from captioner.rows import Reject, RejectReason
+from captioner.sources import urls
+
+__all__ = ["Fault", "StoreError", "diagnose"]
+
+_MAX_DETAIL = 300
+_TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 529})
+_FORBIDDEN_STATUS = frozenset({401, 402, 403, 407, 451})
+_MISSING_STATUS = frozenset({404, 410})
+_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed", "TokenRefreshRequired"})
+_SLOW = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"})
+_TRANSIENT_ERRNO = frozenset(
+    {
+        *(errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE),
+        *(errno.EREMOTEIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE),
+    }
+)
+_MISSING_ERRNO = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO})
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One failed access: the reason a row would carry, what was seen, and whether to try again."""
+
+    reason: RejectReason
+    detail: str
+    is_transient: bool = False
+    retry_after_s: float = 0.0
+
+    @property
+    def reject(self) -> Reject:
+        """What stands in place of the image."""
+        return Reject(self.reason, self.detail)
+
+
+class StoreError(OSError):
+    """A store did not deliver, after every retry; `fault` says why."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(f"{fault.reason}: {fault.detail}")
+        self.fault = fault
+
+
+def diagnose(error: BaseException) -> Fault:
+    """Return what an exception of any store means for the row or unit that was being read."""
+    if isinstance(error, StoreError):
+        return error.fault
+    detail = _detail(error)
+    if (code := _code(error)) in _EXPIRED | _SLOW:
+        return Fault(RejectReason.FETCH_FAILED, f"{code}: {detail}"[:_MAX_DETAIL], is_transient=True)
+    if status := _status(error):
+        return _by_status(status, detail, _retry_after_s(error))
+    return _by_type(error, detail)
+
+
+def _detail(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return urls.printable(urls.redact(f"{type(error).__name__}: {text}"))[:_MAX_DETAIL]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    for _ in range(4):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__
+
+
+def _response(error: BaseException) -> dict[str, dict[str, object]]:
+    """Return botocore's parsed answer, which s3fs leaves on the cause of its own exceptions."""
+    responses = (getattr(cause, "response", None) for cause in _causes(error))
+    return next((response for response in responses if isinstance(response, dict)), {})
+
+
+def _code(error: BaseException) -> str:
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def _status(error: BaseException) -> int | None:
+    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    names = ("status", "status_code", "code")
+    found = [status, *(getattr(cause, name, None) for cause in _causes(error) for name in names)]
+    return next((value for value in found if isinstance(value, int) and 300 <= value < 600), None)
+
+
+def _by_status(status: int, detail: str, retry_after_s: float) -> Fault:
+    detail = f"HTTP {status}, {detail}"[:_MAX_DETAIL]
+    if status in _MISSING_STATUS:
+        return Fault(RejectReason.MISSING, detail)
+    if status in _FORBIDDEN_STATUS:
+        return Fault(RejectReason.FORBIDDEN, detail)
+    return Fault(RejectReason.FETCH_FAILED, detail, status in _TRANSIENT_STATUS, retry_after_s)
+
+
+def _by_type(error: BaseException, detail: str) -> Fault:
+    number = getattr(error, "errno", None)
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) or number in _MISSING_ERRNO:
+        return Fault(RejectReason.MISSING, detail)
+    if isinstance(error, PermissionError | botocore.NoCredentialsError | botocore.PartialCredentialsError):
+        return Fault(RejectReason.FORBIDDEN, detail)
+    if isinstance(error, aiohttp.InvalidURL | UnicodeError) or type(error) is ValueError:
+        return Fault(RejectReason.MISSING, detail)  # no object can have such a name
+    return Fault(RejectReason.FETCH_FAILED, detail, _may_pass(error, number))
+
+
+def _may_pass(error: BaseException, number: int | None) -> bool:
+    if any(isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME for cause in _causes(error)):
+        return False  # the name server knows for certain that there is no such host
+    if isinstance(error, aiohttp.ClientSSLError | aiohttp.TooManyRedirects):
+        return False
+    passing = (TimeoutError, asyncio.TimeoutError, ConnectionError, EOFError, aiohttp.ClientError)
+    return isinstance(error, (*passing, botocore.HTTPClientError, botocore.ResponseParserError)) or (
+        number in _TRANSIENT_ERRNO
+    )
+
+
+def _retry_after_s(error: BaseException) -> float:
+    headers = getattr(error, "headers", None) or _response(error).get("ResponseMetadata", {}).get("HTTPHeaders") or {}
+    text = headers.get("retry-after", "") if hasattr(headers, "get") else ""
+    return float(text) if str(text).isdecimal() else 0.0

@@ -1,0 +1,256 @@
+"""Bytes of many images at once, from any store: each URI gives its bytes or a typed reason, always in time.
+
+    fetcher = Fetcher(config.input_path, config.input, config.image)
+    for outcome in fetcher.fetch(uris): ...    # bytes | Reject, in the order of the URIs
+
+Knows retries, deadlines, the size guard and which URIs a list may point to; does not know what an image is.
+"""
+
+import asyncio
+import functools
+import ipaddress
+import os
+import socket
+import stat
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import aiohttp
+import fsspec.asyn
+
+from captioner import __version__
+from captioner.config import ImageConfig, InputConfig
+from captioner.errors import InputError
+from captioner.rows import Reject, RejectReason
+from captioner.sources import urls
+from captioner.sources.blocks import too_large
+from captioner.sources.faults import diagnose
+from captioner.sources.store import Store, open_store, pause_s
+
+__all__ = ["Fetcher"]
+
+_CHUNK_BYTES = 1 << 20
+_CONNECT_TIMEOUT_S = 10.0
+_READ_TIMEOUT_S = 20.0  # between two pieces of a body; the whole image has config.fetch_timeout_s
+_UNSAFE = "address is loopback or link-local"
+_LIST_SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https", "hf", "oss", "oci", "hdfs", "memory"})
+_USER_AGENT = f"captioner/{__version__}"
+
+
+class Fetcher:
+    """Fetches images the way one job is configured to; can be pickled, and shared by threads."""
+
+    def __init__(self, input_path: str, access: InputConfig, image: ImageConfig) -> None:
+        self._input = urls.absolute(input_path)
+        self._access = access
+        self._image = image
+        self._connect()
+
+    def _connect(self) -> None:
+        self._stores: dict[str, _Reader] = {}
+        self._threads = ThreadPoolExecutor(self._image.fetch_concurrency, "fetch")
+        self._slots = asyncio.Semaphore(self._image.fetch_concurrency)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._input, self._access, self._image)
+
+    def fetch(self, uris: Sequence[str]) -> list[bytes | Reject]:
+        """Return the bytes behind each URI, or why there are none. Never raises for a URI or its store."""
+        loop = fsspec.asyn.get_loop()
+        return asyncio.run_coroutine_threadsafe(self._fetch_all(uris), loop).result()
+
+    async def _fetch_all(self, uris: Sequence[str]) -> list[bytes | Reject]:
+        return list(await asyncio.gather(*(self._fetch_one(uri) for uri in uris)))
+
+    async def _fetch_one(self, uri: str) -> bytes | Reject:
+        if objection := self._objection(uri):
+            return Reject(RejectReason.UNSAFE_URI, urls.redact(f"{objection}: {uri}"))
+        async with self._slots:
+            return await self._in_time(uri)
+
+    async def _in_time(self, uri: str) -> bytes | Reject:
+        seen = ["no answer"]
+        try:
+            async with asyncio.timeout(self._image.fetch_timeout_s):
+                return await self._retrying(uri, seen)
+        except TimeoutError:
+            detail = f"not delivered within {self._image.fetch_timeout_s:g} s ({seen[-1]})"
+            return Reject(RejectReason.FETCH_FAILED, detail)
+
+    async def _retrying(self, uri: str, seen: list[str]) -> bytes | Reject:
+        for attempt in range(self._image.fetch_retries + 1):
+            try:
+                return await self._reader(uri).read(uri, self._image.max_image_bytes)
+            except InputError as error:  # the store's package is not installed
+                return Reject(RejectReason.FETCH_FAILED, str(error))
+            except Exception as error:  # each store raises its own kinds; diagnose() keeps type and text
+                fault = diagnose(error)
+            if _UNSAFE in fault.detail:
+                return Reject(RejectReason.UNSAFE_URI, fault.detail)
+            if not fault.is_transient:
+                return fault.reject
+            seen.append(fault.detail)
+            if attempt < self._image.fetch_retries:
+                await asyncio.sleep(pause_s(attempt, fault.retry_after_s))
+        return Reject(fault.reason, f"{fault.detail} (tried {self._image.fetch_retries + 1} times)")
+
+    def _objection(self, uri: str) -> str | None:
+        """Return why a list that lies in a remote store may not point here, if so."""
+        if self._is_trusted:
+            return None
+        scheme = urls.scheme(uri)
+        if scheme not in _LIST_SCHEMES:
+            return f"{scheme} URIs are not followed in a remote list (--allow-local-uris)"
+        if scheme in ("http", "https") and _is_inner(urls.host(uri)) and urls.host(uri) != urls.host(self._input):
+            return f"{_UNSAFE} (--allow-local-uris)"
+        return None
+
+    @property
+    def _is_trusted(self) -> bool:
+        return self._access.allow_local_uris or urls.scheme(self._input) == "file"
+
+    def _reader(self, uri: str) -> "_Reader":
+        scheme = urls.scheme(uri)
+        if scheme not in self._stores:
+            self._stores[scheme] = self._open_reader(uri, scheme)
+        return self._stores[scheme]
+
+    def _open_reader(self, uri: str, scheme: str) -> "_Reader":
+        options = self._options(scheme)
+        if scheme == "file":
+            return _LocalReader(self._threads)
+        if scheme in ("http", "https"):
+            socket_factory = None if self._is_trusted else functools.partial(_guarded_socket, self._own_addresses())
+            return _HttpReader(uri, options, self._image.fetch_concurrency, socket_factory)
+        if scheme == "s3":
+            return _S3Reader(uri, options, self._image.fetch_concurrency)
+        return _StoreReader(uri, options, self._threads)
+
+    def _options(self, scheme: str) -> dict[str, Any]:
+        """Return the storage options for one kind of store: they are those of the input's own, never of another."""
+        own = urls.scheme(self._input)
+        same = own == scheme or {own, scheme} <= {"http", "https"} or {own, scheme} <= {"az", "abfs", "abfss"}
+        is_store_behind_local_list = own == "file" and not scheme.startswith("http")
+        return dict(self._access.storage_options) if same or is_store_behind_local_list else {}
+
+    def _own_addresses(self) -> frozenset[str]:
+        """Return the inner addresses of the server that the list itself came from: it may point to itself."""
+        host = urls.host(self._input) if urls.scheme(self._input).startswith("http") else ""
+        if not host:
+            return frozenset()
+        return frozenset(str(info[4][0]) for info in socket.getaddrinfo(host, None) if _is_inner(str(info[4][0])))
+
+
+class _Reader:
+    """Reads one object of one kind of store; raises whatever that store raises."""
+
+    async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
+        raise NotImplementedError
+
+
+class _LocalReader(_Reader):
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+
+    async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _read_local, uri, max_bytes)
+
+
+def _read_local(uri: str, max_bytes: int) -> bytes | Reject:
+    descriptor = os.open(urls.local_path(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block
+    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - there is no path here
+        found = os.fstat(file.fileno())
+        if stat.S_ISDIR(found.st_mode) or not stat.S_ISREG(found.st_mode):
+            return Reject(RejectReason.MISSING, "not a file but a folder, a device or a pipe")
+        return too_large(found.st_size, max_bytes) or _judge(file.read(max_bytes + 1), max_bytes)
+
+
+class _HttpReader(_Reader):
+    def __init__(
+        self, uri: str, options: dict[str, Any], num_connections: int, socket_factory: Callable[..., Any] | None
+    ) -> None:
+        client = functools.partial(_http_client, num_connections, socket_factory)
+        self._fs = open_store(uri, {**options, "get_client": client, "skip_instance_cache": True}).fs
+
+    async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
+        session = await self._fs.set_session()
+        async with session.get(self._fs.encode_url(uri), **self._fs.kwargs) as response:
+            response.raise_for_status()
+            return await _read_body(response.content, response.content_length, max_bytes)
+
+
+async def _http_client(
+    num_connections: int, socket_factory: Callable[..., Any] | None, *, loop: Any, **client_kwargs: Any
+) -> aiohttp.ClientSession:
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
+    connector = aiohttp.TCPConnector(limit=num_connections, socket_factory=socket_factory)
+    headers = {"User-Agent": _USER_AGENT, **client_kwargs.pop("headers", {})}
+    return aiohttp.ClientSession(
+        loop=loop, connector=connector, headers=headers, **{"timeout": timeout, **client_kwargs}
+    )
+
+
+def _guarded_socket(exempt: frozenset[str], address: Any) -> socket.socket:
+    """Return a socket for one resolved address, after every redirect and name look-up; refuse inner ones."""
+    family, kind, protocol, _, target = address
+    if _is_inner(target[0]) and target[0] not in exempt:
+        raise OSError(f"{_UNSAFE}: {target[0]} (--allow-local-uris)")
+    return socket.socket(family=family, type=kind, proto=protocol)
+
+
+def _is_inner(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast
+
+
+class _S3Reader(_Reader):
+    def __init__(self, uri: str, options: dict[str, Any], num_connections: int) -> None:
+        quick = {"retries": {"max_attempts": 0}, "max_pool_connections": max(10, num_connections)}
+        config_kwargs = {**quick, **options.get("config_kwargs", {})}
+        self._fs = open_store(uri, {**options, "config_kwargs": config_kwargs, "skip_instance_cache": True}).fs
+        self._fs.retries = 1  # the fetcher counts the tries, within one deadline
+
+    async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
+        bucket, key, _ = self._fs.split_path(uri)
+        answer = await self._fs._call_s3("get_object", Bucket=bucket, Key=key)
+        async with answer["Body"] as body:
+            return await _read_body(body, answer["ContentLength"], max_bytes)
+
+
+class _StoreReader(_Reader):
+    """Any other fsspec store, in a thread: asks for the size, then for no more than that."""
+
+    def __init__(self, uri: str, options: dict[str, Any], threads: ThreadPoolExecutor) -> None:
+        self._store: Store = open_store(uri, options)
+        self._threads = threads
+
+    async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, uri, max_bytes)
+
+    def _read(self, uri: str, max_bytes: int) -> bytes | Reject:
+        path = self._store.path(uri)
+        size_bytes = self._store.fs.info(path).get("size")
+        return too_large(size_bytes or 0, max_bytes) or _judge(self._store.fs.cat_file(path), max_bytes)
+
+
+async def _read_body(body: Any, size_bytes: int | None, max_bytes: int) -> bytes | Reject:
+    """Return a body, or `too_large` before it is read where its length is told, else once it has passed the limit."""
+    if reject := too_large(size_bytes or 0, max_bytes):
+        return reject
+    data = bytearray()
+    while len(data) <= max_bytes and (chunk := await body.read(_CHUNK_BYTES)):
+        data += chunk
+    return _judge(bytes(data), max_bytes)
+
+
+def _judge(data: bytes, max_bytes: int) -> bytes | Reject:
+    if not data:
+        return Reject(RejectReason.EMPTY, "0 bytes")
+    return data if len(data) <= max_bytes else Reject(RejectReason.TOO_LARGE, f"more than {max_bytes:,} bytes")

@@ -1,0 +1,145 @@
+"""The frozen listing: image files and lists of URIs, as Parquet parts of ROWS_PER_LISTING rows below `_run/listing/`.
+
+One part is one unit. Never holds more than one part. Knows no other kind of input.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from captioner.config import InputConfig
+from captioner.errors import InputError
+from captioner.rows import RejectReason
+from captioner.sources import columns, urls
+from captioner.sources.blocks import Done, Limits, assemble, positions_left
+from captioner.sources.store import Store, open_store
+from captioner.sources.units import Columns, Unit
+
+__all__ = ["ROWS_PER_LISTING", "ListingWriter", "read_listing", "write_uri_list"]
+
+ROWS_PER_LISTING = 10_000
+
+_FOLDER = "listing"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+class ListingWriter:
+    """Writes the listing part by part; whatever an interrupted writer left is removed first."""
+
+    def __init__(
+        self, run_folder: str, output_options: Mapping[str, Any] | None, on_progress: Callable[[int], None]
+    ) -> None:
+        self._folder = urls.join(urls.absolute(run_folder), _FOLDER)
+        self._store = open_store(run_folder, output_options)
+        self._on_progress = on_progress
+        self.kept: tuple[pa.Field, ...] = ()
+        self.units: list[Unit] = []
+        self._held: list[tuple[object, ...]] = []
+        self.discard()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows added so far."""
+        return sum(unit.num_rows or 0 for unit in self.units) + len(self._held)
+
+    def add(
+        self, uri: str, size_bytes: int | None = None, image_id: str | None = None, kept: Sequence[Any] = ()
+    ) -> None:
+        """Append one image; an empty URI is a row without one. Its id is its URI, as shown, unless another is given."""
+        self._held.append((uri or None, image_id or urls.shown(uri), size_bytes, *kept))
+        if len(self._held) == ROWS_PER_LISTING:
+            self._flush()
+
+    def close(self) -> tuple[Unit, ...]:
+        """Write what is held and return the units."""
+        if self._held:
+            self._flush()
+        return tuple(self.units)
+
+    def discard(self) -> None:
+        """Remove every part, also those of an earlier, interrupted writer."""
+        self.units, self._held = [], []
+        for name in self._store.names(self._folder):
+            self._store.remove(urls.join(self._folder, name))
+
+    def _flush(self) -> None:
+        ordinal = len(self.units)
+        name = f"part-{ordinal:06d}.parquet"
+        data = _parquet(self._held, self.kept)
+        self._store.write_atomic(urls.join(self._folder, name), data)
+        path = urls.join(_FOLDER, name)
+        self.units.append(
+            Unit(ordinal=ordinal, kind="listing", path=path, name=path, num_rows=len(self._held), size_bytes=len(data))
+        )
+        self._held = []
+        self._on_progress(self.num_rows)
+
+
+def _parquet(rows: Sequence[tuple[object, ...]], kept: Sequence[pa.Field]) -> bytes:
+    named = [pa.field("uri", pa.string()), pa.field("image_id", pa.string()), pa.field("size_bytes", pa.int64()), *kept]
+    values = zip(*rows, strict=True)
+    table = pa.table(
+        [pa.array(value, field.type) for value, field in zip(values, named, strict=True)], pa.schema(named)
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_listing(
+    store: Store, url: str, unit: Unit, kept: Sequence[pa.Field], limits: Limits, done: Done | None
+) -> Iterator[pa.Table]:
+    """Yield the rows of one part that are not done, as one table. Raises StoreError."""
+    table = pq.read_table(io.BytesIO(store.read_bytes(url)))
+    positions = positions_left(0, table.num_rows, done, limits.stop_at)
+    table = table.take(positions)
+    taken = {name: table[name] for name in ("uri", "image_id", *(field.name for field in kept))}
+    is_empty = pc.is_null(table["uri"])
+    reject = {
+        "reason": pc.if_else(is_empty, str(RejectReason.EMPTY), pa.scalar(None, pa.string())),
+        "detail": pc.if_else(is_empty, "the list has no URI here", pa.scalar(None, pa.string())),
+    }
+    yield assemble(unit.ordinal, {"position": positions, **taken, **reject}, kept)
+
+
+def write_uri_list(store: Store, url: str, config: InputConfig, writer: ListingWriter) -> Columns:
+    """Add every URI of a .txt, .csv or .tsv list to the listing; relative ones lie in the list's own folder.
+
+    Text: one URI a line, blank lines left out. CSV: a header; an empty cell is a row without an image; all columns are
+    strings. Raises InputError naming the line of a broken CSV, or the columns when the one with URIs is not there.
+    """
+    with io.TextIOWrapper(store.open(url), "utf-8-sig", errors="backslashreplace", newline="") as lines:
+        if delimiter := _DELIMITERS.get(urls.suffix(url)):
+            return _write_csv(csv.reader(lines, delimiter=delimiter), url, config, writer)
+        if config.kept or config.id_column or config.image_column:
+            raise InputError(f"{urls.redact(url)} is a plain list; columns can only be taken from .csv or .parquet")
+        for line in lines:
+            if uri := line.strip():
+                writer.add(urls.resolve(uri, urls.parent(url)))
+    return Columns()
+
+
+def _write_csv(reader: Any, url: str, config: InputConfig, writer: ListingWriter) -> Columns:
+    where = urls.redact(url)
+    try:
+        header: list[str] = next(reader, [])
+        chosen = columns.choose(pa.schema([pa.field(name, pa.string()) for name in header]), config, where)
+        writer.kept = chosen.kept
+        image, *others = (header.index(str(name)) for name in (chosen.image, *chosen.kept_from))
+        id_index = None if chosen.id is None else header.index(chosen.id)
+        for row, cells in enumerate(cells for cells in reader if cells):
+            padded = [*cells, *[""] * (len(header) - len(cells))]
+            uri = padded[image].strip()
+            writer.add(
+                urls.resolve(uri, urls.parent(url)) if uri else "",
+                image_id=(padded[id_index] if id_index is not None else "") or ("" if uri else f"{where}#{row}"),
+                kept=[padded[index] for index in others],
+            )
+    except csv.Error as error:
+        raise InputError(f"{where}, line {reader.line_num}: {error}; expected a CSV with a header") from error
+    return chosen
