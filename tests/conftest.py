@@ -1,0 +1,120 @@
+"""What several rooms' tests share: a real S3 server on loopback."""
+
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import pytest
+
+_SERVER = """
+import logging
+from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import MotoRequestHandler
+from werkzeug.serving import make_server
+
+logging.disable()
+MotoRequestHandler.protocol_version = "HTTP/1.1"  # as a real store: connections stay open
+app = DomainDispatcherApplication(create_backend_app)
+server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)
+print(server.port, flush=True)
+server.serve_forever()
+"""
+_START_TIMEOUT_S = 60
+_KEY, _SECRET = "AKIATESTKEY", "secret-of-the-test"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server; `storage_options` are what a user would pass to reach it."""
+
+    endpoint: str
+    storage_options: dict[str, Any] = field(repr=False)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The usual environment variables instead of storage options."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": _KEY,
+            "AWS_SECRET_ACCESS_KEY": _SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """An empty bucket of its own for one test."""
+
+    server: S3Server
+    name: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.name}"
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        return self.server.storage_options
+
+    @property
+    def endpoint(self) -> str:
+        return self.server.endpoint
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.server.environment
+
+    @property
+    def fs(self) -> Any:
+        return fsspec.filesystem("s3", **self.storage_options, use_listings_cache=False)
+
+    def put(self, key: str, data: bytes) -> str:
+        """Store one object under exactly this key and return its URL."""
+        self.fs.call_s3("put_object", Bucket=self.name, Key=key, Body=data)
+        return f"{self.url}/{key}"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A moto server in a process of its own, on a free port; ended by its pid."""
+    process = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    try:
+        endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        _wait_until_up(endpoint)
+        options = {
+            "key": _KEY,
+            "secret": _SECRET,
+            "endpoint_url": endpoint,
+            "client_kwargs": {"region_name": "us-east-1"},
+        }
+        yield S3Server(endpoint, options)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server) -> Bucket:
+    """An empty bucket on the S3 server."""
+    bucket = Bucket(s3_server, f"bucket-{uuid.uuid4().hex[:12]}")
+    bucket.fs.call_s3("create_bucket", Bucket=bucket.name)
+    return bucket
+
+
+def _wait_until_up(endpoint: str) -> None:
+    give_up = time.monotonic() + _START_TIMEOUT_S
+    while True:
+        try:
+            urllib.request.urlopen(endpoint, timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < give_up, f"no S3 server at {endpoint}"
+            time.sleep(0.1)
