@@ -26,7 +26,7 @@ from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.blocks import too_large
 from captioner.sources.faults import diagnose
-from captioner.sources.store import Store, open_store, pause_s
+from captioner.sources.store import S3Store, Store, open_store, pause_s
 
 __all__ = ["Fetcher"]
 
@@ -159,11 +159,16 @@ class _LocalReader(_Reader):
 
 def _read_local(uri: str, max_bytes: int) -> bytes | Reject:
     descriptor = os.open(urls.local_path(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block
-    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - there is no path here
-        found = os.fstat(file.fileno())
-        if stat.S_ISDIR(found.st_mode) or not stat.S_ISREG(found.st_mode):
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             return Reject(RejectReason.MISSING, "not a file but a folder, a device or a pipe")
-        return too_large(found.st_size, max_bytes) or _judge(file.read(max_bytes + 1), max_bytes)
+        if reject := too_large(found.st_size, max_bytes):
+            return reject
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            return _judge(file.read(found.st_size), max_bytes)
+    finally:
+        os.close(descriptor)
 
 
 class _HttpReader(_Reader):
@@ -214,11 +219,12 @@ class _S3Reader(_Reader):
     def __init__(self, uri: str, options: dict[str, Any], num_connections: int) -> None:
         quick = {"retries": {"max_attempts": 0}, "max_pool_connections": max(10, num_connections)}
         config_kwargs = {**quick, **options.get("config_kwargs", {})}
-        self._fs = open_store(uri, {**options, "config_kwargs": config_kwargs, "skip_instance_cache": True}).fs
+        self._store = S3Store(uri, {**options, "config_kwargs": config_kwargs, "skip_instance_cache": True})
+        self._fs = self._store.fs
         self._fs.retries = 1  # the fetcher counts the tries, within one deadline
 
     async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
-        bucket, key, _ = self._fs.split_path(uri)
+        bucket, key = self._store.bucket_and_key(uri)
         answer = await self._fs._call_s3("get_object", Bucket=bucket, Key=key)
         async with answer["Body"] as body:
             return await _read_body(body, answer["ContentLength"], max_bytes)

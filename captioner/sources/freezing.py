@@ -85,7 +85,7 @@ def _nothing_found(selection: Selection, config: InputConfig, skipped: Mapping[s
         "webdataset": "a .tar",
     }[config.input_format]
     if not skipped:
-        return f"{selection.shown} is empty; expected {wanted}"
+        return f"{selection.shown} is empty, or matches nothing; expected {wanted}"
     found = f"{sum(skipped.values()):,} files, none {wanted}: {describe(skipped.items())}"
     return f"{selection.shown} has {found}; pass --input-format files to take all, or list to read URIs from them"
 

@@ -29,7 +29,7 @@ from captioner.rows import RejectReason
 from captioner.sources import urls
 from captioner.sources.faults import StoreError, diagnose
 
-__all__ = ["PAGE_SIZE", "Entry", "Store", "open_store", "pause_s"]
+__all__ = ["PAGE_SIZE", "Entry", "S3Store", "Store", "open_store", "pause_s"]
 
 T = TypeVar("T")
 
@@ -272,9 +272,18 @@ class S3Store(Store):
             return Entry(folder, None, is_folder=True)
         return found or (Entry(url, None, is_folder=True) if any(self.pages(url)) else None)
 
+    def bucket_and_key(self, url: str) -> tuple[str, str]:
+        """Return the bucket and the key, literally: s3fs would read `?versionId=` in a key as a version."""
+        path = url.removeprefix("s3://")
+        if path.startswith("arn:"):
+            bucket, key, _ = self.fs.split_path(url)
+        else:
+            bucket, _, key = path.partition("/")
+        return bucket, key
+
     def pages(self, prefix: str) -> Iterator[list[Entry]]:
         """As Store.pages, but holds one page only; in the service's order, that of the keys' bytes."""
-        bucket, key, _ = self.fs.split_path(prefix)
+        bucket, key = self.bucket_and_key(prefix)
         continued: dict[str, str] = {}
         while True:
             page = self._page(bucket, key, continued)

@@ -18,12 +18,23 @@ from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.store import open_store
 
-__all__ = ["Columns", "Frozen", "InputKind", "Unit", "UnitKind", "load_frozen", "save_frozen"]
+__all__ = [
+    "Columns",
+    "Frozen",
+    "InputKind",
+    "Unit",
+    "UnitKind",
+    "load_counts",
+    "load_frozen",
+    "save_count",
+    "save_frozen",
+]
 
 UnitKind = Literal["listing", "parquet", "webdataset"]
 InputKind = Literal["files", "list", "parquet", "webdataset"]
 
 _FILE = "units.parquet"
+_COUNTS = "counts"
 _KEY = b"captioner.sources"
 _SCHEMA = pa.schema(
     [
@@ -120,6 +131,19 @@ def load_frozen(run_folder: str, output_options: Mapping[str, Any] | None = None
         columns=_columns(described["columns"]),
         skipped=described["skipped"],
     )
+
+
+def save_count(ordinal: int, num_rows: int, run_folder: str, output_options: Mapping[str, Any] | None = None) -> None:
+    """Note how many rows a unit gives that was frozen uncounted; the name of an empty file says it."""
+    url = urls.join(urls.absolute(run_folder), _COUNTS, f"{ordinal}-{num_rows}")
+    open_store(run_folder, output_options).write_atomic(url, b"")
+
+
+def load_counts(run_folder: str, output_options: Mapping[str, Any] | None = None) -> dict[int, int]:
+    """Return unit ordinal -> rows, for every unit that was read to its end after it was frozen."""
+    names = open_store(run_folder, output_options).names(urls.join(urls.absolute(run_folder), _COUNTS))
+    pairs = (name.partition("-") for name in names)
+    return {int(ordinal): int(num_rows) for ordinal, _, num_rows in pairs}
 
 
 def _cell(unit: Unit, name: str) -> object:
