@@ -1,7 +1,7 @@
 """The labelled world of the demo bundle: one or two coloured shapes on a plain ground, drawn in code.
 
-It knows no model and no tensor. Everything follows from `(seed, index)`; the split follows from what a scene *says*, so no
-description that is trained on is ever tested on.
+It knows no model and no tensor. Everything follows from `(seed, index)`; the split follows from what a scene *says*,
+so no description that is trained on is ever tested on.
 
     python -c "from captioner.demo.scenes import write_folder; write_folder('scenes', 'train', 1000)"
 """
@@ -13,7 +13,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,9 +33,20 @@ COLOURS: dict[str, RGB] = {
     "purple": (140, 40, 165),
     "orange": (245, 130, 20),
 }
-BACKGROUNDS: dict[str, RGB] = {"white": (250, 250, 250), "grey": (150, 150, 150), "black": (12, 12, 12), "pink": (250, 190, 205)}
+BACKGROUNDS: dict[str, RGB] = {
+    "white": (250, 250, 250),
+    "grey": (150, 150, 150),
+    "black": (12, 12, 12),
+    "pink": (250, 190, 205),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom", "centre": "in the centre"}
+PLACES = {
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+    "centre": "in the centre",
+}
 RELATIONS = {"beside": ("to the left of", "to the right of"), "stacked": ("above", "below")}
 """Two things: how the first (left or upper) stands to the second, and the second to the first."""
 FORMATS = ("png", "jpg", "webp", "png", "jpg", "gif", "png", "jpg", "bmp", "png", "jpg", "tiff")
@@ -121,6 +132,25 @@ def all_scenes() -> Iterator[Scene]:
         yield Scene(background=background, things=pair, layout=layout)
 
 
+def near_misses(scene: Scene) -> Iterator[Scene]:
+    """Every scene that differs in one attribute of one thing, in the background, or in where things stand."""
+    yield from (replace(scene, background=other) for other in BACKGROUNDS if other != scene.background)
+    if len(scene.things) == 1:
+        yield from (replace(scene, layout=other) for other in PLACES if other != scene.layout)
+    else:
+        yield replace(scene, things=scene.things[::-1])
+        yield from (replace(scene, layout=other) for other in RELATIONS if other != scene.layout)
+    for position, thing in enumerate(scene.things):
+        for other in all_things():
+            things = (*scene.things[:position], other, *scene.things[position + 1 :])
+            if _num_differences(thing, other) == 1 and len(set(things)) == len(things):
+                yield replace(scene, things=things)
+
+
+def _num_differences(thing: Thing, other: Thing) -> int:
+    return (thing.size != other.size) + (thing.colour != other.colour) + (thing.shape != other.shape)
+
+
 def scene_at(index: int, *, seed: int = 0) -> Scene:
     """The scene of that index; one in four has a single thing."""
     rng = random.Random(f"scene:{seed}:{index}")
@@ -151,7 +181,7 @@ def example_at(index: int, *, seed: int = 0) -> Example:
 
 
 def write_folder(folder: str | Path, split: Split, count: int, *, seed: int = 0) -> None:
-    """Write the first `count` images of a split, and `captions.jsonl` beside them: one object an image, captions as a list."""
+    """Write the first `count` images of a split, and beside them `captions.jsonl`: one object an image."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "captions.jsonl").open("w", encoding="utf-8") as lines:
@@ -177,7 +207,7 @@ _STATEMENT = re.compile(
 
 
 def parse(caption: str) -> Scene | None:
-    """The scene that a caption describes, in any order of its parts; None if it says too little, too much or something else."""
+    """The scene that a caption describes, its parts in any order; None if it says too little, too much or other things."""
     text = caption.strip().lower()
     if _STATEMENT.sub("", text):
         return None
@@ -202,7 +232,7 @@ def _thing(match: re.Match[str]) -> Thing:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """An RGB image of the scene; shade, position and size waver with `rng`, never so far that another caption would fit."""
+    """An RGB image of the scene; shade, position and size waver with `rng`, never so far that its caption changes."""
     # Drawn at twice the canvas and halved: smooth edges.
     image = Image.new("RGB", (2 * CANVAS_PX, 2 * CANVAS_PX), _shade(BACKGROUNDS[scene.background], rng))
     pen = ImageDraw.Draw(image)
