@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from fsspec.core import url_to_fs
+from fsspec.utils import get_protocol
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
@@ -189,7 +190,7 @@ def _read_bundle(folder: Folder, content: dict[str, Any], storage_options: Stora
     _check_format(folder, content)
 
     def part(name: str) -> Folder:
-        found = open_folder(content[name], storage_options, inside=folder)
+        found = open_folder(content[name], _options_for(content[name], storage_options, folder.name), inside=folder)
         return found.on_disk() if on_disk else found
 
     llama = read_llama(part("llama"), template=content["template"])
@@ -204,6 +205,11 @@ def _read_bundle(folder: Folder, content: dict[str, Any], storage_options: Stora
         fitted_to=content.get("fitted_to", {}),
         provenance=content.get("provenance", {}),
     )
+
+
+def _options_for(part: str, storage_options: StorageOptions, model: str) -> StorageOptions:
+    """Return the options of the bundle's store for a part on the same kind of store, none for another."""
+    return storage_options if get_protocol(part) == get_protocol(model) else None
 
 
 def _check_format(folder: Folder, content: dict[str, Any]) -> None:
@@ -235,8 +241,8 @@ def _not_a_model(folder: Folder) -> str:
     if found is None:
         return f"{folder.name} has no bundle.json; expected a bundle, or a LLaVA checkpoint with a config.json"
     return (
-        f"{folder.name} is a {found} model; expected a bundle or a LLaVA checkpoint. To tie a CLIP and a LLaMA "
-        "together, fit a projector: python jobs/fit_projector.py"
+        f"{folder.name} is a {found} model; expected a bundle or a checkpoint of "
+        "LlavaForConditionalGeneration. To tie a CLIP and a LLaMA together, fit one: python jobs/fit_projector.py"
     )
 
 

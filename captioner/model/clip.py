@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from captioner.errors import BundleError, ShapeError
 from captioner.model.folder import Folder
 from captioner.model.module import allocate, freeze, parse_config
+from captioner.model.tokenizer import read_tokenizer
 from captioner.model.weights import Weights, read_weights
 
 __all__ = ["ClipSource", "load_clip", "load_tower", "normalise", "read_clip", "read_preprocessing", "tower_name"]
@@ -130,21 +131,19 @@ def load_tower(
     return freeze(tower)
 
 
-def load_clip(folder: Folder, *, dtype: torch.dtype, device: torch.device) -> tuple[CLIPModel, CLIPTokenizer]:
+def load_clip(folder: Folder, *, dtype: torch.dtype, device: torch.device) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
     """Return both towers, frozen, and the text tower's tokenizer. Raises BundleError if one is not in the folder."""
     raw = folder.read_json("config.json")
     if raw.get("model_type") != "clip":
         raise BundleError(
             f"{folder.name} has no text tower: its model_type is {raw.get('model_type')!r}; expected clip"
         )
-    if not folder.has("tokenizer.json"):
-        raise BundleError(f"{folder.name} has no tokenizer for its text tower: expected tokenizer.json")
-    local = folder.on_disk()
+    tokenizer = read_tokenizer(folder)
     clip = allocate(CLIPModel, parse_config(CLIPConfig, raw, where=folder.name), dtype=dtype, device=device)
-    weights = read_weights(local)
+    weights = read_weights(folder.on_disk())
     weights.check_fits(clip)
     weights.load_into(clip)
-    return freeze(clip), CLIPTokenizer.from_pretrained(local.path)
+    return freeze(clip), tokenizer
 
 
 def read_preprocessing(folder: Folder, config: CLIPVisionConfig) -> dict[str, Any]:

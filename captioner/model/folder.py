@@ -138,8 +138,8 @@ def _open_url(url: str, storage_options: StorageOptions) -> Folder:
         raise BundleError(f"cannot open {url}: {error}") from error
     try:
         found = fs.exists(path)
-    except OSError as error:
-        raise BundleError(f"cannot read {url}: {error}") from error
+    except Exception as error:  # each store has its own exceptions: botocore's are not even OSErrors
+        raise BundleError(f"cannot read {url}: {type(error).__name__}: {error}") from error
     if not found:
         raise BundleError(f"no model at {url}: there is nothing under this name")
     return Folder(fs, path.rstrip("/"), url.rstrip("/"))

@@ -1,4 +1,4 @@
-"""Model folders on the Hugging Face hub: found in the local cache, or read in place and downloaded when loaded.
+"""Model folders on the Hugging Face hub: the local cache where it is whole, else the hub itself until it is loaded.
 
 Knows hub ids and nothing of what a model is. `HF_HUB_OFFLINE`, `HF_HUB_CACHE`, `HF_ENDPOINT` and `HF_TOKEN` work as
 everywhere. Never downloads pickles.
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import fsspec
 from fsspec import AbstractFileSystem
-from huggingface_hub import HfApi, HfFileSystem, constants, snapshot_download
+from huggingface_hub import HfFileSystem, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -22,25 +23,27 @@ from captioner.errors import BundleError
 
 __all__ = ["MODEL_FILES", "download", "find", "is_hub"]
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
+MODEL_FILES = [*_SMALL_FILES, "*.safetensors"]
 """What is fetched of a model folder: no pickles, no weights of other frameworks."""
 
 
 def find(hub_id: str) -> tuple[AbstractFileSystem, str]:
-    """Return store and path of `org/name[@revision]`: the cached snapshot if it is whole, else the hub itself.
+    """Return store and path of `org/name[@revision]` after fetching its small files.
 
-    Raises BundleError if it is neither cached nor reachable, does not exist, or is gated.
+    The cached snapshot if all weights are in it, else the hub at the same commit. Raises BundleError if it is neither
+    cached nor reachable, does not exist, or is gated.
     """
     repo, _, revision = hub_id.partition("@")
-    cached = _cached(repo, revision or None)
-    if cached is not None and _is_whole(cached):
-        return fsspec.filesystem("file"), str(cached)
+    snapshot = _snapshot(hub_id, repo, revision or None, _SMALL_FILES)
+    if _has_weights(snapshot):
+        return fsspec.filesystem("file"), str(snapshot)
     if constants.HF_HUB_OFFLINE:
-        state = "only in part" if cached is not None else "not"
         raise BundleError(
-            f"{hub_id} is {state} in the hub cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set; {_remedy(repo)}"
+            f"{hub_id} is in the hub cache {constants.HF_HUB_CACHE} without all of its weights, and HF_HUB_OFFLINE is "
+            f"set; {_remedy(repo)}"
         )
-    return HfFileSystem(), f"{repo}@{_commit(hub_id, repo, revision or None)}"
+    return HfFileSystem(), f"{repo}@{snapshot.name}"
 
 
 def is_hub(fs: AbstractFileSystem) -> bool:
@@ -51,52 +54,41 @@ def is_hub(fs: AbstractFileSystem) -> bool:
 def download(path: str, name: str) -> Path:
     """Return the local folder of the hub path `org/name@commit` after fetching what is missing of it."""
     repo, _, commit = path.partition("@")
+    return _snapshot(name, repo, commit, MODEL_FILES)
+
+
+def _snapshot(hub_id: str, repo: str, revision: str | None, files: list[str]) -> Path:
+    cache = constants.HF_HUB_CACHE
     try:
-        return Path(snapshot_download(repo, revision=commit, allow_patterns=MODEL_FILES))
-    except (OSError, HfHubHTTPError) as error:
-        raise BundleError(f"cannot download {name}: {error}; {_remedy(repo)}") from error
-
-
-def _cached(repo: str, revision: str | None) -> Path | None:
-    try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-
-
-def _is_whole(snapshot: Path) -> bool:
-    """Whether a snapshot has its config and every shard, as an interrupted download does not."""
-    if not (snapshot / "config.json").exists():
-        return False
-    index = snapshot / "model.safetensors.index.json"
-    if not index.exists():
-        return any(snapshot.glob("*.safetensors")) or any(snapshot.glob("*.bin"))
-    shards = set(json.loads(index.read_text())["weight_map"].values())
-    return all((snapshot / shard).exists() for shard in shards)
-
-
-def _commit(hub_id: str, repo: str, revision: str | None) -> str:
-    api = HfApi()
-    try:
-        api.auth_check(repo)
-        return str(api.model_info(repo, revision=revision).sha)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except GatedRepoError as error:
         raise BundleError(
-            f"{repo} is gated: accept its licence at {constants.ENDPOINT}/{repo}, then `hf auth login` or set "
+            f"{repo} is gated: accept its licence at {constants.ENDPOINT}/{repo}, then run `hf auth login` or set "
             "HF_TOKEN; or pass the path of a folder that holds it"
         ) from error
     except RevisionNotFoundError as error:
         raise BundleError(f"{repo} has no revision {revision!r} on the hub") from error
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise BundleError(
             f"no model at {hub_id!r}: it is no local folder, and the hub has no such public model; check the spelling, "
             "or set HF_TOKEN if it is private"
         ) from error
-    except (OSError, HfHubHTTPError) as error:
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise BundleError(
-            f"{hub_id} is no local folder and not in the hub cache {constants.HF_HUB_CACHE}, and the hub cannot "
-            f"be reached ({type(error).__name__}: {error}); {_remedy(repo)}"
+            f"no model at {hub_id!r}: it is no local folder, not in the hub cache {cache}, and {why}; {_remedy(repo)}"
         ) from error
+    except (OSError, HfHubHTTPError) as error:
+        raise BundleError(f"cannot fetch {hub_id} from the hub to {cache}: {error}; {_remedy(repo)}") from error
+
+
+def _has_weights(snapshot: Path) -> bool:
+    """Whether all shards are there; also true of pickles, so that the reader of the folder can refuse them."""
+    index = snapshot / "model.safetensors.index.json"
+    if index.exists():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        return all((snapshot / shard).exists() for shard in shards)
+    return any(snapshot.glob("*.safetensors")) or any(snapshot.glob("*.bin"))
 
 
 def _remedy(repo: str) -> str:

@@ -5,11 +5,7 @@ Knows `LlamaForCausalLM` checkpoints of transformers (LLaMA 3, 3.1, 3.2 and thei
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +14,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from captioner.errors import BundleError, ShapeError
 from captioner.model.folder import Folder
 from captioner.model.module import allocate, freeze, parse_config
+from captioner.model.tokenizer import read_tokenizer
 from captioner.model.weights import Weights, read_weights
 
-__all__ = ["LlamaSource", "check_llama", "end_tokens", "load_llama", "read_llama", "read_tokenizer"]
+__all__ = ["LlamaSource", "check_llama", "end_tokens", "load_llama", "read_llama"]
 
 _END_OF_TURN = "<|eot_id|>"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _SHAPING = (
     "hidden_size",
     "intermediate_size",
@@ -90,12 +86,11 @@ def read_llama(folder: Folder, *, template: str) -> LlamaSource:
 
 
 def check_llama(source: LlamaSource) -> LlamaSource:
-    """Return the source unchanged if weights and tokenizer fit its config; raise BundleError otherwise."""
-    tied = source.config.tie_word_embeddings
+    """Return the source, without a stored copy of a tied output layer, if all fits; raise BundleError otherwise."""
+    tied = frozenset({"lm_head.weight"} if source.config.tie_word_embeddings else ())
+    source = replace(source, weights=source.weights.select(lambda name: None if name in tied else name))
     with torch.device("meta"):
-        source.weights.check_fits(
-            LlamaForCausalLM(source.config), optional=frozenset({"lm_head.weight"} if tied else ())
-        )
+        source.weights.check_fits(LlamaForCausalLM(source.config), optional=tied)
     largest = max(source.tokenizer.get_vocab().values(), default=-1)
     if largest >= source.config.vocab_size:
         raise ShapeError(
@@ -135,26 +130,3 @@ def load_llama(source: LlamaSource, *, dtype: torch.dtype, device: torch.device)
         bos_token_id=source.tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos[0]
     )
     return freeze(llama)
-
-
-def read_tokenizer(folder: Folder) -> PreTrainedTokenizerFast:
-    """Return the tokenizer as tokenizer.json has it. Raises BundleError if there is none."""
-    if not folder.has("tokenizer.json"):
-        raise BundleError(
-            f"{folder.name} has no tokenizer: expected tokenizer.json, as tokenizer.save_pretrained(folder) writes it"
-        )
-    with _local_files(folder, _TOKENIZER_FILES) as path:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path)
-    return tokenizer
-
-
-@contextmanager
-def _local_files(folder: Folder, names: Iterable[str]) -> Iterator[str]:
-    if folder.is_local:
-        yield folder.path
-        return
-    with TemporaryDirectory() as path:
-        for name in names:
-            if folder.has(name):
-                (Path(path) / name).write_bytes(folder.read(name))
-        yield path

@@ -12,11 +12,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedT
 from captioner.errors import BundleError
 from captioner.model.clip import ClipSource, check_tower, read_preprocessing, tower_name
 from captioner.model.folder import Folder
-from captioner.model.llama import LlamaSource, check_llama, end_tokens, read_tokenizer
+from captioner.model.llama import LlamaSource, check_llama, end_tokens
 from captioner.model.module import parse_config
 from captioner.model.parts import Parts
 from captioner.model.projector import ProjectorConfig
 from captioner.model.template import Template
+from captioner.model.tokenizer import read_tokenizer
 from captioner.model.weights import read_weights
 
 __all__ = ["is_llava", "read_llava"]

@@ -70,7 +70,8 @@ def _model_files(fs: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]
 
 def _key(name: str, files: dict[str, dict[str, Any]]) -> str:
     listing = [
-        (file, info["size"], *(str(info[key]) for key in _VERSION_KEYS if key in info)) for file, info in files.items()
+        (file, info.get("size"), *(str(info[key]) for key in _VERSION_KEYS if key in info))
+        for file, info in files.items()
     ]
     digest = hashlib.sha256(repr((name, listing)).encode()).hexdigest()
     return f"{name.rstrip('/').rpartition('/')[2]}-{digest[:16]}"
@@ -79,7 +80,7 @@ def _key(name: str, files: dict[str, dict[str, Any]]) -> str:
 def _copy(fs: AbstractFileSystem, path: str, files: dict[str, dict[str, Any]], partial: Path, name: str) -> None:
     for file, info in files.items():
         target = partial / file
-        if target.exists() and target.stat().st_size == info["size"]:
+        if target.exists() and target.stat().st_size == info.get("size"):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         arriving = target.with_name(target.name + ".arriving")
@@ -87,6 +88,6 @@ def _copy(fs: AbstractFileSystem, path: str, files: dict[str, dict[str, Any]], p
             fs.get_file(f"{path}/{file}", str(arriving))
         except OSError as error:
             raise BundleError(f"cannot copy {name}/{file} to {partial}: {error}") from error
-        if arriving.stat().st_size != info["size"]:
+        if info.get("size") not in (None, arriving.stat().st_size):
             raise BundleError(f"{name}/{file} arrived with {arriving.stat().st_size} bytes; expected {info['size']}")
         arriving.rename(target)

@@ -73,8 +73,8 @@ class Parts:
         with torch.device("meta"):
             self.projector_weights.check_fits(build_projector(self.projector))
         self._check_context()
-        self._check_fitted("clip", self.clip_fingerprint, self.clip.folder.name)
-        self._check_fitted("llama", self.llama_fingerprint, self.llama.folder.name)
+        self._check_fitted("CLIP", self.clip_fingerprint, self.clip.folder.name)
+        self._check_fitted("LLaMA", self.llama_fingerprint, self.llama.folder.name)
 
     def load(self, *, dtype: torch.dtype, device: torch.device) -> CaptionModel:
         """Return the model on the device; the folders of all parts must be on disk."""
@@ -127,7 +127,7 @@ class Parts:
             )
 
     def _check_fitted(self, part: str, actual: str, where: str) -> None:
-        fitted = self.fitted_to.get(part, actual)
+        fitted = self.fitted_to.get(part.lower(), actual)
         if fitted != actual:
             raise BundleError(
                 f"the projector of {self.name} was fitted to another {part}: bundle.json records fingerprint "

@@ -1,0 +1,159 @@
+"""Bundles that lie on a store: read in place for a description, copied to the local cache once for loading."""
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from captioner.errors import BundleError
+from captioner.model import mirror
+from captioner.model.bundle import describe, load, save_bundle
+from captioner.model.folder import open_folder
+from captioner.model.projector import ProjectorConfig, build_projector
+from tests.unit.tiny_models import CLIP_WIDTH, LLAMA_WIDTH, edit_json, save_clip, save_llama
+
+LINEAR = ProjectorConfig(kind="linear", num_features=CLIP_WIDTH, width=LLAMA_WIDTH)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    save_clip(folder / "clip")
+    save_llama(folder / "llama")
+    (folder / "clip/pytorch_model.bin").write_bytes(b"a pickle that nobody shall fetch")
+    save_bundle(folder, build_projector(LINEAR), LINEAR, clip="clip", llama="llama")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CAPTIONER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def memory(original: Path) -> Iterator[str]:
+    store = fsspec.filesystem("memory")
+    store.put(f"{original}/", "/bucket/bundle/", recursive=True)
+    yield "memory://bucket/bundle"
+    store.rm("/bucket", recursive=True)
+
+
+@pytest.fixture(scope="module")
+def s3(original: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options: dict[str, object] = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
+    store = fsspec.filesystem("s3", **options)
+    store.mkdir("models")
+    store.put(f"{original}/", "models/bundle/", recursive=True)
+    yield "s3://models/bundle", options
+    server.stop()
+
+
+def test_a_bundle_on_s3_is_the_bundle_on_disk(s3: tuple[str, dict[str, object]], original: Path, cache: Path):
+    url, options = s3
+    told, local = describe(url, options), describe(str(original))
+    assert told.fingerprint == local.fingerprint
+    assert not cache.exists(), "a description copies nothing"
+    model = load(url, device="cpu", storage_options=options)
+    assert model.fingerprint == local.fingerprint
+    assert all(torch.equal(t, model.llama.state_dict()[n]) for n, t in load(str(original)).llama.state_dict().items())
+
+
+def test_a_bundle_is_written_to_s3(s3: tuple[str, dict[str, object]], original: Path):
+    _, options = s3
+    clip, llama = str(original / "clip"), "s3://models/bundle/llama"
+    told = save_bundle(
+        "s3://models/fitted", build_projector(LINEAR), LINEAR, clip=clip, llama=llama, storage_options=options
+    )
+    assert describe("s3://models/fitted", options) == told
+    assert load("s3://models/fitted", device="cpu", storage_options=options).fingerprint == told.fingerprint
+
+
+def test_nothing_at_an_address_is_said_before_anything_else(s3: tuple[str, dict[str, object]]):
+    with pytest.raises(BundleError, match=r"no model at s3://models/bundel: there is nothing under this name"):
+        describe("s3://models/bundel", s3[1])
+    with pytest.raises(BundleError, match=r"cannot open nope://x: Protocol not known: nope"):
+        describe("nope://x")
+
+
+def test_a_store_without_credentials_is_said_to_be_one(
+    s3: tuple[str, dict[str, object]], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(BundleError, match=r"cannot read s3://models/bundle: NoCredentialsError: Unable to locate"):
+        describe(s3[0], {"endpoint_url": s3[1]["endpoint_url"]})
+
+
+def test_a_copy_is_made_once_and_holds_no_pickle(memory: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    first = open_folder(memory).on_disk()
+    monkeypatch.setattr(mirror, "_copy", lambda *_: pytest.fail("copied again"))
+    assert open_folder(memory).on_disk().path == first.path
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [Path(first.path).name]
+    assert not list(Path(first.path).rglob("*.bin"))
+
+
+def test_a_changed_bundle_is_a_new_copy(memory: str):
+    before = open_folder(memory).on_disk().path
+    fsspec.filesystem("memory").pipe_file("/bucket/bundle/README.json", b"{}")
+    assert open_folder(memory).on_disk().path != before
+
+
+def test_a_copy_that_was_cut_goes_on_where_it_stopped(memory: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    store = fsspec.filesystem("memory")
+    real, fetched = type(store).get_file, []
+
+    def cut(self: object, source: str, target: str, **options: object) -> None:
+        if len(fetched) == 3:
+            Path(target).write_bytes(b"half")
+            raise OSError("the line went dead")
+        fetched.append(source)
+        real(self, source, target, **options)
+
+    monkeypatch.setattr(type(store), "get_file", cut)
+    with pytest.raises(BundleError, match=r"cannot copy memory://bucket/bundle/\S+ to .*the line went dead"):
+        open_folder(memory).on_disk()
+    assert not [path for path in cache.iterdir() if path.is_dir() and path.suffix != ".partial"], (
+        "nothing half is a copy"
+    )
+
+    again: list[str] = []
+    monkeypatch.setattr(type(store), "get_file", lambda s, a, b, **o: (again.append(a), real(s, a, b, **o)))
+    folder = open_folder(memory).on_disk()
+    assert again
+    assert set(again).isdisjoint(fetched)
+    assert describe(folder.path).fingerprint == describe(memory).fingerprint
+
+
+def _load_in_a_process(url: str, options: dict[str, object]) -> str:
+    return open_folder(url, options).on_disk().path
+
+
+def test_processes_that_start_together_share_one_copy(s3: tuple[str, dict[str, object]], cache: Path):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        paths = pool.starmap(_load_in_a_process, [s3] * 3)
+    assert len(set(paths)) == 1
+    assert [path for path in cache.iterdir() if path.is_dir()] == [Path(paths[0])]
+
+
+def test_an_object_that_arrives_short_is_no_copy(memory: str, monkeypatch: pytest.MonkeyPatch):
+    store = type(fsspec.filesystem("memory"))
+    monkeypatch.setattr(store, "get_file", lambda self, source, target, **_: Path(target).write_bytes(b"short"))
+    with pytest.raises(BundleError, match=r"arrived with 5 bytes; expected \d+"):
+        open_folder(memory).on_disk()
+
+
+def test_a_bundle_on_a_store_can_name_a_model_on_disk(memory: str, original: Path, tmp_path: Path):
+    content = tmp_path / "bundle.json"
+    content.write_bytes((original / "bundle.json").read_bytes())
+    edit_json(content, llama=str(original / "llama"))
+    fsspec.filesystem("memory").pipe_file("/bucket/bundle/bundle.json", content.read_bytes())
+    assert load(memory, device="cpu").fingerprint == describe(str(original)).fingerprint
