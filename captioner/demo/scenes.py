@@ -207,7 +207,7 @@ _STATEMENT = re.compile(
 
 
 def parse(caption: str) -> Scene | None:
-    """The scene that a caption describes, its parts in any order; None if it says too little, too much or other things."""
+    """The scene that a caption describes, its parts in any order; None if it says too little or too much."""
     text = caption.strip().lower()
     if _STATEMENT.sub("", text):
         return None
