@@ -1,0 +1,68 @@
+"""A caption as it grows, and when it ends. Host side, plain Python."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from captioner.decoding.request import FinishReason, Hypothesis
+
+
+class Draft(NamedTuple):
+    """The tokens chosen so far, end token included, and what the model thought of them."""
+
+    token_ids: tuple[int, ...] = ()
+    sum_logprob: float = 0.0
+    min_logprob: float = 0.0
+
+    def extended(self, token_id: int, logprob: float) -> "Draft":
+        """Return the draft with one more token."""
+        return Draft((*self.token_ids, token_id), self.sum_logprob + logprob, min(self.min_logprob, logprob))
+
+
+class Endings:
+    """Says whether a draft is a caption, and makes it one."""
+
+    def __init__(self, eos_token_ids: Sequence[int], is_stopped: Callable[[Sequence[int]], bool] | None = None) -> None:
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._is_stopped = is_stopped
+
+    def reason(self, draft: Draft, max_new_tokens: int) -> FinishReason | None:
+        """Return why the draft ends with its newest token, or None if it goes on."""
+        if draft.token_ids[-1] in self._eos_token_ids:
+            return "stop"
+        if self._is_stopped is not None and self._is_stopped(draft.token_ids):
+            return "stop"
+        return "length" if len(draft.token_ids) >= max_new_tokens else None
+
+    def hypothesis(self, draft: Draft, reason: FinishReason, score: float | None = None) -> Hypothesis:
+        """Return the finished caption; its score is the mean log-probability unless given."""
+        mean_logprob = draft.sum_logprob / len(draft.token_ids)
+        has_end_token = draft.token_ids[-1] in self._eos_token_ids
+        return Hypothesis(
+            token_ids=draft.token_ids[:-1] if has_end_token else draft.token_ids,
+            finish_reason=reason,
+            mean_logprob=mean_logprob,
+            min_logprob=draft.min_logprob,
+            score=mean_logprob if score is None else score,
+        )
+
+
+class Chain:
+    """One caption grown token by token, greedily or by drawing."""
+
+    def __init__(self, endings: Endings, max_new_tokens: int) -> None:
+        self.is_done = False
+        self._endings = endings
+        self._max_new_tokens = max_new_tokens
+        self._draft = Draft()
+        self._reason: FinishReason | None = None
+
+    def advance(self, token_id: int, logprob: float) -> None:
+        """Take one step's token."""
+        self._draft = self._draft.extended(token_id, logprob)
+        self._reason = self._endings.reason(self._draft, self._max_new_tokens)
+        self.is_done = self._reason is not None
+
+    def best(self) -> tuple[Hypothesis, ...]:
+        """Return the finished caption."""
+        assert self._reason is not None
+        return (self._endings.hypothesis(self._draft, self._reason),)

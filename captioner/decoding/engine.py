@@ -1,0 +1,229 @@
+"""The decoding engine: image prefixes in, captions out, as many at a time as there are slots.
+
+A step gives every running caption one token in a single pass over the weights. Captions end at different lengths; the
+slot of one that ended is filled at once, and the first pass over a fresh prefix is part of the next step. Knows token
+ids and embeddings: no text, no tokenizer, no files, no Ray.
+
+    engine = Engine(llama, decoding=DecodingConfig(), eos_token_ids=[2], shared_prefix=embeds, prefix_len=1, slots=64)
+    for generation in engine.generate(requests): ...
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from captioner.config import DecodingConfig
+from captioner.decoding.beam import BeamSearch
+from captioner.decoding.draft import Chain, Endings
+from captioner.decoding.request import Generation, Hypothesis, Request
+from captioner.decoding.sampling import candidate_seed
+from captioner.decoding.step import SlotLayout, SlotModel, StepShape
+from captioner.decoding.strategy import BeamStrategy, Strategy, TokenStrategy
+from captioner.errors import ConfigError, ShapeError
+
+_ROW_BUCKET = 16
+_WINDOW_BUCKET = 16
+_MAX_PROMPT_ROWS = 1024
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request that is being decoded, and what it has so far."""
+
+    request: Request
+    missing: int
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Seat:
+    """A search and the request it belongs to."""
+
+    job: _Job
+    search: Chain | BeamSearch
+    num_steps: int = 0
+
+
+class Engine:
+    """Decodes requests of one prefix length over a fixed number of slots."""
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        llama: LlamaForCausalLM,
+        *,
+        decoding: DecodingConfig,
+        eos_token_ids: Sequence[int],
+        shared_prefix: Tensor,
+        prefix_len: int,
+        slots: int,
+        is_stopped: Callable[[Sequence[int]], bool] | None = None,
+    ) -> None:
+        """Make room for the slots and compute the shared prefix.
+
+        shared_prefix: float[S, D], the prompt before the image, embedded; S may be 0. prefix_len: tokens P of every
+        request's prefix. slots: captions (or beams) written at the same time. is_stopped: says whether the tokens
+        so far contain a stop string; asked after every token. Raises ConfigError if a caption cannot fit the model's
+        context, or one image's beams or captions the slots."""
+        group_size = decoding.num_captions if decoding.num_beams == 1 else decoding.num_beams
+        _check_context(llama, len(shared_prefix), prefix_len, decoding.max_new_tokens)
+        _check_slots(slots, group_size)
+        num_rows = _round_up(slots, _ROW_BUCKET)
+        layout = SlotLayout(
+            num_slots=num_rows,
+            group_size=group_size,
+            shared_len=len(shared_prefix),
+            prefix_len=prefix_len,
+            max_new_tokens=decoding.max_new_tokens,
+            max_prompts=max(1, min(slots // group_size, _MAX_PROMPT_ROWS // max(prefix_len - 1, 1))),
+        )
+        self._decoding = decoding
+        self._model = SlotModel(llama, layout)
+        if len(shared_prefix):
+            self._model.share(shared_prefix)
+        eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=self._model.buffers.kv.device)
+        make = BeamStrategy if decoding.num_beams > 1 else TokenStrategy
+        self._strategy: Strategy[Any] = make(self._model, decoding, eos, Endings(eos_token_ids, is_stopped))
+        self._num_seats = slots // self._strategy.slots_per_seat
+        self._seats_per_request = group_size // self._strategy.slots_per_seat
+        self._seats: list[_Seat | None] = []
+        self._fresh: list[tuple[Request, list[int]]] = []
+
+    @property
+    def num_free(self) -> int:
+        """Requests that can be admitted before the next step."""
+        taken = sum(seat is not None for seat in self._seats)
+        return min(
+            (self._num_seats - taken) // self._seats_per_request, self._model.layout.max_prompts - len(self._fresh)
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being decoded."""
+        return not any(self._seats)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Yield what becomes of each request, as it ends; requests are taken as slots become free."""
+        waiting = iter(requests)
+        while True:
+            for request in islice(waiting, self.num_free):
+                self.admit(request)
+            if self.is_idle:
+                return
+            yield from self.step()
+
+    def admit(self, request: Request) -> None:
+        """Seat a request; its first token is chosen in the next step. Only while `num_free` is above 0.
+
+        Raises ShapeError if its prefix is not float[P, D]."""
+        self._check_prefix(request)
+        assert self.num_free > 0
+        job = _Job(request, missing=self._seats_per_request)
+        limit = min(request.max_new_tokens or self._decoding.max_new_tokens, self._decoding.max_new_tokens)
+        seats = [self._sit(_Seat(job, self._strategy.begin(limit))) for _ in range(self._seats_per_request)]
+        self._fresh.append((request, seats))
+
+    @torch.inference_mode()
+    def step(self) -> list[Generation]:
+        """Give every running caption its next token; return the requests that are now complete."""
+        window = self._window()
+        self._close_gaps(window)
+        shape = StepShape(
+            num_rows=_round_up(len(self._seats) * self._strategy.slots_per_seat, _ROW_BUCKET),
+            window=window,
+            num_prompts=self._fill_fresh(),
+        )
+        seats = [seat for seat in self._seats if seat is not None]
+        self._strategy.advance([seat.search for seat in seats], shape)
+        for seat in seats:
+            seat.num_steps += 1
+        return list(self._collect())
+
+    def _sit(self, seat: _Seat) -> int:
+        """Take the first empty seat, or the one behind the last."""
+        if None in self._seats:
+            place = self._seats.index(None)
+            self._seats[place] = seat
+            return place
+        self._seats.append(seat)
+        return len(self._seats) - 1
+
+    def _close_gaps(self, window: int) -> None:
+        """Move the last seats into empty ones, so that decode rows are slots 0 to R - 1 without gaps."""
+        moves: dict[int, int] = {}
+        for gap in [place for place, seat in enumerate(self._seats) if seat is None]:
+            while self._seats and self._seats[-1] is None:
+                self._seats.pop()
+            if gap < len(self._seats):
+                self._seats[gap] = self._seats.pop()
+                moves[gap] = len(self._seats)
+        if moves:
+            width = self._strategy.slots_per_seat
+            sources = [seat * width + i for seat in moves.values() for i in range(width)]
+            targets = [seat * width + i for seat in moves for i in range(width)]
+            self._model.move(sources, targets, window)
+
+    def _fill_fresh(self) -> int:
+        """Hand the newly seated prefixes to the device; return how many prompts the step is shaped for."""
+        if not self._fresh:
+            return 0
+        width = self._strategy.slots_per_seat
+        groups = [[seat * width + i for seat in seats for i in range(width)] for _, seats in self._fresh]
+        seeds = [[candidate_seed(request.seed, n) for n in range(len(groups[0]))] for request, _ in self._fresh]
+        self._model.buffers.fill(groups, [request.prefix for request, _ in self._fresh], seeds)
+        self._fresh.clear()
+        has_prompt_rows = self._model.layout.prefix_len > 1
+        return min(1 << (len(groups) - 1).bit_length(), self._model.layout.max_prompts) if has_prompt_rows else 0
+
+    def _window(self) -> int:
+        """Columns that the longest running caption needs, rounded up."""
+        longest = max(seat.num_steps for seat in self._seats if seat is not None)
+        layout = self._model.layout
+        return min(_round_up(layout.first_column + longest + 1, _WINDOW_BUCKET), layout.num_columns)
+
+    def _collect(self) -> Iterator[Generation]:
+        """Empty the seats whose search is done; yield the requests that were waiting for no other seat."""
+        for place, seat in enumerate(self._seats):
+            if seat is None or not seat.search.is_done:
+                continue
+            self._seats[place] = None
+            job = seat.job
+            job.hypotheses.extend(seat.search.best())
+            job.missing -= 1
+            if not job.missing:
+                ranked = sorted(job.hypotheses, key=attrgetter("score"), reverse=True)
+                yield Generation(job.request.id, tuple(ranked))
+
+    def _check_prefix(self, request: Request) -> None:
+        expected = (self._model.layout.prefix_len, self._model.buffers.last_prefix.shape[1])
+        if tuple(request.prefix.shape) != expected:
+            raise ShapeError(
+                f"the prefix of request {request.id!r} is float{list(request.prefix.shape)}; this engine was made for "
+                f"float{list(expected)}: all prefixes of one engine have the same number of tokens"
+            )
+
+
+def _check_context(llama: LlamaForCausalLM, shared_len: int, prefix_len: int, max_new_tokens: int) -> None:
+    context = llama.config.max_position_embeddings
+    needed = shared_len + prefix_len + max_new_tokens
+    if needed > context:
+        raise ConfigError(
+            f"--max-new-tokens is {max_new_tokens}, but {shared_len} prompt tokens, {prefix_len} of the image and the "
+            f"caption make {needed}, and the model's context holds {context}; expected at most "
+            f"{context - shared_len - prefix_len}"
+        )
+
+
+def _check_slots(slots: int, group_size: int) -> None:
+    if slots < group_size:
+        raise ConfigError(f"--slots is {slots}; expected at least {group_size}, the beams or captions of one image")
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

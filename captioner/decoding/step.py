@@ -1,0 +1,176 @@
+"""One pass over the weights: what all slots choose next. Knows no requests; the host's only say is `StepShape`.
+
+Everything a step reads and writes lives in fixed buffers on the device and depends on the shape alone, so that a step
+can be recorded once a shape (a CUDA graph) and replayed; the one host read is the small tensor that `run` returns. An
+idle slot among the first R rows runs along and writes to its own row only, past the shared prefix; what idle prompt
+rows write goes to the one row past the last slot.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from captioner.decoding.attention import PromptRows, SlotView, allocate_slots, slot_attention
+
+_NEVER = -1.0e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotLayout:
+    """The sizes that an engine's buffers are made to."""
+
+    num_slots: int
+    group_size: int
+    """Neighbouring slots that share one image: num_beams, or the captions drawn for each image."""
+
+    shared_len: int
+    """Tokens S of the prompt before the image, the same for all."""
+
+    prefix_len: int
+    """Tokens P of an image's own prefix."""
+
+    max_new_tokens: int
+    max_prompts: int
+    """Fresh prefixes of more than one token that one step takes in."""
+
+    @property
+    def first_column(self) -> int:
+        """Column of a prefix's last token, with which decoding begins."""
+        return self.shared_len + self.prefix_len - 1
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of a slot; the last token generated is never read, so it has none."""
+        return self.first_column + self.max_new_tokens
+
+
+class StepShape(NamedTuple):
+    """What the work of a step depends on. Each is rounded up, so that few shapes occur."""
+
+    num_rows: int
+    """Decode rows R: slots 0 to R - 1."""
+
+    window: int
+    """Columns W that decode rows read."""
+
+    num_prompts: int = 0
+    """Fresh prefixes F with prompt rows: 0 in most steps, and always when a prefix is one token."""
+
+
+class SlotBuffers:
+    """State of all slots on the device; slot s is row s of every tensor.
+
+    token_ids: int64, the newest token. num_generated: int64, tokens chosen before the step that ran last; -1 makes a
+    slot fresh. seeds: int64. last_prefix: float[slots, D], the last token of the image prefix. beam_scores: float32.
+    history: int64[slots, max_new_tokens], the tokens chosen, its unused end filled with the first of them.
+    prompt_embeds: float[F, P-1, D], the other tokens of fresh prefixes, and prompt_slots: int64[F, group], where they
+    go."""
+
+    def __init__(self, llama: LlamaForCausalLM, layout: SlotLayout) -> None:
+        weight: Tensor = llama.model.embed_tokens.weight.detach()
+        width, device = weight.shape[1], weight.device
+        slots = layout.num_slots
+        self.kv = allocate_slots(llama.config, slots=slots + 1, columns=layout.num_columns, like=weight)
+        self.token_ids = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.num_generated = torch.zeros_like(self.token_ids)
+        self.seeds = torch.zeros_like(self.token_ids)
+        self.history = torch.zeros(slots, layout.max_new_tokens, dtype=torch.int64, device=device)
+        self.beam_scores = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.last_prefix = weight.new_zeros(slots, width)
+        self.prompt_embeds = weight.new_zeros(layout.max_prompts, layout.prefix_len - 1, width)
+        self.prompt_slots = torch.full((layout.max_prompts, layout.group_size), slots, device=device)
+        self.of_a_slot = (
+            self.token_ids, self.num_generated, self.seeds, self.history, self.beam_scores, self.last_prefix
+        )  # fmt: skip
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], columns: slice, states: Sequence[Tensor]) -> None:
+        """Copy columns of the keys and values, and other states, from slots to slots."""
+        source, target = (torch.tensor(slots, device=self.kv.device) for slots in (sources, targets))
+        self.kv[:, :, target, :, columns] = self.kv[:, :, source, :, columns]
+        for state in states:
+            state[target] = state[source]
+
+    def fill(self, groups: Sequence[Sequence[int]], prefixes: Sequence[Tensor], seeds: Sequence[Sequence[int]]) -> None:
+        """Make groups of slots fresh, each with one image's prefix, float[P, D], and a seed for each slot."""
+        device = self.kv.device
+        slots = torch.tensor(groups, device=device)
+        prefix = torch.stack(list(prefixes)).to(self.last_prefix)
+        self.num_generated[slots] = -1
+        self.seeds[slots] = torch.tensor(seeds, device=device)
+        self.beam_scores[slots] = _NEVER
+        self.beam_scores[slots[:, 0]] = 0.0
+        self.last_prefix[slots] = prefix[:, None, -1]
+        self.prompt_embeds[: len(groups)] = prefix[:, :-1]
+        self.prompt_slots.fill_(len(self.token_ids))
+        self.prompt_slots[: len(groups)] = slots
+
+
+class SlotModel:
+    """A `LlamaForCausalLM` over slots: buffers in, logits out."""
+
+    def __init__(self, llama: LlamaForCausalLM, layout: SlotLayout) -> None:
+        self.layout = layout
+        self.buffers = SlotBuffers(llama, layout)
+        self._llama = llama
+        device, dtype = self.buffers.kv.device, self.buffers.kv.dtype
+        self._columns = torch.arange(layout.num_columns, device=device)
+        self._prompt_columns = self._columns[layout.shared_len : layout.first_column]
+        self._hidden = torch.tensor(-torch.inf, dtype=dtype, device=device)
+        self._visible = torch.zeros((), dtype=dtype, device=device)
+        self._prompt_mask = self._mask(self._prompt_columns, layout.first_column)
+
+    def share(self, prefix: Tensor) -> None:
+        """Let every slot begin with the keys and values of a prompt, float[S, D]."""
+        output = self._llama.model(inputs_embeds=prefix[None].to(self.buffers.last_prefix), use_cache=True)
+        for kv, layer in zip(self.buffers.kv, output.past_key_values.layers, strict=True):
+            kv[0, :, :, : len(prefix)] = layer.keys
+            kv[1, :, :, : len(prefix)] = layer.values
+
+    def logits(self, shape: StepShape) -> Tensor:
+        """Return what decode rows say comes next, float32[R, V], and fill their columns of the cache.
+
+        Idle slots count on too, but stay within their own columns."""
+        buffers, num_rows = self.buffers, shape.num_rows
+        num_generated = buffers.num_generated[:num_rows].add_(1).clamp_(max=self.layout.max_new_tokens - 1)
+        columns = self.layout.first_column + num_generated
+        newest = self._llama.model.embed_tokens(buffers.token_ids[:num_rows])
+        embeds = torch.where((num_generated == 0)[:, None], buffers.last_prefix[:num_rows], newest)
+        positions, prompts = columns, None
+        if shape.num_prompts:
+            embeds = torch.cat([embeds, buffers.prompt_embeds[: shape.num_prompts].flatten(0, 1)])
+            positions = torch.cat([columns, self._prompt_columns.repeat(shape.num_prompts)])
+            prompts = PromptRows(buffers.prompt_slots[: shape.num_prompts], self._prompt_columns, self._prompt_mask)
+        view = SlotView(buffers.kv, columns, self._mask(columns, shape.window)[:, None, None], prompts)
+        with slot_attention(self._llama):
+            hidden = self._llama.model(
+                inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, slots=view
+            ).last_hidden_state
+        logits: Tensor = self._llama.lm_head(hidden[0, :num_rows])
+        return logits.float()
+
+    def remember(self, token_ids: Tensor) -> None:
+        """Write the tokens, int64[R], that the first R slots have just chosen into their history."""
+        history = self.buffers.history[: len(token_ids)]
+        at = self.buffers.num_generated[: len(token_ids), None]
+        newest = token_ids[:, None]
+        history.copy_(torch.where(at == 0, newest, history.scatter(1, at, newest)))
+
+    def reorder(self, parents: Sequence[int], window: int) -> None:
+        """Let each of the first slots go on from what slot `parents[slot]` has generated, within the window."""
+        targets = [slot for slot, parent in enumerate(parents) if slot != parent]
+        if targets:
+            sources = [parents[slot] for slot in targets]
+            generated = slice(self.layout.first_column + 1, window)
+            self.buffers.copy(sources, targets, generated, (self.buffers.history,))
+
+    def move(self, sources: Sequence[int], targets: Sequence[int], window: int) -> None:
+        """Move all that slots `sources` hold to slots `targets`, within the window."""
+        self.buffers.copy(sources, targets, slice(self.layout.shared_len, window), self.buffers.of_a_slot)
+
+    def _mask(self, columns: Tensor, window: int) -> Tensor:
+        """float[rows, W]: 0 up to each row's own column, -inf past it."""
+        return torch.where(self._columns[:window] <= columns[:, None], self._visible, self._hidden)

@@ -1,0 +1,129 @@
+"""How a step chooses: one token a slot, or beams. The device half of each, `propose`, is recorded with the forward;
+the host half reads its small result and tells each seat's `Chain` or `BeamSearch`. A seat is the slots of one search.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from captioner.config import DecodingConfig
+from captioner.decoding.beam import Beam, BeamSearch, Continuation
+from captioner.decoding.draft import Chain, Endings
+from captioner.decoding.sampling import (
+    LogitsProcessors,
+    greedy,
+    sample,
+    token_logprobs,
+    top_candidates,
+    uniform,
+)
+from captioner.decoding.step import SlotModel, StepShape
+
+Search = TypeVar("Search", Chain, BeamSearch)
+
+
+class Strategy(Protocol[Search]):
+    """What the engine asks of a way to decode."""
+
+    slots_per_seat: int
+
+    def begin(self, max_new_tokens: int) -> Search:
+        """Return the search of a new seat."""
+
+    def advance(self, searches: Sequence[Search], shape: StepShape) -> None:
+        """Run one step over the first seats and tell each search its outcome."""
+
+
+class TokenStrategy:
+    """One token a slot and step: the most probable one, or a draw."""
+
+    slots_per_seat = 1
+
+    def __init__(self, model: SlotModel, decoding: DecodingConfig, eos_token_ids: Tensor, endings: Endings) -> None:
+        self._model = model
+        self._decoding = decoding
+        self._endings = endings
+        self._process = LogitsProcessors(decoding, eos_token_ids)
+
+    def begin(self, max_new_tokens: int) -> Chain:
+        """Return an empty chain."""
+        return Chain(self._endings, max_new_tokens)
+
+    def advance(self, searches: Sequence[Chain], shape: StepShape) -> None:
+        """Run one step; where the candidates looked at did not suffice for a draw, draw again from all."""
+        rows = self.propose(shape).tolist()
+        if not all(is_exact for _, _, is_exact in rows):
+            rows = self._choose(self._logits, looks_at_all=True).tolist()
+        for chain, (token_id, logprob, _) in zip(searches, rows, strict=False):
+            chain.advance(int(token_id), logprob)
+
+    def propose(self, shape: StepShape) -> Tensor:
+        """Return token id, log-probability and exactness of each row, float64[R, 3]."""
+        self._logits = self._model.logits(shape)
+        return self._choose(self._logits)
+
+    def _choose(self, logits: Tensor, *, looks_at_all: bool = False) -> Tensor:
+        buffers, rows = self._model.buffers, slice(len(logits))
+        num_generated = buffers.num_generated[rows]
+        scores = self._process(logits, num_generated, buffers.history[rows])
+        if self._decoding.do_sample:
+            uniforms = uniform(buffers.seeds[rows], num_generated)
+            token_ids, is_exact = sample(scores, uniforms, self._decoding, looks_at_all=looks_at_all)
+        else:
+            token_ids, is_exact = greedy(scores), torch.ones_like(num_generated)
+        buffers.token_ids[rows] = token_ids
+        if self._process.needs_history:
+            self._model.remember(token_ids)
+        return torch.stack([token_ids.double(), token_logprobs(logits, token_ids).double(), is_exact.double()], 1)
+
+
+class BeamStrategy:
+    """Beam search: the beams of one image are num_beams neighbouring slots."""
+
+    def __init__(self, model: SlotModel, decoding: DecodingConfig, eos_token_ids: Tensor, endings: Endings) -> None:
+        self.slots_per_seat = decoding.num_beams
+        self._model = model
+        self._decoding = decoding
+        self._endings = endings
+        self._process = LogitsProcessors(decoding, eos_token_ids)
+        self._num_proposals = max(2, 1 + len(eos_token_ids)) * decoding.num_beams
+
+    def begin(self, max_new_tokens: int) -> BeamSearch:
+        """Return the beams of an image before its first token."""
+        return BeamSearch(self._decoding, self._endings, max_new_tokens)
+
+    def advance(self, searches: Sequence[BeamSearch], shape: StepShape) -> None:
+        """Run one step, let each search keep its best beams, and put their keys and values where they go on."""
+        for search, rows in zip(searches, self.propose(shape).tolist(), strict=False):
+            search.advance([Continuation(score, int(parent), int(token), lp) for score, parent, token, lp in rows])
+        self._keep([beam for search in searches for beam in search.beams], shape.window)
+
+    def propose(self, shape: StepShape) -> Tensor:
+        """Return the best continuations of each group of beams as score, parent, token id and log-probability,
+        float64[G, num_proposals, 4]."""
+        buffers, num_beams = self._model.buffers, self._decoding.num_beams
+        logits = self._model.logits(shape)
+        used = slice(shape.num_rows // num_beams * num_beams)
+        logprobs = torch.log_softmax(logits[used], -1)
+        scores = self._process(logprobs, buffers.num_generated[used], buffers.history[used])
+        values, token_ids = top_candidates(scores, min(self._num_proposals, scores.shape[-1]))
+        num_groups, num_candidates = len(scores) // num_beams, values.shape[-1]
+        totals = (values + buffers.beam_scores[used, None]).view(num_groups, -1)
+        best, at = totals.topk(self._num_proposals)
+        tokens, own = (t.view(num_groups, -1).gather(1, at) for t in (token_ids, logprobs.gather(1, token_ids)))
+        return torch.stack([best.double(), (at // num_candidates).double(), tokens.double(), own.double()], -1)
+
+    def _keep(self, beams: Sequence[Beam], window: int) -> None:
+        """Let slot s go on as beams[s], which continues a slot of its own group."""
+        num_beams = self._decoding.num_beams
+        parents = [slot - slot % num_beams + beam.parent for slot, beam in enumerate(beams)]
+        self._model.reorder(parents, window)
+        device = self._model.buffers.kv.device
+        slots = slice(len(beams))
+        newest = torch.tensor([beam.draft.token_ids[-1] for beam in beams], device=device)
+        self._model.buffers.token_ids[slots] = newest
+        self._model.buffers.beam_scores[slots] = torch.tensor([beam.score for beam in beams], device=device)
+        if self._process.needs_history:
+            self._model.remember(newest)
