@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import aiohttp
 from botocore import exceptions as botocore  # type: ignore[import-untyped]
+from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
 from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
@@ -93,9 +94,10 @@ def _code(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> int | None:
+    if isinstance(error, aiohttp.ClientError):  # a body cut short carries a code too, its parser's 400
+        return getattr(error, "status", None)
     status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
-    names = ("status", "status_code", "code")
-    found = [status, *(getattr(cause, name, None) for cause in _causes(error) for name in names)]
+    found = [status, *(getattr(cause, name, None) for cause in _causes(error) for name in ("status_code", "code"))]
     return next((value for value in found if isinstance(value, int) and 300 <= value < 600), None)
 
 
@@ -125,9 +127,8 @@ def _may_pass(error: BaseException, number: int | None) -> bool:
     if isinstance(error, aiohttp.ClientSSLError | aiohttp.TooManyRedirects):
         return False
     passing = (TimeoutError, asyncio.TimeoutError, ConnectionError, EOFError, aiohttp.ClientError)
-    return isinstance(error, (*passing, botocore.HTTPClientError, botocore.ResponseParserError)) or (
-        number in _TRANSIENT_ERRNO
-    )
+    stores = (botocore.HTTPClientError, botocore.ConnectionError, ResponseParserError)
+    return isinstance(error, (*passing, *stores)) or (number in _TRANSIENT_ERRNO)
 
 
 def _retry_after_s(error: BaseException) -> float:

@@ -72,7 +72,7 @@ def _freeze(input_path: str, config: InputConfig, writer: ListingWriter) -> Froz
     units, columns = build(selection, census.entries(kind), config, writer)
     frozen = Frozen(kind=kind, units=units, columns=columns, skipped=skipped)
     if frozen.num_images == 0:
-        raise InputError(f"{selection.shown} has no rows in its {len(units):,} files")
+        raise InputError(f"{selection.shown} has no rows; expected images, or URIs of them")
     return frozen
 
 

@@ -158,7 +158,7 @@ class Census:
             if kind is None or family not in taken[kind]:
                 label = family if family in ("hidden", "folder marker") else suffix or "without a suffix"
                 counts[label] += count
-        return dict(counts.most_common())
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def describe(skipped: Iterable[tuple[str, int]]) -> str:

@@ -122,8 +122,9 @@ class Store:
     def _walk(self, prefix: str) -> Iterator[Entry]:
         folder = prefix if prefix.endswith("/") else urls.parent(prefix)
         stem = prefix.removeprefix(folder).lstrip("/")
-        first = [entry for entry in self._children(folder) if urls.name(entry.url).startswith(stem)]
-        stack = [(iter(first), self._identity(folder))]
+        known = self._or_none(lambda: self._children(folder)) or []
+        first = [entry for entry in known if urls.name(entry.url).startswith(stem)]
+        stack = [(iter(first), self._identity(folder))] if first else []
         while stack:
             entry = next(stack[-1][0], None)
             if entry is None:

@@ -129,7 +129,7 @@ def resolve(uri: str, folder: str) -> str:
         return os.path.normpath(os.path.join(local_path(folder), uri))  # noqa: PTH118
     head, mark, tail = folder.partition("://")
     root, _, below = tail.partition("/")
-    return f"{head}{mark}{root}" + posixpath.normpath(f"/{below}/{uri}")
+    return f"{head}{mark}{root}/" + posixpath.normpath(f"/{below}/{uri}").lstrip("/")
 
 
 def has_braces(path: str) -> bool:
@@ -204,6 +204,6 @@ def shown(url: str) -> str:
 def host(url: str) -> str:
     """Return the host of an http(s) URL in lower case, without brackets; empty where there is none."""
     try:
-        return (urlsplit(url).hostname or "").lower()
+        return (urlsplit(url).hostname or "").lower().rstrip(".")
     except ValueError:
         return ""

@@ -85,7 +85,7 @@ class _Sample:
     texts: dict[str, bytes] = field(default_factory=dict)
 
     def row(self, unit: Unit, columns: Columns) -> Row:
-        image_id = f"{unit.name}/{self.image_name or self.key}"
+        image_id = f"{unit.name}/{self.image_name or self.key}".removesuffix("/")
         kept = tuple(self._kept(name) for name in columns.kept_from)
         if isinstance(self.image, bytes):
             return Row(self.position, image_id, data=self.image, kept=kept)

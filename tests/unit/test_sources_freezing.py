@@ -1,0 +1,325 @@
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captioner.config import InputConfig
+from captioner.errors import ConfigError, InputError
+from captioner.rows import source_schema, split_key
+from captioner.sources import freeze, listing, load_frozen, open_store, read_unit
+
+
+def _touch(folder, *names):
+    for name in names:
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return str(tmp_path / "out/_run")
+
+
+def _rows(frozen, run, config=InputConfig()):  # noqa: B008
+    tables = [t for unit in frozen.units for t in read_unit(unit, frozen.columns, config, run_folder=run)]
+    return pa.concat_tables(tables).to_pylist()
+
+
+def _uris(frozen, run, config=InputConfig()):  # noqa: B008
+    return [row["uri"] for row in _rows(frozen, run, config)]
+
+
+# -- folders, globs, files
+
+
+def test_a_folder_of_images_is_listed_recursively_and_the_rest_is_counted(tmp_path, run):
+    root = tmp_path / "in"
+    _touch(
+        root, "b.JPG", "a/x y.png", "a/plain", "notes.json", "c.txt", "d.txt", ".DS_Store", "_SUCCESS", "a/.git/x.jpg"
+    )
+    _touch(root, "__MACOSX/b.jpg", "photo.jpg?size=large", "_DSC0001.jpg")
+    frozen = freeze(str(root), InputConfig(), run)
+    names = ["_DSC0001.jpg", "a/plain", "a/x y.png", "b.JPG", "photo.jpg?size=large"]
+    assert _uris(frozen, run) == [f"{root}/{name}" for name in names]
+    assert frozen.kind == "files"
+    assert frozen.skipped == {"hidden": 4, ".txt": 2, ".json": 1}
+    assert frozen.num_images == 5
+
+
+def test_an_images_id_is_its_uri_and_its_key_its_place(tmp_path, run):
+    _touch(tmp_path / "in", "a.jpg", "b.jpg")
+    frozen = freeze(str(tmp_path / "in"), InputConfig(), run)
+    rows = _rows(frozen, run)
+    assert [row["image_id"] for row in rows] == [row["uri"] for row in rows]
+    assert [split_key(row["key"]) for row in rows] == [(0, 0), (0, 1)]
+    assert [(row["attempt"], row["reason"], row["data"]) for row in rows] == [(1, None, None)] * 2
+
+
+ODD_NAMES = [
+    "a b.jpg",
+    "ü.jpg",
+    "50%.jpg",
+    "%20.jpg",
+    "#1.jpg",
+    "q?.jpg",
+    "{a,b}.jpg",
+    "{1..2}.jpg",
+    "*.jpg",
+    "[x].jpg",
+]
+ODD_NAMES += ["a::b.jpg", "'\".jpg", "back\\slash.jpg", "line\nfeed.jpg", "~.jpg", "a+b&c=d.jpg", "..jpg.jpg"]
+
+
+def test_odd_names_in_a_folder_mean_themselves(tmp_path, run):
+    _touch(tmp_path / "in", *ODD_NAMES)
+    frozen = freeze(str(tmp_path / "in"), InputConfig(), run)
+    shown = {name for name in ODD_NAMES if not name.startswith(".")}
+    assert {Path(uri).name for uri in _uris(frozen, run)} == shown
+
+
+@pytest.mark.parametrize("name", [name for name in ODD_NAMES if not name.startswith("~")])
+def test_one_file_with_an_odd_name_is_taken_literally(tmp_path, run, name):
+    _touch(tmp_path / "in", name, "other.jpg", "a.jpg")
+    frozen = freeze(f"{tmp_path}/in/{name}", InputConfig(), run)
+    assert _uris(frozen, run) == [f"{tmp_path}/in/{name}"]
+
+
+def test_a_name_that_is_not_utf8_is_listed_too(tmp_path, run):
+    _touch(tmp_path / "in", "a.jpg", os.fsdecode(b"\xff.jpg"))
+    rows = _rows(freeze(str(tmp_path / "in"), InputConfig(), run), run)
+    assert [Path(row["image_id"]).name for row in rows] == ["a.jpg", r"\xff.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("*.jpg", ["a.jpg", "b.jpg"]),
+        ("?.jpg", ["a.jpg", "b.jpg"]),
+        ("[b-z].jpg", ["b.jpg"]),
+        ("**/*.jpg", ["a.jpg", "b.jpg", "sub/c.jpg"]),
+        ("*/c.*", ["sub/c.jpg"]),
+        ("sub/*", ["sub/c.jpg"]),
+        ("{a,sub/c}.jpg", ["a.jpg", "sub/c.jpg"]),
+        ("{a,gone}.jpg", ["a.jpg", "gone.jpg"]),
+        ("{s,t}ub/*.jpg", ["sub/c.jpg"]),
+        ("{sub,a.jpg}", ["sub/c.jpg", "a.jpg"]),
+        ("sub/c.dat", ["sub/c.dat"]),
+        ("**/*.dat", ["sub/c.dat"]),
+        ("sub/", ["sub/c.jpg"]),
+    ],
+)
+def test_globs_braces_and_single_files_select_what_they_say(tmp_path, run, path, names):
+    _touch(tmp_path / "in", "a.jpg", "b.jpg", "sub/c.jpg", "sub/c.dat", "d.json")
+    frozen = freeze(f"{tmp_path}/in/{path}", InputConfig(), run)
+    assert _uris(frozen, run) == [f"{tmp_path}/in/{name}" for name in names]
+
+
+def test_a_path_relative_to_the_working_folder_becomes_absolute(tmp_path, run, monkeypatch):
+    _touch(tmp_path / "in", "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert _uris(freeze("in", InputConfig(), run), run) == [f"{tmp_path}/in/a.jpg"]
+    assert _uris(freeze(f"file://{tmp_path}/in", InputConfig(), run), run) == [f"{tmp_path}/in/a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["a.jpg", "b.jpg", "meta.parquet"], "files"),
+        (["README", "LICENSE", "train.parquet"], "parquet"),
+        (["preview.png", "0.parquet", "1.parquet"], "parquet"),
+        (["a", "b"], "files"),
+    ],
+)
+def test_a_folder_is_what_most_of_its_files_are(tmp_path, run, names, kind):
+    _touch(tmp_path / "in", *(name for name in names if not name.endswith(".parquet")))
+    for name in names:
+        if name.endswith(".parquet"):
+            (tmp_path / "in").mkdir(exist_ok=True)
+            pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "in" / name)
+    frozen = freeze(str(tmp_path / "in"), InputConfig(), run)
+    assert frozen.kind == kind
+    assert Path(f"{run}/listing/part-000000.parquet").exists() == (kind == "files")
+
+
+def test_input_format_files_takes_every_suffix(tmp_path, run):
+    _touch(tmp_path / "in", "a.dat", "b.json", ".hidden")
+    frozen = freeze(str(tmp_path / "in"), InputConfig(input_format="files"), run)
+    assert _uris(frozen, run) == [f"{tmp_path}/in/a.dat", f"{tmp_path}/in/b.json"]
+
+
+# -- wrong and empty inputs
+
+
+def test_a_path_that_does_not_exist_is_an_error(tmp_path, run):
+    with pytest.raises(InputError, match=r"/nope does not exist; expected a file, a folder or prefix, a glob"):
+        freeze(str(tmp_path / "nope"), InputConfig(), run)
+
+
+def test_an_empty_folder_is_an_error(tmp_path, run):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(InputError, match=r"in/? is empty, or matches nothing; expected an image, a .tar or a .parquet"):
+        freeze(str(tmp_path / "in"), InputConfig(), run)
+
+
+def test_a_folder_without_images_says_what_is_there(tmp_path, run):
+    _touch(tmp_path / "in", "a.json", "b.json", "c.txt", ".x")
+    message = r"4 files, none an image, a .tar or a .parquet: .json x2, .txt x1, hidden x1; pass --input-format files"
+    with pytest.raises(InputError, match=message):
+        freeze(str(tmp_path / "in"), InputConfig(), run)
+    assert load_frozen(run) is None
+
+
+def test_a_glob_or_braces_that_match_nothing_are_errors(tmp_path, run):
+    with pytest.raises(InputError, match="matches nothing"):
+        freeze(f"{tmp_path}/*.jpg", InputConfig(), run)
+    with pytest.raises(InputError, match=r"none of its 3 names, from .*0.jpg on"):
+        freeze(f"{tmp_path}/{{0..2}}.jpg", InputConfig(), run)
+
+
+def test_columns_of_image_files_are_refused(tmp_path, run):
+    _touch(tmp_path / "in", "a.jpg")
+    with pytest.raises(ConfigError, match=r"--keep-columns, --id-column: .* is image files, which have no columns"):
+        freeze(str(tmp_path / "in"), InputConfig(keep_columns=("a",), id_column="b"), run)
+
+
+@pytest.mark.parametrize("name", ["width", "caption", "uri", "reason", "pixels", "run_id"])
+def test_a_kept_column_must_not_take_the_place_of_an_output_column(tmp_path, run, name):
+    with pytest.raises(ConfigError, match=f"is a column of the output; .* as --keep-columns {name}=input_{name}"):
+        freeze(str(tmp_path), InputConfig(keep_columns=(name,)), run)
+
+
+def test_credentials_in_the_input_are_refused_and_not_shown(run):
+    with pytest.raises(InputError) as caught:
+        freeze("https://me:secret@host/list.txt", InputConfig(), run)
+    assert "holds credentials" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+# -- lists of URIs
+
+
+def test_a_text_list_is_one_uri_a_line_beside_the_list(tmp_path, run):
+    (tmp_path / "list.txt").write_bytes(
+        b"\xef\xbb\xbfa b.jpg\r\n\n  s3://b/#1.jpg \n/abs.jpg\nhttps://u:p@h/x.jpg?sig=1\n"
+    )
+    rows = _rows(freeze(str(tmp_path / "list.txt"), InputConfig(), run), run)
+    uris = [f"{tmp_path}/a b.jpg", "s3://b/#1.jpg", "/abs.jpg", "https://u:p@h/x.jpg?sig=1"]
+    assert [row["uri"] for row in rows] == uris
+    assert [row["image_id"] for row in rows] == [*uris[:3], "https://***@h/x.jpg?sig=***"]
+
+
+def test_a_csv_list_keeps_columns_ids_and_rows_without_a_uri(tmp_path, run):
+    text = 'id,url,note\n1,a.jpg,"two\nlines"\n,b.jpg,\n3,,empty\n\n4,c.jpg\n'
+    (tmp_path / "list.csv").write_text(text)
+    config = InputConfig(id_column="id", keep_columns=("note=remark",))
+    frozen = freeze(str(tmp_path / "list.csv"), config, run)
+    rows = _rows(frozen, run, config)
+    assert [row["image_id"] for row in rows] == ["1", f"{tmp_path}/b.jpg", "3", "4"]
+    assert [row["remark"] for row in rows] == ["two\nlines", "", "empty", ""]
+    assert [(row["uri"] is None, row["reason"]) for row in rows] == [(False, None)] * 2 + [
+        (True, "empty"),
+        (False, None),
+    ]
+    assert frozen.columns.kept == (pa.field("remark", pa.string()),)
+
+
+def test_a_csv_without_a_column_of_uris_lists_its_columns(tmp_path, run):
+    (tmp_path / "list.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"no column that can be the image; .*Columns: a: string, b: string"):
+        freeze(str(tmp_path / "list.csv"), InputConfig(), run)
+
+
+def test_a_broken_csv_names_the_line(tmp_path, run):
+    (tmp_path / "list.csv").write_text("url\na.jpg\n" + '"' + "x" * 200_000)
+    with pytest.raises(InputError, match=r"list.csv, line 3: field larger than field limit"):
+        freeze(str(tmp_path / "list.csv"), InputConfig(), run)
+
+
+def test_columns_of_a_text_list_are_refused(tmp_path, run):
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    with pytest.raises(InputError, match=r"is a plain list; columns can only be taken from .csv or .parquet"):
+        freeze(str(tmp_path / "list.txt"), InputConfig(id_column="id"), run)
+
+
+def test_a_folder_of_lists_needs_to_be_called_one(tmp_path, run):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.txt").write_text(f"/{name}.jpg\n")
+    frozen = freeze(str(tmp_path / "in"), InputConfig(input_format="list"), run)
+    assert _uris(frozen, run) == ["/a.jpg", "/b.jpg"]
+    assert _uris(freeze(f"{tmp_path}/in/*.txt", InputConfig(), run), run) == ["/a.jpg", "/b.jpg"]
+
+
+def test_an_empty_list_is_an_error(tmp_path, run):
+    (tmp_path / "list.txt").write_text("\n\n")
+    with pytest.raises(InputError, match="has no rows"):
+        freeze(str(tmp_path / "list.txt"), InputConfig(), run)
+
+
+# -- the frozen listing
+
+
+def test_what_is_frozen_is_loaded_again(tmp_path, run):
+    (tmp_path / "list.csv").write_text("url,a\nx.jpg,1\n")
+    config = InputConfig(keep_columns=("a",))
+    assert load_frozen(run) is None
+    frozen = freeze(str(tmp_path / "list.csv"), config, run)
+    assert load_frozen(run) == frozen
+    table = next(read_unit(frozen.units[0], frozen.columns, config, run_folder=run))
+    assert table.schema == source_schema(frozen.columns.kept)
+
+
+def test_a_listing_has_parts_and_tells_its_progress(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(listing, "ROWS_PER_LISTING", 3)
+    _touch(tmp_path / "in", *(f"{number}.jpg" for number in range(7)))
+    told = []
+    frozen = freeze(str(tmp_path / "in"), InputConfig(), run, on_progress=told.append)
+    assert [(unit.ordinal, unit.num_rows) for unit in frozen.units] == [(0, 3), (1, 3), (2, 1)]
+    assert told == [3, 6, 7]
+    assert [split_key(row["key"]) for row in _rows(frozen, run)][3:5] == [(1, 0), (1, 1)]
+
+
+def test_an_interrupted_freeze_is_not_taken_for_a_whole_one_and_leaves_nothing_behind(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(listing, "ROWS_PER_LISTING", 2)
+    _touch(tmp_path / "in", *(f"{number}.jpg" for number in range(9)))
+
+    def stop(num_so_far):
+        if num_so_far >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        freeze(str(tmp_path / "in"), InputConfig(), run, on_progress=stop)
+    assert load_frozen(run) is None
+    assert len(list(Path(f"{run}/listing").iterdir())) == 3
+    for number in range(2, 9):
+        (tmp_path / "in" / f"{number}.jpg").unlink()
+    frozen = freeze(str(tmp_path / "in"), InputConfig(), run)
+    assert len(_uris(frozen, run)) == 2
+    assert [path.name for path in Path(f"{run}/listing").iterdir()] == ["part-000000.parquet"]
+
+
+def test_freezing_twice_gives_the_same(tmp_path, run):
+    _touch(tmp_path / "in", *(f"{number % 7}/{number}.jpg" for number in range(50)))
+    first = freeze(str(tmp_path / "in"), InputConfig(), run)
+    keys = {row["key"]: row["uri"] for row in _rows(first, run)}
+    assert {row["key"]: row["uri"] for row in _rows(freeze(str(tmp_path / "in"), InputConfig(), run), run)} == keys
+
+
+def test_credentials_are_not_written_down_with_the_units(tmp_path, run):
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    freeze(str(tmp_path / "list.txt"), InputConfig(storage_options={"secret": "do-not-tell"}), run)
+    written = b"".join(path.read_bytes() for path in Path(run).rglob("*") if path.is_file())
+    assert b"do-not-tell" not in written
+
+
+def test_memory_works_as_any_other_store(run):
+    store = open_store("memory://in")
+    store.write_atomic("memory://in-freezing/a b.jpg", b"1")
+    store.write_atomic("memory://in-freezing/sub/c.jpg", b"1")
+    assert _uris(freeze("memory://in-freezing", InputConfig(), run), run) == [
+        "memory://in-freezing/a b.jpg",
+        "memory://in-freezing/sub/c.jpg",
+    ]

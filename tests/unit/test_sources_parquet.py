@@ -1,0 +1,295 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captioner.config import InputConfig
+from captioner.errors import InputError, JobError
+from captioner.rows import source_schema, split_key
+from captioner.sources import Limits, blocks, freeze, read_unit
+from captioner.sources.faults import Fault, StoreError
+from captioner.sources.store import SteadyFile
+
+
+@pytest.fixture
+def run(tmp_path):
+    return str(tmp_path / "out/_run")
+
+
+def _write(path, table, **options):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), path, **options)
+    return str(path)
+
+
+def _tables(path, run, config=InputConfig(), **options):  # noqa: B008
+    frozen = freeze(str(path), config, run)
+    return [t for unit in frozen.units for t in read_unit(unit, frozen.columns, config, run_folder=run, **options)]
+
+
+def _rows(*args, **options):
+    tables = _tables(*args, **options)
+    return pa.concat_tables(tables).to_pylist() if tables else []
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary(2), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
+)
+def test_a_column_of_bytes_is_the_image_whatever_its_layout(tmp_path, run, kind):
+    images = pa.array([b"aa", b"bb", None, b"aa"], pa.binary()).cast(kind)
+    path = _write(tmp_path / "t.parquet", {"id": [1, 2, 3, 4], "image": images})
+    rows = _rows(path, run)
+    assert [row["data"] for row in rows] == [b"aa", b"bb", None, b"aa"]
+    assert [row["image_id"] for row in rows] == [f"t.parquet#{n}" for n in range(4)]
+    assert (rows[2]["reason"], rows[2]["detail"]) == ("empty", "null in column image")
+
+
+def test_hugging_faces_struct_gives_its_bytes_or_else_its_path(tmp_path, run):
+    images = [
+        {"bytes": b"a", "path": "a.jpg"},
+        {"bytes": None, "path": "sub/b.jpg"},
+        {"bytes": None, "path": "s3://b/c.jpg"},
+        {"bytes": b"", "path": None},
+        {"bytes": None, "path": None},
+        None,
+    ]
+    rows = _rows(_write(tmp_path / "t.parquet", {"image": images, "label": range(6)}), run)
+    assert [row["data"] for row in rows] == [b"a", None, None, None, None, None]
+    assert [row["uri"] for row in rows] == [None, f"{tmp_path}/sub/b.jpg", "s3://b/c.jpg", None, None, None]
+    assert [row["reason"] for row in rows] == [None, None, None, "empty", "empty", "empty"]
+    ids = ["a.jpg", "sub/b.jpg", "s3://b/c.jpg", "t.parquet#3", "t.parquet#4", "t.parquet#5"]
+    assert [row["image_id"] for row in rows] == ids
+
+
+def test_a_column_of_uris_is_followed_from_the_tables_own_folder(tmp_path, run):
+    table = {"url": ["a b.jpg", "https://u:p@h/x.jpg", "", None], "text": ["1", "2", "3", "4"]}
+    rows = _rows(_write(tmp_path / "t.parquet", table), run)
+    assert [row["uri"] for row in rows] == [f"{tmp_path}/a b.jpg", "https://u:p@h/x.jpg", None, None]
+    assert [row["image_id"] for row in rows] == ["a b.jpg", "https://***@h/x.jpg", "t.parquet#2", "t.parquet#3"]
+    assert [row["reason"] for row in rows] == [None, None, "empty", "empty"]
+
+
+def test_a_null_id_falls_back_and_equal_ids_stay_apart_by_their_keys(tmp_path, run):
+    path = _write(tmp_path / "t.parquet", {"image": [b"a", b"b", b"c"], "n": [7, None, 7]})
+    rows = _rows(path, run, InputConfig(id_column="n"))
+    assert [row["image_id"] for row in rows] == ["7", "t.parquet#1", "7"]
+    assert [split_key(row["key"]) for row in rows] == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_kept_columns_keep_type_and_order_and_take_their_new_names(tmp_path, run):
+    table = pa.table(
+        {
+            "image": [b"a", b"b"],
+            "tags": [["x"], None],
+            "score": pa.array([0.5, None], pa.float32()),
+            "kind": pa.array(["p", "q"]).dictionary_encode(),
+            "void": pa.nulls(2),
+        }
+    )
+    config = InputConfig(keep_columns=("kind", "score=clip", "tags", "void"))
+    tables = _tables(_write(tmp_path / "t.parquet", table), run, config)
+    kept = [("kind", pa.string()), ("clip", pa.float32()), ("tags", pa.list_(pa.string())), ("void", pa.string())]
+    assert tables[0].schema == source_schema([pa.field(*field) for field in kept])
+    assert [list(row.values())[-4:] for row in tables[0].to_pylist()] == [
+        ["p", 0.5, ["x"], None],
+        ["q", None, None, None],
+    ]
+
+
+def test_kept_columns_of_several_tables_get_a_type_that_holds_them_all(tmp_path, run):
+    _write(tmp_path / "in/0.parquet", {"image": [b"a"], "n": pa.array([1], pa.int32()), "s": ["x"]})
+    _write(tmp_path / "in/1.parquet", {"image": [b"b"], "n": pa.array([2**40], pa.int64())})
+    rows = _rows(tmp_path / "in", run, InputConfig(keep_columns=("n", "s")))
+    assert [(row["n"], row["s"]) for row in rows] == [(1, "x"), (2**40, None)]
+
+
+def test_kept_columns_that_no_type_holds_are_an_error_that_names_both(tmp_path, run):
+    _write(tmp_path / "in/0.parquet", {"image": [b"a"], "n": [1]})
+    _write(tmp_path / "in/1.parquet", {"image": [b"b"], "n": ["x"]})
+    with pytest.raises(InputError, match=r"n is int64 in 0.parquet and string in 1.parquet; leave it out"):
+        freeze(str(tmp_path / "in"), InputConfig(keep_columns=("n",)), run)
+
+
+def test_a_table_without_the_image_column_is_one_reject(tmp_path, run):
+    _write(tmp_path / "in/0.parquet", {"image": [b"a"]})
+    _write(tmp_path / "in/1.parquet", {"label": [1, 2, 3]})
+    rows = _rows(tmp_path / "in", run)
+    assert [(row["image_id"], row["reason"]) for row in rows] == [("0.parquet#0", None), ("1.parquet", "unsupported")]
+    assert rows[1]["detail"] == "no column image, as other files have; columns: label"
+
+
+# -- which column
+
+
+@pytest.mark.parametrize(
+    ("columns", "config", "message"),
+    [
+        (
+            {"a": [1], "b": ["x"]},
+            {},
+            r"no column that can be the image; name one with --image-column. Columns: a",
+        ),
+        ({"a": [b"1"], "b": [b"2"]}, {}, r"several columns that can be the image.*Candidates: a: binary, b: binary"),
+        ({"url": ["1"], "path": ["2"]}, {}, r"several columns.*Candidates: url: string, path: string"),
+        (
+            {"image": [b"1"]},
+            {"image_column": "imege"},
+            r"imege: .* no such column. Did you mean image\?",
+        ),
+        ({"a": [[b"1"]]}, {"image_column": "a"}, r"is list<.*>; expected binary, struct<bytes, path> or a string"),
+        ({"a": [{"x": 1}]}, {"image_column": "a"}, r"is struct<x: int64>; expected binary"),
+        ({"image": [b"1"], "uid": [1]}, {"id_column": "id"}, r"--id-column id: .* no such column. Did you mean uid\?"),
+        ({"image": [b"1"], "id": [[1]]}, {"id_column": "id"}, r"--id-column id of .* is list<.*>; expected a string"),
+        ({"image": [b"1"], "text": ["x"]}, {"keep_columns": ("txt",)}, r"--keep-columns txt: .* Did you mean text\?"),
+    ],
+)
+def test_a_column_that_cannot_be_chosen_is_an_error_with_the_columns(tmp_path, run, columns, config, message):
+    path = _write(tmp_path / "t.parquet", columns)
+    with pytest.raises(InputError, match=message):
+        freeze(path, InputConfig(**config), run)
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen"),
+    [
+        ({"jpg": [b"1"], "url": ["x"]}, "jpg"),
+        ({"Image_URL": ["x"], "caption": ["y"]}, "Image_URL"),
+        ({"anything": ["x"]}, "anything"),
+        ({"a.b": [b"1"], "c": [1]}, "a.b"),
+    ],
+)
+def test_the_only_column_that_can_be_an_image_is_it(tmp_path, run, columns, chosen):
+    path = _write(tmp_path / "t.parquet", columns)
+    frozen = freeze(path, InputConfig(), run)
+    assert frozen.columns.image == chosen
+    assert len(_rows(path, run)) == 1
+
+
+# -- blocks, resume, limits
+
+
+def test_blocks_hold_no_more_rows_and_bytes_than_they_may(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(blocks, "MAX_BLOCK_BYTES", 100_000)
+    images = [b"x" * size for size in [10] * 700 + [40_000] * 20 + [300_000, 10, 10]]
+    path = _write(tmp_path / "t.parquet", {"image": images}, row_group_size=100)
+    tables = _tables(path, run, limits=Limits(rows_per_block=256))
+    assert [value for table in tables for value in table["data"].to_pylist()] == images
+    assert [table.num_rows for table in tables][:2] == [200, 200]  # of three row groups, the third would be too many
+    assert all(table.nbytes <= 100_000 or table.num_rows == 1 for table in tables)
+    keys = [key for table in tables for key in table["key"].to_pylist()]
+    assert keys == list(range(723))
+
+
+def test_done_rows_are_left_out_and_their_row_groups_are_not_read(tmp_path, run, monkeypatch):
+    path = _write(tmp_path / "t.parquet", {"image": [bytes([n]) * 50_000 for n in range(40)]}, row_group_size=10)
+    frozen = freeze(path, InputConfig(), run)
+    read = []
+    plain = SteadyFile.read
+    monkeypatch.setattr(SteadyFile, "read", lambda self, size=-1: read.append(size) or plain(self, size))
+    done = np.ones(35, dtype=bool)
+    done[[3, 31]] = False
+    tables = list(read_unit(frozen.units[0], frozen.columns, InputConfig(), run_folder=run, done=done))
+    keys = [key for table in tables for key in table["key"].to_pylist()]
+    assert keys == [3, 31, 35, 36, 37, 38, 39]
+    assert sum(read) < 1_200_000  # two groups of four, half a megabyte each
+
+
+def test_reading_stops_where_it_is_told(tmp_path, run):
+    path = _write(tmp_path / "t.parquet", {"image": [bytes([n]) for n in range(30)]}, row_group_size=10)
+    assert [row["key"] for row in _rows(path, run, limits=Limits(stop_at=13))] == list(range(13))
+
+
+def test_an_image_larger_than_allowed_is_a_reject_and_not_held(tmp_path, run):
+    path = _write(tmp_path / "t.parquet", {"image": [b"x" * 11, b"x" * 10]})
+    rows = _rows(path, run, limits=Limits(max_image_bytes=10))
+    assert [(row["reason"], row["data"]) for row in rows] == [("too_large", None), (None, b"x" * 10)]
+    assert rows[0]["detail"] == "11 bytes; --max-image-bytes is 10"
+
+
+# -- what is broken
+
+
+def test_an_unreadable_table_among_good_ones_is_one_reject(tmp_path, run):
+    _write(tmp_path / "in/0.parquet", {"image": [b"a"]})
+    (tmp_path / "in/1.parquet").write_bytes(b"not a table at all")
+    (tmp_path / "in/2.parquet").write_bytes(b"")
+    rows = _rows(tmp_path / "in", run)
+    assert [(row["image_id"], row["reason"]) for row in rows[1:]] == [
+        ("1.parquet", "corrupt"),
+        ("2.parquet", "corrupt"),
+    ]
+    assert "not a Parquet file" in rows[1]["detail"]
+
+
+def test_tables_that_are_all_unreadable_are_an_error(tmp_path, run):
+    (tmp_path / "0.parquet").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"none of its 1 files can be read; the first is corrupt: not a Parquet file"):
+        freeze(str(tmp_path / "0.parquet"), InputConfig(), run)
+
+
+def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path, run):
+    images = [np.random.default_rng(n).bytes(1000) for n in range(30)]
+    path = _write(
+        tmp_path / "t.parquet", {"image": images}, row_group_size=10, use_dictionary=False, compression="none"
+    )
+    frozen = freeze(path, InputConfig(), run)
+    data = bytearray(Path(path).read_bytes())
+    offset = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data[offset : offset + 40] = b"\xff" * 40
+    Path(path).write_bytes(data)
+    tables = list(read_unit(frozen.units[0], frozen.columns, InputConfig(), run_folder=run))
+    rows = pa.concat_tables(tables).to_pylist()
+    assert [row["key"] for row in rows] == list(range(30))
+    assert [row["reason"] for row in rows] == [None] * 10 + ["corrupt"] * 10 + [None] * 10
+    assert "row group 1" in rows[10]["detail"]
+
+
+def test_a_table_that_changed_since_it_was_frozen_stops_the_job(tmp_path, run):
+    path = _write(tmp_path / "t.parquet", {"image": [b"a"]})
+    frozen = freeze(path, InputConfig(), run)
+    _write(path, {"image": [b"a", b"b"]})
+    with pytest.raises(JobError, match=r"t.parquet changed since the job began: it has 2 rows .* not 1 .* new output"):
+        list(read_unit(frozen.units[0], frozen.columns, InputConfig(), run_folder=run))
+
+
+def test_a_table_that_is_gone_gives_a_reject_for_each_row(tmp_path, run):
+    path = _write(tmp_path / "t.parquet", {"image": [b"a", b"b"]})
+    frozen = freeze(path, InputConfig(), run)
+    Path(path).unlink()
+    tables = list(read_unit(frozen.units[0], frozen.columns, InputConfig(), run_folder=run))
+    assert [row["reason"] for row in pa.concat_tables(tables).to_pylist()] == ["missing", "missing"]
+
+
+def test_a_store_that_stops_delivering_leaves_the_rest_for_another_run(tmp_path, run, monkeypatch):
+    path = _write(tmp_path / "t.parquet", {"image": [bytes([n]) * 1000 for n in range(30)]}, row_group_size=10)
+    frozen = freeze(path, InputConfig(), run)
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
+    plain = SteadyFile._read_once
+
+    def fail(self, wanted):
+        if start <= self._position < start + 100:
+            raise StoreError(Fault("fetch_failed", "HTTP 503"))
+        return plain(self, wanted)
+
+    monkeypatch.setattr(SteadyFile, "_read_once", fail)
+    tables = list(read_unit(frozen.units[0], frozen.columns, InputConfig(), run_folder=run))
+    rows = pa.concat_tables(tables).to_pylist()
+    assert [row["key"] for row in rows] == list(range(30))
+    assert [row["reason"] for row in rows] == [None] * 10 + ["fetch_failed"] * 20
+    assert rows[10]["detail"] == "HTTP 503"
+
+
+def test_a_table_without_rows_is_an_error_alone_and_nothing_beside_others(tmp_path, run):
+    _write(tmp_path / "in/0.parquet", {"image": pa.array([], pa.binary())})
+    with pytest.raises(InputError, match="has no rows"):
+        freeze(str(tmp_path / "in"), InputConfig(), run)
+    _write(tmp_path / "in/1.parquet", {"image": [b"a"]})
+    assert [split_key(row["key"]) for row in _rows(tmp_path / "in", run)] == [(1, 0)]
+
+
+def test_braces_name_tables_and_one_that_is_missing_is_a_reject(tmp_path, run):
+    _write(tmp_path / "t-0.parquet", {"image": [b"a"]})
+    rows = _rows(f"{tmp_path}/t-{{0..1}}.parquet", run)
+    assert [(row["image_id"], row["reason"]) for row in rows] == [("t-0.parquet#0", None), ("t-1.parquet", "missing")]
