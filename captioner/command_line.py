@@ -35,12 +35,12 @@ def run(
     try:
         summary = job(parse(config_type, sys.argv[1:] if arguments is None else arguments))
     except CaptionerError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where this one stopped", file=sys.stderr)  # noqa: T201
+        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         return 1
-    print(json.dumps(summary), flush=True)  # noqa: T201
+    print(json.dumps(summary), flush=True)
     return 0 if summary.get("ok", True) else 1
 
 

@@ -10,46 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from captioner import demo
 from captioner.config import CaptionJobConfig, InputConfig
 from captioner.errors import ConfigError
 from captioner.model.bundle import BundleDescription, describe
 from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
-from captioner.sources import Frozen, Unit, count_images, freeze, load_counts, load_frozen
+from captioner.slices import Slice, SliceReader, cut
+from captioner.sources import Frozen, count_images, freeze, load_counts, load_frozen
 from captioner.sources.urls import absolute, redact, scheme
 from captioner.tables import CaptionTable, Done
 
-__all__ = ["Plan", "Slice", "output_options", "plan_job"]
+__all__ = ["Plan", "output_options", "plan_job"]
 
 _PART_ROWS = (256, 16_384)  # fewest and most rows of a part by default
 _PARTS = 64  # parts of a job whose size lies between: a crash costs at most this share of the work
-_BLOCK_ROWS = 256  # images of one decode task
-_LIGHT_ROW_BYTES = 4096  # a Parquet row below this holds a URI, not an image, so that many fit one block
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """Rows of one unit that one read task reads: positions `start` to `stop`, less those that are done."""
-
-    unit: Unit
-    start: int = 0
-    stop: int | None = None
-    """First position that is not to be read; None for the unit's end."""
-
-    done: np.ndarray | None = None
-    """bool[N], true where position start + n is not to be read; further ones are. None: nothing is done."""
-
-    attempts: Mapping[int, int]
-    """Position -> attempts so far, of rows that failed before."""
-
-    @property
-    def num_left(self) -> int | None:
-        """Rows to read; None when nobody has counted the unit."""
-        if self.stop is None:
-            return None
-        return self.stop - self.start - (0 if self.done is None else int(self.done.sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +53,23 @@ class Plan:
         fewest, most = _PART_ROWS
         return most if self.num_left is None else min(most, max(fewest, math.ceil(self.num_left / _PARTS)))
 
+    @property
+    def reader(self) -> SliceReader:
+        """What reads the slices, in any process."""
+        return SliceReader(
+            config=self.config,
+            columns=self.frozen.columns,
+            run_folder=self.table.run_folder,
+            output_options=output_options(self.config),
+        )
+
     def lines(self) -> Iterator[str]:
         """Yield the plan as people read it."""
         counted = "unknown until its tars are read" if self.frozen.num_images is None else f"{self.frozen.num_images:,}"
         skipped = ", ".join(f"{count:,} {kind}" for kind, count in self.frozen.skipped.items())
         yield f"input     {redact(self.config.input_path)} ({self.frozen.kind})"
         yield f"images    {counted} in {len(self.frozen.units):,} units" + (f"; left out: {skipped}" if skipped else "")
-        yield f"model     {self.model}"
+        yield f"model     {self.model.summary}"
         yield f"output    {redact(self.table.url)}"
         yield f"done      {self.done.num_captioned:,} captioned, {self.done.num_failed:,} failed for good"
         left = "unknown" if self.num_left is None else f"{self.num_left:,}"
@@ -179,36 +163,14 @@ def _slices(frozen: Frozen, done: Done, access: InputConfig) -> tuple[list[Slice
     for unit in frozen.units:
         stop = unit.num_rows
         if left is not None:
-            stop = min(left, count_images(unit, access) if stop is None else stop)
+            stop = min(left, count_images(unit, frozen.columns, access) if stop is None else stop)
             left -= stop
         finished = done.keys.positions(unit.ordinal, stop)
         num_skipped += int(finished.sum())
-        slices += _cut(unit, stop, finished, attempts.get(unit.ordinal, {}))
+        slices += cut(unit, stop, finished, attempts.get(unit.ordinal, {}))
         if left == 0:
             break
     return slices, num_skipped
-
-
-def _cut(unit: Unit, stop: int | None, finished: np.ndarray, attempts: Mapping[int, int]) -> Iterator[Slice]:
-    """Yield the slices of one unit that have rows left."""
-    if stop is None:
-        yield Slice(unit=unit, done=finished if finished.any() else None, attempts=attempts)
-        return
-    step = _slice_rows(unit) or max(stop, 1)
-    for start in range(0, stop, step):
-        end = min(stop, start + step)
-        here = finished[start:end]
-        tried = {position: attempts[position] for position in attempts if start <= position < end}
-        if not here.all():
-            yield Slice(unit=unit, start=start, stop=end, done=here if here.any() else None, attempts=tried)
-
-
-def _slice_rows(unit: Unit) -> int | None:
-    """Return how many rows of a unit one task reads; None for all, where to skip rows would mean to read them."""
-    if unit.kind == "listing":
-        return _BLOCK_ROWS
-    is_light = unit.kind == "parquet" and unit.num_rows and (unit.size_bytes or 0) / unit.num_rows < _LIGHT_ROW_BYTES
-    return 8 * _BLOCK_ROWS if is_light else None
 
 
 def _by_unit(attempts: Mapping[int, int]) -> dict[int, dict[int, int]]:

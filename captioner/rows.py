@@ -11,9 +11,10 @@ A row that failed carries `reason` and `detail` from the step where it failed to
 columns that a user keeps (`--keep-columns`) travel after the named ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import pyarrow as pa
 
@@ -26,6 +27,7 @@ __all__ = [
     "FinishReason",
     "Reject",
     "RejectReason",
+    "build_table",
     "captioned_schema",
     "captions_schema",
     "decoded_schema",
@@ -130,6 +132,17 @@ def captioned_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
 def captions_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
     """Return the columns of `captions/part-*.parquet`, `kept` between the fixed columns and `run_id`."""
     return pa.schema([*_IDENTITY, *_required(_CAPTION), *_required(_SIZE), _CANDIDATES, *kept, _RUN])
+
+
+def build_table(schema: pa.Schema, rows: pa.Table, made: Mapping[str, Any]) -> pa.Table:
+    """Return a table of `schema`: the columns that were made, as lists or Arrow arrays, and the others from `rows`."""
+    return pa.table([_column(made.get(field.name), rows, field) for field in schema], schema)
+
+
+def _column(values: Any, rows: pa.Table, field: pa.Field) -> Any:
+    if values is None:
+        return rows.column(field.name)
+    return values if isinstance(values, pa.Array) else pa.array(values, field.type)
 
 
 SOURCE = source_schema()

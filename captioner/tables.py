@@ -234,6 +234,13 @@ class CaptionTable:
         ]
         return sum(int(name[-2]) for name in names if "-".join(name[1:-2]) == run_id)
 
+    def sample(self, num_rows: int) -> list[dict[str, Any]]:
+        """Return `image_id` and `caption` of the first rows of the table's first part."""
+        for part in self._parts("captions")[:1]:
+            rows = self._read_part(part, ["image_id", "caption"])
+            return [] if rows is None else rows.slice(0, num_rows).to_pylist()
+        return []
+
     # Proof
 
     def audit(self, unit_rows: Mapping[int, int | None]) -> Audit:

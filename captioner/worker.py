@@ -1,6 +1,5 @@
-"""The two workers of a caption job, and the captioner that a notebook uses; plain classes, tested without Ray.
+"""The model worker of a caption job, and the captioner that a notebook uses; plain classes, tested without Ray.
 
-    DecodeWorker    source rows -> decoded rows: fetches and decodes on CPUs
     CaptionWorker   decoded rows -> captioned rows: CLIP, projector and LLaMA on one device
     Captioner       images -> captions, in this process
 
@@ -9,6 +8,7 @@ those of one CaptionWorker share one decoding engine, so that its slots stay ful
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,13 @@ import torch
 from PIL import Image
 
 from captioner.config import CaptionJobConfig, DecodingConfig, ImageConfig, ModelConfig
-from captioner.decoding import Dispatcher, Generation, Request
+from captioner.decoding import Engine, Generation, Hypothesis, Request
 from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.model.bundle import load
 from captioner.model.caption_model import CaptionModel
-from captioner.rows import Reject, RejectReason, captioned_schema, decoded_schema
-from captioner.sources import Fetcher
+from captioner.rows import Reject, build_table, captioned_schema
 
-__all__ = ["Caption", "CaptionWorker", "Captioner", "DecodeWorker", "image_seed"]
+__all__ = ["Caption", "CaptionWorker", "Captioner", "image_seed"]
 
 ImageLike = Image.Image | bytes | str | Path
 _ENCODE_ROWS = {"cpu": 8, "cuda": 64}  # always as many, so that no image depends on how many came with it
@@ -36,7 +35,7 @@ _ENCODE_ROWS = {"cpu": 8, "cuda": 64}  # always as many, so that no image depend
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """One caption with its scores; `candidates` are all captions of the image, best first, if several were asked for."""
+    """One caption with its scores; `candidates` are all captions of the image, best first, if several were wanted."""
 
     caption: str
     num_tokens: int
@@ -68,7 +67,15 @@ class Captioner:
         self.decoding = decoding or DecodingConfig()
         self._decoder = Decoder(Preprocessing.from_config(model.preprocessing), image or ImageConfig())
         self._encode_rows = _ENCODE_ROWS.get(model.device.type, 8)
-        self._dispatcher = _dispatcher(model, self.decoding, slots)
+        self._lock = threading.Lock()
+        self._engine = Engine(
+            model.llama,
+            decoding=self.decoding,
+            eos_token_ids=model.eos_token_ids,
+            shared_prefix=model.prompt_embeddings(),
+            prefix_len=model.num_prompt_tokens - len(model.template.prefix_ids),
+            slots=32 if slots == "auto" else int(slots),
+        )
 
     @classmethod
     def from_bundle(
@@ -78,7 +85,7 @@ class Captioner:
         *,
         image: ImageConfig | None = None,
         slots: str = "auto",
-        storage_options: Mapping[str, Any] | None = None,
+        storage_options: dict[str, object] | None = None,
     ) -> "Captioner":
         """Return a captioner of a bundle or LLaVA checkpoint. Raises BundleError for what cannot be loaded."""
         config = ModelConfig(model=model) if isinstance(model, str) else model
@@ -118,9 +125,11 @@ class Captioner:
             ids = image_ids[start : start + self._encode_rows]
             embeds = self._encode(pixels[start : start + self._encode_rows])
             seeds = [image_seed(self.decoding.seed, image_id) for image_id in ids]
-            requests = [Request(id=row, prefix=embeds[row], seed=seed) for row, seed in enumerate(seeds)]
-            tickets.append(self._dispatcher.submit(requests))  # LLaMA writes these while CLIP looks at the next
-        return [self._caption(found) for ticket in tickets for found in ticket.result()]
+            requests = [Request(id=start + row, prefix=embeds[row], seed=seed) for row, seed in enumerate(seeds)]
+            tickets += requests
+        with self._lock:
+            found = {generation.id: generation for generation in self._engine.generate(tickets)}
+        return [self._caption(found[row]) for row in range(len(tickets))]
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return float[B, P, D]; CLIP always sees the same number of images, the missing ones black."""
@@ -128,69 +137,29 @@ class Captioner:
         padded = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
         return self.model.request_embeddings(self.model.encode(padded))[: len(pixels)]
 
-    def _caption(self, found: Sequence[Generation]) -> Caption:
-        candidates = tuple(self._one(generation) for generation in found)
+    def _caption(self, found: Generation) -> Caption:
+        candidates = tuple(self._one(hypothesis) for hypothesis in found.hypotheses)
         best = candidates[0]
         return Caption(**{**vars(best), "candidates": candidates if len(candidates) > 1 else ()})
 
-    def _one(self, generation: Generation) -> Caption:
-        text = self.model.text(list(generation.token_ids))
+    def _one(self, hypothesis: Hypothesis) -> Caption:
         return Caption(
-            caption=_before_stop(text, self.decoding.stop),
-            num_tokens=len(generation.token_ids),
-            finish_reason=generation.finish_reason,
-            mean_logprob=generation.mean_logprob,
-            min_logprob=generation.min_logprob,
+            caption=self.model.text(list(hypothesis.token_ids)),
+            num_tokens=len(hypothesis.token_ids),
+            finish_reason=hypothesis.finish_reason,
+            mean_logprob=hypothesis.mean_logprob,
+            min_logprob=hypothesis.min_logprob,
         )
 
     def close(self) -> None:
         """End the engine's thread; calls that wait fail with EngineError."""
-        self._dispatcher.close()
+        self._decoder.close()
 
 
 def image_seed(seed: int, image_id: str) -> int:
     """Return the int64 seed of an image's draws: the same wherever and whenever it is captioned."""
     digest = hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-class DecodeWorker:
-    """Fetches and decodes on CPUs. `preprocessing` is CLIP's own preprocessor config; `kept` the user's columns."""
-
-    def __init__(
-        self, config: CaptionJobConfig, preprocessing: Mapping[str, Any], kept: Sequence[pa.Field] = ()
-    ) -> None:
-        self._fetcher = Fetcher(config.input_path, config.input, config.image)
-        self._decoder = Decoder(Preprocessing.from_config(preprocessing), config.image)
-        self._schema = decoded_schema(self._decoder.preprocessing.size, kept)
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return rows of `rows.decoded_schema` for rows of `rows.source_schema`. Never raises for an image."""
-        sources = self._sources(rows)
-        outcomes = [source if isinstance(source, Reject) else self._decoder.decode(source) for source in sources]
-        sizes = [None if isinstance(source, Reject) else len(source) for source in sources]
-        made = {
-            "reason": [_if_reject(outcome, "reason") for outcome in outcomes],
-            "detail": [_if_reject(outcome, "detail") for outcome in outcomes],
-            "pixels": _pixel_array(outcomes, self._schema.field("pixels").type),
-            "width": [_if_decoded(outcome, "width") for outcome in outcomes],
-            "height": [_if_decoded(outcome, "height") for outcome in outcomes],
-            "size_bytes": sizes,
-        }
-        return _table(self._schema, rows, made)
-
-    def _sources(self, rows: pa.Table) -> list[bytes | Reject]:
-        """Return each row's bytes, fetched if it has only a URI, or why there are none."""
-        uris = rows.column("uri").to_pylist()
-        fetched = iter(self._fetcher.fetch([uri for uri in uris if uri is not None]))
-        columns = (rows.column(name) for name in ("data", "reason", "detail"))
-        found: list[bytes | Reject] = []
-        for uri, data, reason, detail in zip(uris, *columns, strict=True):
-            if reason.is_valid:
-                found.append(Reject(RejectReason(reason.as_py()), detail.as_py()))
-            else:
-                found.append(data.as_py() if uri is None else next(fetched))
-        return found
 
 
 class CaptionWorker:
@@ -219,41 +188,11 @@ class CaptionWorker:
         names = ("caption", "num_tokens", "finish_reason", "mean_logprob", "min_logprob")
         made = {name: [caption and getattr(caption, name) for caption in found] for name in names}
         made["candidates"] = [caption and _candidates(caption, names) for caption in found]
-        return _table(self._schema, rows, made)
+        return build_table(self._schema, rows, made)
 
 
 def _candidates(caption: Caption, names: Sequence[str]) -> list[dict[str, Any]] | None:
     return [{name: getattr(one, name) for name in names} for one in caption.candidates] or None
-
-
-def _table(schema: pa.Schema, rows: pa.Table, made: Mapping[str, Any]) -> pa.Table:
-    """Return a table of `schema`: the columns that were made, the others as they came."""
-    return pa.table([_column(made.get(field.name), rows, field) for field in schema], schema)
-
-
-def _column(values: Any, rows: pa.Table, field: pa.Field) -> Any:
-    if values is None:
-        return rows.column(field.name)
-    return values if isinstance(values, pa.Array) else pa.array(values, field.type)
-
-
-def _if_reject(outcome: Decoded | Reject, name: str) -> str | None:
-    return str(getattr(outcome, name)) if isinstance(outcome, Reject) else None
-
-
-def _if_decoded(outcome: Decoded | Reject, name: str) -> int | None:
-    return getattr(outcome, name) if isinstance(outcome, Decoded) else None
-
-
-def _pixel_array(outcomes: Sequence[Decoded | Reject], kind: pa.DataType) -> pa.Array:
-    """Return fixed-size binary of uint8[3, S, S] each, null where there is none."""
-    pixels = np.zeros((len(outcomes), kind.byte_width), np.uint8)
-    for row, outcome in enumerate(outcomes):
-        if isinstance(outcome, Decoded):
-            pixels[row] = outcome.pixels.reshape(-1)
-    is_image = np.array([isinstance(outcome, Decoded) for outcome in outcomes], bool)
-    validity = pa.py_buffer(np.packbits(is_image, bitorder="little").tobytes())
-    return pa.Array.from_buffers(kind, len(outcomes), [validity, pa.py_buffer(pixels)])
 
 
 def _pixel_tensor(column: pa.ChunkedArray, size: int) -> torch.Tensor:

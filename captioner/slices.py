@@ -1,0 +1,124 @@
+"""What one read task reads: some rows of one unit, less those that are done.
+
+Torch-free, like everything that a read task imports: its process would otherwise start seconds later.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from captioner.config import CaptionJobConfig
+from captioner.rows import MAX_UNIT_ROWS, TRANSIENT_REASONS, split_key
+from captioner.sources import Columns, Limits, Unit, read_unit, save_count
+
+__all__ = ["BLOCK_ROWS", "Slice", "SliceReader", "cut"]
+
+BLOCK_ROWS = 256  # images of one decode call
+_LIGHT_ROW_BYTES = 4096  # a Parquet row below this holds a URI, not an image, so that many fit one block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Rows of one unit that one read task reads: positions `start` to `stop`, less those that are done."""
+
+    unit: Unit
+    start: int = 0
+    stop: int | None = None
+    """First position that is not to be read; None for the unit's end."""
+
+    done: np.ndarray | None = None
+    """bool[N], true where position start + n is not to be read; further ones are. None: nothing is done."""
+
+    attempts: Mapping[int, int]
+    """Position -> attempts so far, of rows that failed before."""
+
+    @property
+    def num_left(self) -> int | None:
+        """Rows to read; None when nobody has counted the unit."""
+        if self.stop is None:
+            return None
+        return self.stop - self.start - (0 if self.done is None else int(self.done.sum()))
+
+
+def cut(unit: Unit, stop: int | None, finished: np.ndarray, attempts: Mapping[int, int]) -> Iterator[Slice]:
+    """Yield the slices of one unit that have rows left."""
+    if stop is None:
+        yield Slice(unit=unit, done=finished if finished.any() else None, attempts=attempts)
+        return
+    step = _slice_rows(unit) or max(stop, 1)
+    for start in range(0, stop, step):
+        end = min(stop, start + step)
+        here = finished[start:end]
+        tried = {position: attempts[position] for position in attempts if start <= position < end}
+        if not here.all():
+            yield Slice(unit=unit, start=start, stop=end, done=here if here.any() else None, attempts=tried)
+
+
+def _slice_rows(unit: Unit) -> int | None:
+    """Return how many rows of a unit one task reads; None for all, where to skip rows would mean to read them."""
+    if unit.kind == "listing":
+        return BLOCK_ROWS
+    is_light = unit.kind == "parquet" and unit.num_rows and (unit.size_bytes or 0) / unit.num_rows < _LIGHT_ROW_BYTES
+    return 8 * BLOCK_ROWS if is_light else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceReader:
+    """Reads the slices of one job, in any process."""
+
+    config: CaptionJobConfig
+    columns: Columns
+    run_folder: str
+    output_options: Mapping[str, Any]
+
+    def read(self, piece: Slice) -> Iterator[pa.Table]:
+        """Yield the rows of a slice that are left, with the number of the attempt that this run makes."""
+        finished = _finished(piece)
+        last = None
+        for last in self._tables(piece, finished):
+            yield _with_attempts(last, piece.attempts)
+        if piece.unit.num_rows is None and piece.stop is None and not _is_cut(last):
+            last_done = int(np.flatnonzero(finished)[-1]) if finished.any() else -1
+            num_rows = max(last_done, _last_position(last)) + 1
+            save_count(piece.unit.ordinal, num_rows, self.run_folder, self.output_options)
+
+    def _tables(self, piece: Slice, finished: np.ndarray) -> Iterator[pa.Table]:
+        limits = Limits(
+            rows_per_block=BLOCK_ROWS, max_image_bytes=self.config.image.max_image_bytes, stop_at=piece.stop
+        )
+        return read_unit(
+            piece.unit,
+            self.columns,
+            self.config.input,
+            run_folder=self.run_folder,
+            output_options=self.output_options,
+            limits=limits,
+            done=finished,
+        )
+
+
+def _finished(piece: Slice) -> np.ndarray:
+    """Return bool[N], true where a position of the unit is not to be read."""
+    here = np.empty(0, bool) if piece.done is None else piece.done
+    return np.concatenate([np.ones(piece.start, bool), here])
+
+
+def _is_cut(table: pa.Table | None) -> bool:
+    """Say whether reading ended at a fault that may pass, so that nobody knows how many rows are behind it."""
+    return table is not None and table.column("reason")[-1].as_py() in TRANSIENT_REASONS
+
+
+def _last_position(table: pa.Table | None) -> int:
+    return -1 if table is None else split_key(table.column("key")[-1].as_py())[1]
+
+
+def _with_attempts(table: pa.Table, attempts: Mapping[int, int]) -> pa.Table:
+    if not attempts:
+        return table
+    positions = table.column("key").to_numpy() & (MAX_UNIT_ROWS - 1)
+    numbers = pa.array([attempts.get(int(position), 0) + 1 for position in positions], pa.int32())
+    index = table.schema.get_field_index("attempt")
+    return table.set_column(index, table.schema.field(index), numbers)
