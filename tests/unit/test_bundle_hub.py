@@ -1,10 +1,8 @@
-"""Hub ids against a hub on loopback; its address is read at import, so each command runs in a process of its own."""
+"""Hub ids, against a hub on loopback."""
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,11 +10,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from huggingface_hub import HfFileSystem, constants
 
+from captioner.errors import BundleError
+from captioner.model.bundle import describe, load, save_bundle
+from captioner.model.folder import Folder
+from captioner.model.llama import read_llama
 from captioner.model.projector import ProjectorConfig, build_projector
 from tests.unit.tiny_models import CLIP_WIDTH, LLAMA_WIDTH, edit_json, save_clip, save_llama
 
 LINEAR = ProjectorConfig(kind="linear", num_features=CLIP_WIDTH, width=LLAMA_WIDTH)
+NOWHERE = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -105,10 +109,25 @@ def server(root: Path) -> Iterator[str]:
         http.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def hub(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_to(server, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    Hub.fetched.clear()
+
+
+def go_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does for a new process."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    HfFileSystem.clear_instance_cache()
+
+
 @pytest.fixture
 def bundle(root: Path, tmp_path: Path) -> Path:
-    from captioner.model.bundle import save_bundle
-
     folder = tmp_path / "bundle"
     clip, llama = str(root / "org/clip"), str(root / "org/llama")
     save_bundle(folder, build_projector(LINEAR), LINEAR, clip=clip, llama=llama)
@@ -116,36 +135,37 @@ def bundle(root: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def run(call: str, model: str | Path, home: Path, endpoint: str, **env: str) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; from captioner.model.bundle import describe, load\nprint({call}.fingerprint)"
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, str(model)], capture_output=True, text=True, env=os.environ | settings | env
-    )
+def fetched_weights() -> list[str]:
+    return [fetch for fetch in Hub.fetched if ".safetensors " in fetch]
 
 
-DESCRIBE, LOAD = "describe(sys.argv[1])", "load(sys.argv[1], device='cpu')"
+def test_a_description_reads_only_ranges_of_the_weights_on_the_hub(bundle: Path, root: Path):
+    told = describe(str(bundle))
+    assert told.llama_fingerprint == describe_llama(root / "org/llama")
+    assert fetched_weights()
+    assert not [fetch for fetch in fetched_weights() if fetch.endswith(" whole")]
 
 
-def test_hub_models_are_described_in_place_then_downloaded_once_then_used_offline(
-    bundle: Path, server: str, tmp_path: Path
-):
+def describe_llama(folder: Path) -> str:
+    return read_llama(Folder.local(folder), template="").fingerprint()
+
+
+def test_loading_downloads_once_and_never_a_pickle(bundle: Path):
+    told = describe(str(bundle))
+    assert load(str(bundle), device="cpu").fingerprint == told.fingerprint
+    assert [fetch for fetch in fetched_weights() if fetch.endswith(" whole")]
+    assert not [fetch for fetch in Hub.fetched if "pytorch_model.bin" in fetch]
     Hub.fetched.clear()
-    told = run(DESCRIBE, bundle, tmp_path / "home", server)
-    assert told.returncode == 0, told.stderr
-    shards = [fetch for fetch in Hub.fetched if ".safetensors " in fetch]
-    assert shards
-    assert not [fetch for fetch in shards if fetch.endswith("whole")], "a description reads ranges of weights"
+    assert load(str(bundle), device="cpu").fingerprint == told.fingerprint
+    assert not fetched_weights(), "whole in the cache"
 
-    loaded = run(LOAD, bundle, tmp_path / "home", server)
-    assert loaded.stdout == told.stdout, loaded.stderr
-    assert not [fetch for fetch in Hub.fetched if fetch.startswith("pytorch_model.bin")]
 
-    Hub.fetched.clear()
-    assert run(LOAD, bundle, tmp_path / "home", server).stdout == told.stdout
-    assert not [fetch for fetch in Hub.fetched if ".safetensors" in fetch], "whole in the cache"
-    offline = run(LOAD, bundle, tmp_path / "home", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert offline.stdout == told.stdout, offline.stderr
+def test_what_is_in_the_cache_needs_no_network(bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    fingerprint = load(str(bundle), device="cpu").fingerprint
+    go_to(NOWHERE, monkeypatch)
+    assert describe(str(bundle)).fingerprint == fingerprint
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load(str(bundle), device="cpu").fingerprint == fingerprint
 
 
 @pytest.mark.parametrize(
@@ -157,12 +177,30 @@ def test_hub_models_are_described_in_place_then_downloaded_once_then_used_offlin
         ("org/clip", "org/clip is a clip model; expected a bundle or a checkpoint of LlavaForConditionalGeneration"),
     ],
 )
-def test_a_hub_id_that_cannot_be_had_says_why(server: str, tmp_path: Path, model: str, message: str):
-    failed = run(DESCRIBE, model, tmp_path, server)
-    assert f"BundleError: {message}" in failed.stderr
+def test_a_hub_id_that_cannot_be_had_says_why(model: str, message: str):
+    with pytest.raises(BundleError, match=re.escape(message)):
+        describe(model)
 
 
-def test_without_a_network_the_remedy_is_named(tmp_path: Path):
-    for env, why in (({}, "the hub cannot be reached"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")):
-        failed = run(DESCRIBE, "org/clip", tmp_path, "http://127.0.0.1:9", **env)
-        assert f"not in the hub cache {tmp_path}/hub, and {why}; run `hf download org/clip`" in failed.stderr
+@pytest.mark.parametrize(("offline", "why"), [(False, "the hub cannot be reached"), (True, "HF_HUB_OFFLINE is set")])
+def test_without_a_network_the_remedy_is_named(
+    offline: bool, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    go_to(NOWHERE, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(
+        BundleError, match=rf"not in the hub cache {tmp_path}/hub, and {why}; run `hf download org/clip`"
+    ):
+        describe("org/clip")
+
+
+def test_a_download_that_was_cut_is_not_taken_for_a_model(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    load(str(bundle), device="cpu")
+    next((tmp_path / "hub/models--org--llama/snapshots" / COMMIT).glob("model-00002*")).unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BundleError, match=rf"org/llama@{COMMIT} is in the hub cache \S+ without all of its weights"):
+        describe(str(bundle))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    load(str(bundle), device="cpu")
