@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from captioner.config import DecodingConfig
 from captioner.decoding.beam import BeamSearch
 from captioner.decoding.draft import Chain, Endings
+from captioner.decoding.memory import auto_slots, out_of_memory_named
 from captioner.decoding.request import Generation, Hypothesis, Request
 from captioner.decoding.sampling import candidate_seed
 from captioner.decoding.step import SlotLayout, SlotModel, StepShape
@@ -62,21 +63,32 @@ class Engine:
         eos_token_ids: Sequence[int],
         shared_prefix: Tensor,
         prefix_len: int,
-        slots: int,
+        slots: int | Literal["auto"] = "auto",
         is_stopped: Callable[[Sequence[int]], bool] | None = None,
     ) -> None:
         """Make room for the slots and compute the shared prefix.
 
         shared_prefix: float[S, D], the prompt before the image, embedded; S may be 0. prefix_len: tokens P of every
-        request's prefix. slots: captions (or beams) written at the same time. is_stopped: says whether the tokens
-        so far contain a stop string; asked after every token. Raises ConfigError if a caption cannot fit the model's
-        context, or one image's beams or captions the slots."""
+        request's prefix. slots: captions (or beams) written at the same time; `auto`: what the device's memory
+        holds. is_stopped: says whether the tokens so far contain a stop string; asked after every token. Raises
+        ConfigError if a caption cannot fit the model's context, or one image's beams or captions the slots, and
+        ResourceError if the device's memory cannot hold the slots."""
         group_size = decoding.num_captions if decoding.num_beams == 1 else decoding.num_beams
         _check_context(llama, len(shared_prefix), prefix_len, decoding.max_new_tokens)
+        if slots == "auto":
+            slots = auto_slots(
+                llama.config,
+                decoding,
+                device=llama.device,
+                dtype=llama.dtype,
+                shared_len=len(shared_prefix),
+                prefix_len=prefix_len,
+                group_size=group_size,
+            )
         _check_slots(slots, group_size)
-        num_rows = _round_up(slots, _ROW_BUCKET)
+        self.num_slots = slots
         layout = SlotLayout(
-            num_slots=num_rows,
+            num_slots=_round_up(slots, _ROW_BUCKET),
             group_size=group_size,
             shared_len=len(shared_prefix),
             prefix_len=prefix_len,
@@ -84,10 +96,11 @@ class Engine:
             max_prompts=max(1, min(slots // group_size, _MAX_PROMPT_ROWS // max(prefix_len - 1, 1))),
         )
         self._decoding = decoding
-        self._model = SlotModel(llama, layout)
-        if len(shared_prefix):
-            self._model.share(shared_prefix)
-        eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=self._model.buffers.kv.device)
+        with out_of_memory_named(slots, decoding.max_new_tokens):
+            self._model = SlotModel(llama, layout)
+            if len(shared_prefix):
+                self._model.share(shared_prefix)
+        eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=llama.device)
         make = BeamStrategy if decoding.num_beams > 1 else TokenStrategy
         self._strategy: Strategy[Any] = make(self._model, decoding, eos, Endings(eos_token_ids, is_stopped))
         self._num_seats = slots // self._strategy.slots_per_seat
@@ -118,11 +131,20 @@ class Engine:
                 return
             yield from self.step()
 
+    def check(self, request: Request) -> None:
+        """Raise ShapeError if the prefix is not float[P, D]."""
+        expected = (self._model.layout.prefix_len, self._model.buffers.last_prefix.shape[1])
+        if tuple(request.prefix.shape) != expected:
+            raise ShapeError(
+                f"the prefix of request {request.id!r} is float{list(request.prefix.shape)}; this engine was made for "
+                f"float{list(expected)}: all prefixes of one engine have the same number of tokens"
+            )
+
     def admit(self, request: Request) -> None:
         """Seat a request; its first token is chosen in the next step. Only while `num_free` is above 0.
 
         Raises ShapeError if its prefix is not float[P, D]."""
-        self._check_prefix(request)
+        self.check(request)
         assert self.num_free > 0
         job = _Job(request, missing=self._seats_per_request)
         limit = min(request.max_new_tokens or self._decoding.max_new_tokens, self._decoding.max_new_tokens)
@@ -140,7 +162,8 @@ class Engine:
             num_prompts=self._fill_fresh(),
         )
         seats = [seat for seat in self._seats if seat is not None]
-        self._strategy.advance([seat.search for seat in seats], shape)
+        with out_of_memory_named(self.num_slots, self._decoding.max_new_tokens):
+            self._strategy.advance([seat.search for seat in seats], shape)
         for seat in seats:
             seat.num_steps += 1
         return list(self._collect())
@@ -199,14 +222,6 @@ class Engine:
             if not job.missing:
                 ranked = sorted(job.hypotheses, key=attrgetter("score"), reverse=True)
                 yield Generation(job.request.id, tuple(ranked))
-
-    def _check_prefix(self, request: Request) -> None:
-        expected = (self._model.layout.prefix_len, self._model.buffers.last_prefix.shape[1])
-        if tuple(request.prefix.shape) != expected:
-            raise ShapeError(
-                f"the prefix of request {request.id!r} is float{list(request.prefix.shape)}; this engine was made for "
-                f"float{list(expected)}: all prefixes of one engine have the same number of tokens"
-            )
 
 
 def _check_context(llama: LlamaForCausalLM, shared_len: int, prefix_len: int, max_new_tokens: int) -> None:

@@ -1,0 +1,104 @@
+"""One thread that owns an engine, and the calls of many threads that share its slots.
+
+While one call's images are being encoded in its own thread, the captions of all others go on; a call that ends leaves
+its slots to the rest at once. Without work the thread sleeps.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+from captioner.decoding.engine import Engine
+from captioner.decoding.request import Generation, Request
+from captioner.errors import EngineError
+
+
+@dataclass(eq=False, slots=True)
+class _Ticket:
+    """A request and the promise of its captions. Stands for the request's id in the engine: ids of two calls may be
+    the same."""
+
+    request: Request
+    future: Future[Generation] = field(default_factory=Future)
+
+
+class EngineThread:
+    """Runs an engine for callers in any thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._waiting: deque[_Ticket] = deque()
+        self._running: set[_Ticket] = set()
+        self._is_closed = False
+        self._cause: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="captioner-engine", daemon=True)
+        self._thread.start()
+
+    def run(self, requests: Iterable[Request]) -> list[Generation]:
+        """Return the captions of the requests, in their order. Raises what `submit` raises, and EngineError with its
+        cause if the engine stops meanwhile."""
+        return [future.result() for future in self.submit(list(requests))]
+
+    def submit(self, requests: Sequence[Request]) -> list[Future[Generation]]:
+        """Queue requests behind those of other calls. Raises ShapeError for a prefix of another length, and EngineError
+        if the engine has stopped."""
+        for request in requests:
+            self._engine.check(request)
+        tickets = [_Ticket(request) for request in requests]
+        for ticket in tickets:
+            ticket.future.set_running_or_notify_cancel()  # a promise cannot be cancelled: its slot is shared
+        with self._changed:
+            if self._is_closed:
+                raise self._error()
+            self._waiting.extend(tickets)
+            self._changed.notify()
+        return [ticket.future for ticket in tickets]
+
+    def close(self) -> None:
+        """Stop after the current step. Calls that wait, and later ones, raise EngineError."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        try:
+            while self._admit():
+                self._deliver(self._engine.step())
+        except BaseException as error:
+            self._cause = error
+        self._fail_all()
+
+    def _admit(self) -> bool:
+        """Fill free slots, asleep while there is nothing at all to do. False once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._waiting or not self._engine.is_idle)
+            while self._waiting and self._engine.num_free:
+                ticket = self._waiting.popleft()
+                self._running.add(ticket)
+                self._engine.admit(replace(ticket.request, id=ticket))
+            return not self._is_closed
+
+    def _deliver(self, generations: Iterable[Generation]) -> None:
+        for generation in generations:
+            ticket = generation.id
+            assert isinstance(ticket, _Ticket)
+            self._running.discard(ticket)
+            ticket.future.set_result(replace(generation, id=ticket.request.id))
+
+    def _fail_all(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            for ticket in (*self._running, *self._waiting):
+                ticket.future.set_exception(self._error())
+            self._running.clear()
+            self._waiting.clear()
+
+    def _error(self) -> EngineError:
+        cause = self._cause
+        error = EngineError(f"the decoding engine stopped: {cause!r}" if cause else "the decoding engine is closed")
+        error.__cause__ = cause
+        return error

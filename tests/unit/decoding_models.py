@@ -1,0 +1,86 @@
+"""Small random LLaMAs, image prefixes, and the captions that the engine and transformers give them."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from captioner.config import DecodingConfig
+from captioner.decoding import Engine, Generation, Request
+
+EOS = (3, 17, 45, 99)
+
+
+def tiny_llama(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random model with captions of many lengths: four of its 160 words are end tokens."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.25,
+        "bos_token_id": 1,
+        "eos_token_id": EOS[0],
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def random_prefixes(llama: LlamaForCausalLM, number: int, length: int, *, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(number, length, llama.config.hidden_size, generator=generator) * 0.5)
+
+
+def engine_of(llama: LlamaForCausalLM, decoding: DecodingConfig, **changes: Any) -> Engine:
+    settings: dict[str, Any] = {"eos_token_ids": EOS, "prefix_len": 1, "slots": 8}
+    settings["shared_prefix"] = random_prefixes(llama, 1, 3, seed=2)[0]
+    return Engine(llama, decoding=decoding, **(settings | changes))
+
+
+def captions(
+    llama: LlamaForCausalLM, images: Sequence[torch.Tensor], decoding: DecodingConfig, **changes: Any
+) -> list[Generation]:
+    """The engine's captions, in the order of the images."""
+    engine = engine_of(llama, decoding, **({"prefix_len": len(images[0])} | changes))
+    done = engine.generate(Request(i, image, seed=i) for i, image in enumerate(images))
+    return sorted(done, key=lambda generation: generation.id)
+
+
+def token_ids(generations: Sequence[Generation]) -> list[list[tuple[int, ...]]]:
+    return [[hypothesis.token_ids for hypothesis in generation.hypotheses] for generation in generations]
+
+
+def transformers_captions(
+    llama: LlamaForCausalLM,
+    images: Sequence[torch.Tensor],
+    *,
+    shared_prefix: torch.Tensor,
+    eos_token_ids: Sequence[int] = EOS,
+    batch: int = 25,
+    **options: Any,
+) -> list[list[tuple[int, ...]]]:
+    """The token ids that `generate` gives each image, best first, without end token."""
+    found: list[list[list[int]]] = []
+    for start in range(0, len(images), batch):
+        embeds = torch.stack([torch.cat([shared_prefix, image]) for image in images[start : start + batch]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rows = llama.generate(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+                eos_token_id=list(eos_token_ids),
+                pad_token_id=eos_token_ids[0],
+                **options,
+            )
+        found += rows.unflatten(0, (len(embeds), -1)).tolist()
+    return [[_until_end(row, eos_token_ids) for row in rows] for rows in found]
+
+
+def _until_end(row: Sequence[int], eos: Sequence[int]) -> tuple[int, ...]:
+    ends = [place for place, token in enumerate(row) if token in eos]
+    return tuple(row[: ends[0]] if ends else row)
