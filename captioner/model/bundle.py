@@ -25,6 +25,7 @@ from captioner.errors import BundleError, ConfigError
 from captioner.model.caption_model import CaptionModel
 from captioner.model.clip import read_clip
 from captioner.model.folder import Folder, StorageOptions, open_folder
+from captioner.model.hub import MODEL_FILES
 from captioner.model.llama import read_llama
 from captioner.model.llava import is_llava, read_llava
 from captioner.model.parts import Parts
@@ -137,17 +138,22 @@ def save_bundle(
     clip: str,
     llama: str,
     template: str = DEFAULT_TEMPLATE,
+    carries_models: bool = False,
     provenance: dict[str, Any] | None = None,
     storage_options: StorageOptions = None,
 ) -> BundleDescription:
     """Write a bundle with this projector and return its description; bundle.json comes last, so a cut one is none.
 
     clip, llama: a folder that is already inside (`clip`), a path, a URL or a hub id; a path of this machine is made
-    absolute. Raises BundleError or ShapeError, and leaves no bundle.json, if the parts do not fit.
+    absolute. With `carries_models` they are copied to `clip/` and `llama/` inside, so that the bundle can move. Raises
+    BundleError or ShapeError, and leaves no bundle.json, if the parts do not fit.
     """
     fs, path = url_to_fs(os.fspath(folder), **(storage_options or {}))
     fs.makedirs(path, exist_ok=True)
     target = Folder(fs, path.rstrip("/"), os.fspath(folder))
+    if carries_models:
+        clip = _carry(clip, "clip", target, storage_options)
+        llama = _carry(llama, "llama", target, storage_options)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
     target.write(_PROJECTOR, to_safetensors(state))
     content = {
@@ -270,6 +276,15 @@ def _describe(parts: Parts) -> BundleDescription:
         has_text_tower=parts.clip.has_text_tower,
         provenance=parts.provenance,
     )
+
+
+def _carry(location: str, name: str, folder: Folder, storage_options: StorageOptions) -> str:
+    """Copy a model into the bundle and return the name that it has there."""
+    source = open_folder(location, _options_for(location, storage_options, folder.name), inside=folder)
+    inside = folder.child(name)
+    if source.path != inside.path:
+        source.copy_to(inside, MODEL_FILES)
+    return name
 
 
 def _reference(location: str, folder: Folder) -> str:

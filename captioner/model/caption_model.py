@@ -13,7 +13,6 @@ from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, Pr
 
 from captioner.config import DecodingConfig
 from captioner.errors import ShapeError
-from captioner.model.clip import normalise
 from captioner.model.projector import ProjectorConfig
 from captioner.model.template import Template
 from captioner.rows import FinishReason
@@ -48,6 +47,10 @@ class CaptionModel:
     """Side S of the square images it reads, in pixels."""
 
     preprocessing: dict[str, Any] = field(repr=False)
+    pixel_scale: Tensor = field(repr=False)
+    """float32[3, 1, 1] on the device: pixels times this, plus `pixel_shift`, is what CLIP reads."""
+
+    pixel_shift: Tensor = field(repr=False)
     fingerprint: str
 
     @property
@@ -90,7 +93,8 @@ class CaptionModel:
         """
         self._check_pixels(pixels)
         on_device = pixels.to(self.device, non_blocking=True)
-        states = self.vision_tower(pixel_values=normalise(on_device, self.preprocessing).to(self.dtype))
+        normalised = on_device.float().mul_(self.pixel_scale).add_(self.pixel_shift)
+        states = self.vision_tower(pixel_values=normalised.to(self.dtype))
         if not self.projector_config.reads_patches:
             pooled: Tensor = states.pooler_output
             return pooled
@@ -116,7 +120,11 @@ class CaptionModel:
 
     @torch.no_grad()
     def generate(self, image_embeds: Tensor, decoding: DecodingConfig) -> list[Generated]:
-        """Return `num_captions` captions for each of float[B, k, D], those of one image together, best first."""
+        """Return `num_captions` captions for each of float[B, k, D], those of one image together, best first.
+
+        Without stop strings, which are the engine's alone.
+        """
+        assert not decoding.stop, decoding.stop
         request = self.request_embeddings(image_embeds)
         prompt = self.prompt_embeddings().expand(len(request), -1, -1)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -126,7 +134,6 @@ class CaptionModel:
                 inputs_embeds=torch.cat([prompt, request], dim=1),
                 attention_mask=torch.ones(len(request), self.num_prompt_tokens, dtype=torch.long, device=self.device),
                 generation_config=self._generation_config(decoding),
-                tokenizer=self.tokenizer,
             )
         logprobs = llama.compute_transition_scores(
             out.sequences, out.logits, out.get("beam_indices"), normalize_logits=True
@@ -149,7 +156,6 @@ class CaptionModel:
             num_beams=decoding.num_beams,
             num_return_sequences=decoding.num_captions,
             do_sample=decoding.do_sample,
-            stop_strings=list(decoding.stop) or None,
             eos_token_id=list(self.eos_token_ids),
             pad_token_id=self.eos_token_ids[0],
             return_dict_in_generate=True,

@@ -22,7 +22,7 @@ from captioner.model.module import allocate, freeze, parse_config
 from captioner.model.tokenizer import read_tokenizer
 from captioner.model.weights import Weights, read_weights
 
-__all__ = ["ClipSource", "load_clip", "load_tower", "normalise", "read_clip", "read_preprocessing", "tower_name"]
+__all__ = ["ClipSource", "load_clip", "load_tower", "pixel_affine", "read_clip", "read_preprocessing", "tower_name"]
 
 _LOG = logging.getLogger(__name__)
 _SHAPING = (
@@ -169,15 +169,15 @@ def read_preprocessing(folder: Folder, config: CLIPVisionConfig) -> dict[str, An
     }
 
 
-def normalise(pixels: Tensor, preprocessing: dict[str, Any]) -> Tensor:
-    """Return float32[B, 3, S, S] as CLIP reads it, from uint8[B, 3, S, S] on the same device."""
+def pixel_affine(preprocessing: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return scale and shift, float32[3, 1, 1] each: a pixel of 0 to 255 times scale plus shift is what CLIP reads."""
     rescale = preprocessing.get("rescale_factor", 1 / 255) if preprocessing.get("do_rescale", True) else 1.0
-    scaled = pixels.float() * rescale
-    if not preprocessing.get("do_normalize", True):
-        return scaled
-    mean = scaled.new_tensor(preprocessing.get("image_mean", OPENAI_CLIP_MEAN)).view(3, 1, 1)
-    std = scaled.new_tensor(preprocessing.get("image_std", OPENAI_CLIP_STD)).view(3, 1, 1)
-    return (scaled - mean) / std
+    normalises = preprocessing.get("do_normalize", True)
+    mean = preprocessing.get("image_mean", OPENAI_CLIP_MEAN) if normalises else [0.0] * 3
+    std = preprocessing.get("image_std", OPENAI_CLIP_STD) if normalises else [1.0] * 3
+    scale = [rescale / s for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return torch.tensor(scale, device=device).view(3, 1, 1), torch.tensor(shift, device=device).view(3, 1, 1)
 
 
 def _vision_config(raw: dict[str, Any], folder: Folder) -> CLIPVisionConfig:

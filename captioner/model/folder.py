@@ -7,7 +7,9 @@ local cache once for loading (`captioner.model.mirror`); hub ids go through `cap
 import json
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from shutil import copyfileobj
 from typing import Any, Self
 
 import fsspec
@@ -21,6 +23,7 @@ __all__ = ["Folder", "StorageOptions", "open_folder"]
 
 StorageOptions = dict[str, object] | None
 
+_COPY_BYTES = 8 << 20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -91,6 +94,15 @@ class Folder:
         arriving = Path(self.path, f"{name}.arriving")
         arriving.write_bytes(content)
         arriving.replace(Path(self.path, name))
+
+    def copy_to(self, target: "Folder", patterns: list[str]) -> None:
+        """Copy the files directly inside whose name fits a pattern to another folder, on any store."""
+        target.fs.makedirs(target.path, exist_ok=True)
+        for path in self.fs.ls(self.path, detail=False):
+            name = path.rpartition("/")[2]
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                with self.fs.open(path, "rb") as source, target.fs.open(f"{target.path}/{name}", "wb") as copy:
+                    copyfileobj(source, copy, _COPY_BYTES)
 
     def on_disk(self) -> "Folder":
         """Return this folder as a local one, downloaded to the cache if it is on a store."""

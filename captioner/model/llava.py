@@ -37,7 +37,7 @@ def is_llava(config: dict[str, Any]) -> bool:
 def read_llava(folder: Folder, prompt: str | None) -> Parts:
     """Return the parts of a LLaVA checkpoint from its config, tokenizer and headers.
 
-    prompt: a question in place of the default one, or a whole template with `{image}` and special tokens. Raises
+    prompt: a question in place of the default one, or a whole template with `{image}` or `<image>`. Raises
     BundleError if it is not over CLIP and LLaMA, or if there is no known prompt for its tokenizer.
     """
     raw = folder.read_json("config.json")
@@ -51,7 +51,9 @@ def read_llava(folder: Folder, prompt: str | None) -> Parts:
             folder, vision, weights.select(_tower_name), read_preprocessing(folder, vision), has_text_tower=False
         )
     )
-    eos = end_tokens(folder.read_json_if_any("generation_config.json"), raw["text_config"], tokenizer, template.text)
+    eos = end_tokens(
+        folder.read_json_if_any("generation_config.json"), raw.get("text_config", {}), tokenizer, template.text
+    )
     llama = check_llama(LlamaSource(folder, text, weights.select(_llama_name), tokenizer, eos))
     return Parts(
         name=folder.name,
@@ -79,14 +81,15 @@ def _family(config: LlavaConfig, folder: Folder) -> tuple[CLIPVisionConfig, Llam
 
 
 def _template(prompt: str | None, tokenizer: PreTrainedTokenizerFast, folder: Folder) -> str:
-    if prompt is not None and "{image}" in prompt:
+    prompt = (prompt or _QUESTION).replace("<image>", "{image}")  # as model cards write it
+    if "{image}" in prompt:
         return prompt
     if "<|start_header_id|>" not in tokenizer.get_added_vocab():
         raise BundleError(
             f"the tokenizer in {folder.name} is not that of LLaMA-3-Instruct, so its prompt is not known; give the "
             "whole prompt, as --prompt 'USER: {image}\\nDescribe the image. ASSISTANT:'"
         )
-    return _LLAMA_3_TURN % (prompt or _QUESTION)
+    return _LLAMA_3_TURN % prompt
 
 
 def _projector(config: LlavaConfig, layer: int, clip: ClipSource, llama: LlamaSource) -> ProjectorConfig:

@@ -5,6 +5,7 @@ copy. One process copies while others wait on a lock; a copy that was cut goes o
 """
 
 import hashlib
+import logging
 import os
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +19,7 @@ from captioner.model.hub import MODEL_FILES
 
 __all__ = ["cache_folder", "mirror"]
 
+_LOG = logging.getLogger(__name__)
 _VERSION_KEYS = (
     "ETag",
     "etag",
@@ -78,6 +80,8 @@ def _key(name: str, files: dict[str, dict[str, Any]]) -> str:
 
 
 def _copy(fs: AbstractFileSystem, path: str, files: dict[str, dict[str, Any]], partial: Path, name: str) -> None:
+    size_bytes = sum(info.get("size") or 0 for info in files.values())
+    _LOG.info("event=model_copy from=%s to=%s files=%d bytes=%d", name, partial, len(files), size_bytes)
     for file, info in files.items():
         target = partial / file
         if target.exists() and target.stat().st_size == info.get("size"):

@@ -13,7 +13,7 @@ import torch
 
 from captioner.errors import BundleError, ShapeError
 from captioner.model.caption_model import CaptionModel
-from captioner.model.clip import ClipSource, load_tower
+from captioner.model.clip import ClipSource, load_tower, pixel_affine
 from captioner.model.llama import LlamaSource, load_llama
 from captioner.model.module import allocate, freeze
 from captioner.model.projector import ProjectorConfig, build_projector
@@ -81,6 +81,7 @@ class Parts:
         projector = allocate(build_projector, self.projector, dtype=dtype, device=device)
         self.projector_weights.load_into(projector)
         num_layers = self.clip.num_layers(self.projector.vision_feature_layer) if self.projector.reads_patches else None
+        pixel_scale, pixel_shift = pixel_affine(self.clip.preprocessing, device)
         return CaptionModel(
             vision_tower=load_tower(self.clip, num_layers=num_layers, dtype=dtype, device=device),
             projector=freeze(projector),
@@ -91,6 +92,8 @@ class Parts:
             eos_token_ids=self.llama.eos_token_ids,
             image_size=self.clip.image_size,
             preprocessing=self.clip.preprocessing,
+            pixel_scale=pixel_scale,
+            pixel_shift=pixel_shift,
             fingerprint=self.fingerprint,
         )
 

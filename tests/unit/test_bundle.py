@@ -30,6 +30,13 @@ from tests.unit.tiny_models import (
     write_json,
 )
 
+LLAMA_3_1_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 64,
+}
 LINEAR = ProjectorConfig(kind="linear", num_features=CLIP_WIDTH, width=LLAMA_WIDTH, num_image_tokens=2)
 MLP = replace(LINEAR, kind="mlp", num_image_tokens=16)
 
@@ -84,6 +91,32 @@ def test_a_bundle_can_name_models_elsewhere(original: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     assert describe(str(tmp_path / "b")) == told
     assert json.loads((tmp_path / "b/bundle.json").read_text())["clip"] == str(original / "clip")
+
+
+def test_a_bundle_that_carries_its_models_can_move(original: Path, tmp_path: Path):
+    clip, llama = str(original / "clip"), str(original / "llama")
+    told = save_bundle(tmp_path / "b", build_projector(LINEAR), LINEAR, clip=clip, llama=llama, carries_models=True)
+    moved = shutil.move(tmp_path / "b", tmp_path / "moved")
+    assert (json.loads((moved / "bundle.json").read_text())["clip"], (moved / "clip").is_dir()) == ("clip", True)
+    assert load(str(moved), device="cpu").fingerprint == told.fingerprint
+
+
+def test_configs_as_they_were_published_tell_the_same_model(bundle: Path):
+    """rope_theta and rope_scaling apart, torch_dtype, and CLIP's vision_config_dict."""
+    config = llama_config(rope_scaling=LLAMA_3_1_ROPE | {"rope_theta": 500000.0})
+    save_llama(bundle / "llama", config)
+    forget_fit(bundle)
+    before = describe(str(bundle)).fingerprint
+    path = bundle / "llama/config.json"
+    raw = json.loads(path.read_text())
+    del raw["rope_parameters"], raw["dtype"]
+    write_json(path, raw | {"rope_theta": 500000.0, "rope_scaling": LLAMA_3_1_ROPE, "torch_dtype": "float32"})
+    vision = json.loads((bundle / "clip/config.json").read_text())["vision_config"]
+    extra = {"chunk_size_feed_forward": 0, "top_k": 50, "temperature": 1.0, "torch_dtype": None, "is_decoder": False}
+    edit_json(
+        bundle / "clip/config.json", vision_config=vision | extra, vision_config_dict=vision, text_config_dict=None
+    )
+    assert describe(str(bundle)).fingerprint == before
 
 
 def test_an_mlp_bundle_captions_from_patches(original: Path, tmp_path: Path):
@@ -391,6 +424,7 @@ def test_a_llava_takes_a_question_or_a_whole_prompt(tmp_path: Path):
     assert "\nDescribe the image in one sentence.<|eot_id|>" in describe(folder).template
     assert "{image}\nHow many dogs?<|eot_id|>" in describe(folder, prompt="How many dogs?").template
     assert describe(folder, prompt="{image} is").template == "{image} is"
+    assert describe(folder, prompt="<image> is").template == "{image} is", "as model cards write it"
     assert describe(folder, prompt="How?").fingerprint != describe(folder).fingerprint
 
 
