@@ -7,6 +7,7 @@ Knows retries, deadlines, the size guard and which URIs a list may point to; doe
 """
 
 import asyncio
+import errno
 import functools
 import ipaddress
 import os
@@ -200,7 +201,7 @@ def _guarded_socket(exempt: frozenset[str], address: Any) -> socket.socket:
     """Return a socket for one resolved address, after every redirect and name look-up; refuse inner ones."""
     family, kind, protocol, _, target = address
     if _is_inner(target[0]) and target[0] not in exempt:
-        raise OSError(f"{_UNSAFE}: {target[0]} (--allow-local-uris)")
+        raise PermissionError(errno.EACCES, f"{_UNSAFE}: {target[0]} (--allow-local-uris)")
     return socket.socket(family=family, type=kind, proto=protocol)
 
 

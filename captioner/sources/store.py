@@ -87,10 +87,14 @@ class Store:
 
     def _connect(self) -> Any:
         kind = fsspec.get_filesystem_class(self.scheme)
-        options = {**kind._get_kwargs_from_urls(self._url), **self._options}
+        options = {**self._url_options(), **self._options}
         if self.scheme not in _SCHEMES_WITHOUT_CACHE_OPTION:
             options.setdefault("use_listings_cache", False)  # a cached listing is stale, and holds all names
         return kind(**options)
+
+    def _url_options(self) -> dict[str, Any]:
+        """Return what the URL says beside the path: a host, an account."""
+        return dict(fsspec.get_filesystem_class(self.scheme)._get_kwargs_from_urls(self._url))
 
     def path(self, url: str) -> str:
         """Return what the filesystem calls `url`."""
@@ -262,6 +266,9 @@ class SteadyFile(io.RawIOBase):
 
 class S3Store(Store):
     """S3 and whatever speaks its protocol: a bucket is listed flat, by the pages of the service."""
+
+    def _url_options(self) -> dict[str, Any]:
+        return {}  # s3fs would find versions in keys with `?versionId=`
 
     def info(self, url: str) -> Entry | None:
         """As Store.info; a bare prefix of keys counts as a folder."""

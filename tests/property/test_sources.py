@@ -1,0 +1,152 @@
+import gzip
+import io
+import tarfile
+import uuid
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from captioner.config import InputConfig
+from captioner.rows import RejectReason, source_schema
+from captioner.sources import Columns, Limits, Unit, open_store, read_unit, urls
+from captioner.sources.faults import diagnose
+
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+_plain = st.text(st.characters(exclude_characters="{},", exclude_categories=["Cs"]), max_size=4)
+_group = st.one_of(
+    st.lists(_plain, min_size=2, max_size=4).map(lambda words: ("{" + ",".join(words) + "}", words)),
+    st.tuples(st.integers(0, 30), st.integers(0, 30)).map(
+        lambda ends: (
+            f"{{{min(ends):03d}..{max(ends):03d}}}",
+            [f"{number:03d}" for number in range(min(ends), max(ends) + 1)],
+        )
+    ),
+)
+
+
+@QUICK
+@given(st.lists(st.tuples(_plain, _group), max_size=3), _plain)
+def test_braces_expand_to_the_product_of_their_groups(parts, tail):
+    pattern = "".join(text + group for text, (group, _) in parts) + tail
+    choices = [[text + choice for choice in expanded] for text, (_, expanded) in parts]
+    assert urls.expand_braces(pattern) == ["".join(chosen) + tail for chosen in product(*choices)]
+
+
+@QUICK
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30))
+def test_any_name_survives_the_way_into_a_url_and_back(name):
+    path = "/data/" + name.replace("/", "_")
+    assert urls.local_path(urls.local_url(path)) == path or name in (".", "..")
+    assert urls.name(urls.resolve(name.replace("/", "_"), "s3://bucket/lists")) or name in (".", "..")
+
+
+@QUICK
+@given(st.text(max_size=60))
+def test_nothing_that_follows_a_password_is_ever_shown(text):
+    assert "s3cr3t" not in urls.redact(f"https://user:s3cr3t@host/{text}")
+    assert "s3cr3t" not in urls.redact(f"https://host/x?{text.replace('#', '')}&X-Amz-Signature=s3cr3t")
+
+
+def _tar(num=6):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(num):
+            for ending, size in (("jpg", 700), ("txt", 20)):
+                info = tarfile.TarInfo(f"dir-ü-{number}/" * (1 + 12 * (number % 2)) + f"{number}.{ending}")
+                info.size = size
+                tar.addfile(info, io.BytesIO(bytes([number]) * size))
+    return buffer.getvalue()
+
+
+_TARS = [_tar(), gzip.compress(_tar())]
+_CONFIG = InputConfig()
+_COLUMNS = Columns(kept=(pa.field("txt", pa.string()),), kept_from=("txt",))
+
+
+def _read(data, done=None):
+    folder = f"memory://{uuid.uuid4().hex}"
+    store = open_store(folder)
+    store.write_atomic(f"{folder}/s.tar", data)
+    unit = Unit(ordinal=0, kind="webdataset", path=f"{folder}/s.tar", name="s.tar", num_rows=None, size_bytes=None)
+    tables = read_unit(unit, _COLUMNS, _CONFIG, run_folder=folder, limits=Limits(max_image_bytes=1 << 20), done=done)
+    rows = [row for table in tables for row in table.to_pylist()]
+    store.remove(f"{folder}/s.tar")
+    return rows
+
+
+_damage = st.one_of(
+    st.tuples(st.just("cut"), st.floats(0, 1), st.just(0)),
+    st.tuples(st.just("flip"), st.floats(0, 0.999), st.integers(1, 255)),
+    st.tuples(st.just("drop"), st.floats(0, 0.999), st.integers(1, 600)),
+    st.tuples(st.just("junk"), st.floats(0, 0.999), st.integers(1, 600)),
+)
+
+
+def _damaged(data, damages):
+    data = bytearray(data)
+    for kind, share, number in damages:
+        place = int(share * len(data))
+        if kind == "cut":
+            del data[place:]
+        elif kind == "flip" and data:
+            data[min(place, len(data) - 1)] ^= number
+        elif kind == "drop":
+            del data[place : place + number]
+        elif kind == "junk":
+            data[place:place] = np.random.default_rng(number).bytes(number)
+    return bytes(data)
+
+
+@QUICK
+@given(st.sampled_from(_TARS), st.lists(_damage, min_size=1, max_size=3))
+def test_a_damaged_tar_never_raises_and_its_rows_keep_their_places(data, damages):
+    rows = _read(_damaged(data, damages))
+    assert [row["key"] for row in rows] == list(range(len(rows)))
+    assert all((row["data"] is None) == (row["reason"] is not None) for row in rows)
+    broken = [row["reason"] for row in rows if row["reason"] == RejectReason.CORRUPT]
+    assert len(broken) <= 1
+    if broken:
+        assert rows[-1]["reason"] == RejectReason.CORRUPT
+
+
+@QUICK
+@given(st.sampled_from(_TARS), st.lists(_damage, max_size=2), st.lists(st.booleans(), max_size=9))
+def test_reading_the_rest_of_a_tar_gives_the_rows_that_reading_it_whole_gives(data, damages, flags):
+    data = _damaged(data, damages)
+    whole = _read(data)
+    rest = _read(data, np.array(flags, dtype=bool))
+    assert rest == [row for row in whole if row["key"] >= len(flags) or not flags[row["key"]]]
+
+
+@QUICK
+@given(st.binary(max_size=2000))
+def test_any_bytes_are_a_tar_or_one_reject(data):
+    rows = _read(data)
+    assert all(row["reason"] for row in rows[-1:])
+
+
+@QUICK
+@given(st.sampled_from([OSError, ValueError, TimeoutError, RuntimeError, KeyError]), st.text(max_size=400))
+def test_any_exception_has_a_reason_and_a_detail_that_a_table_can_hold(kind, text):
+    fault = diagnose(kind(text))
+    assert fault.reason in RejectReason
+    assert 0 < len(fault.detail) <= 300
+    assert pa.array([fault.detail]).type == pa.string()
+
+
+@pytest.mark.parametrize("rows_per_block", [1, 3, 100])
+def test_blocks_of_any_length_hold_the_same_rows(tmp_path, rows_per_block):
+    path = Path(tmp_path, "s.tar")
+    path.write_bytes(_tar(10))
+    unit = Unit(ordinal=3, kind="webdataset", path=str(path), name="s.tar", num_rows=None, size_bytes=None)
+    limits = Limits(rows_per_block=rows_per_block)
+    tables = list(read_unit(unit, _COLUMNS, _CONFIG, run_folder=str(tmp_path), limits=limits))
+    assert [table.num_rows for table in tables][:-1] == [rows_per_block] * (len(tables) - 1)
+    assert pa.concat_tables(tables).schema == source_schema(_COLUMNS.kept)
+    assert pa.concat_tables(tables)["key"].to_pylist() == [(3 << 32) + n for n in range(10)]
