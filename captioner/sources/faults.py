@@ -61,6 +61,8 @@ def diagnose(error: BaseException) -> Fault:
     """Return what an exception of any store means for the row or unit that was being read."""
     if isinstance(error, StoreError):
         return error.fault
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError | TimeoutError):
+        error = error.__cause__  # fsspec calls whatever a web server does when asked for a file's size "not found"
     detail = _detail(error)
     if (code := _code(error)) in _EXPIRED | _SLOW:
         return Fault(RejectReason.FETCH_FAILED, f"{code}: {detail}"[:_MAX_DETAIL], is_transient=True)

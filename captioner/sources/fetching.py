@@ -17,26 +17,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import aiohttp
 import fsspec.asyn
 
-from captioner import __version__
 from captioner.config import ImageConfig, InputConfig
 from captioner.errors import InputError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.blocks import too_large
 from captioner.sources.faults import diagnose
-from captioner.sources.store import S3Store, Store, open_store, pause_s
+from captioner.sources.store import S3Store, Store, http_client, open_store, pause_s
 
 __all__ = ["Fetcher"]
 
 _CHUNK_BYTES = 1 << 20
-_CONNECT_TIMEOUT_S = 10.0
-_READ_TIMEOUT_S = 20.0  # between two pieces of a body; the whole image has config.fetch_timeout_s
 _UNSAFE = "address is loopback or link-local"
 _LIST_SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https", "hf", "oss", "oci", "hdfs", "memory"})
-_USER_AGENT = f"captioner/{__version__}"
 
 
 class Fetcher:
@@ -176,7 +171,7 @@ class _HttpReader(_Reader):
     def __init__(
         self, uri: str, options: dict[str, Any], num_connections: int, socket_factory: Callable[..., Any] | None
     ) -> None:
-        client = functools.partial(_http_client, num_connections, socket_factory)
+        client = functools.partial(http_client, num_connections=num_connections, socket_factory=socket_factory)
         self._fs = open_store(uri, {**options, "get_client": client, "skip_instance_cache": True}).fs
 
     async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
@@ -184,17 +179,6 @@ class _HttpReader(_Reader):
         async with session.get(self._fs.encode_url(uri), **self._fs.kwargs) as response:
             response.raise_for_status()
             return await _read_body(response.content, response.content_length, max_bytes)
-
-
-async def _http_client(
-    num_connections: int, socket_factory: Callable[..., Any] | None, *, loop: Any, **client_kwargs: Any
-) -> aiohttp.ClientSession:
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
-    connector = aiohttp.TCPConnector(limit=num_connections, socket_factory=socket_factory)
-    headers = {"User-Agent": _USER_AGENT, **client_kwargs.pop("headers", {})}
-    return aiohttp.ClientSession(
-        loop=loop, connector=connector, headers=headers, **{"timeout": timeout, **client_kwargs}
-    )
 
 
 def _guarded_socket(exempt: frozenset[str], address: Any) -> socket.socket:

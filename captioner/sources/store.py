@@ -22,19 +22,23 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+import aiohttp
 import fsspec
 
+from captioner import __version__
 from captioner.errors import InputError
 from captioner.rows import RejectReason
 from captioner.sources import urls
 from captioner.sources.faults import StoreError, diagnose
 
-__all__ = ["PAGE_SIZE", "Entry", "S3Store", "Store", "open_store", "pause_s"]
+__all__ = ["PAGE_SIZE", "Entry", "S3Store", "Store", "http_client", "open_store", "pause_s"]
 
 T = TypeVar("T")
 
 PAGE_SIZE = 1000  # entries of one listing page, as S3 has it
 _READ_RETRIES = 4
+_CONNECT_TIMEOUT_S = 10.0
+_READ_TIMEOUT_S = 20.0  # between two pieces of a body
 _BUFFER_BYTES = {"file": 1 << 18}
 _REMOTE_BUFFER_BYTES = 4 << 20
 _PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "s3": "s3fs", "hf": "huggingface_hub"}
@@ -61,6 +65,18 @@ def open_store(url: str, storage_options: Mapping[str, Any] | None = None) -> "S
 def pause_s(attempt: int, retry_after_s: float = 0.0) -> float:
     """Return how long to wait before another attempt: 0.25 s doubling up to 8 s, half to one and a half of it."""
     return max(retry_after_s, min(0.25 * 2.0**attempt, 8.0) * random.uniform(0.5, 1.5))
+
+
+async def http_client(
+    *, loop: Any, num_connections: int = 100, socket_factory: Callable[..., Any] | None = None, **client_kwargs: Any
+) -> aiohttp.ClientSession:
+    """Return a session that gives up a server which is silent for long, however long the whole answer takes."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
+    connector = aiohttp.TCPConnector(limit=num_connections, socket_factory=socket_factory)
+    headers = {"User-Agent": f"captioner/{__version__}", **client_kwargs.pop("headers", {})}
+    return aiohttp.ClientSession(
+        loop=loop, connector=connector, headers=headers, **{"timeout": timeout, **client_kwargs}
+    )
 
 
 class Store:
@@ -312,6 +328,9 @@ class S3Store(Store):
 
 class HttpStore(Store):
     """A web server: folders are pages of links."""
+
+    def _url_options(self) -> dict[str, Any]:
+        return {"get_client": http_client}
 
     def url(self, path: str) -> str:
         """A path is a URL here."""

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from captioner.config import InputConfig
+from captioner.errors import JobError
 from captioner.rows import RejectReason, source_schema
 from captioner.sources import Columns, Limits, Unit, open_store, read_unit, urls
 from captioner.sources.faults import diagnose
@@ -150,3 +152,34 @@ def test_blocks_of_any_length_hold_the_same_rows(tmp_path, rows_per_block):
     assert [table.num_rows for table in tables][:-1] == [rows_per_block] * (len(tables) - 1)
     assert pa.concat_tables(tables).schema == source_schema(_COLUMNS.kept)
     assert pa.concat_tables(tables)["key"].to_pylist() == [(3 << 32) + n for n in range(10)]
+
+
+def _parquet():
+    buffer = io.BytesIO()
+    images = [bytes([number]) * 300 for number in range(12)]
+    table = {"image": images, "id": range(12), "txt": [str(number) for number in range(12)]}
+    pq.write_table(pa.table(table), buffer, row_group_size=4)
+    return buffer.getvalue()
+
+
+_PARQUET = _parquet()
+
+
+@QUICK
+@given(st.lists(st.tuples(st.integers(0, len(_PARQUET) - 1), st.integers(1, 255)), min_size=1, max_size=4))
+def test_a_damaged_table_gives_every_row_once_or_is_known_to_have_changed(flips):
+    data = bytearray(_PARQUET)
+    for place, number in flips:
+        data[place] ^= number
+    folder = f"memory://{uuid.uuid4().hex}"
+    open_store(folder).write_atomic(f"{folder}/t.parquet", bytes(data))
+    size_bytes = len(_PARQUET)
+    unit = Unit(ordinal=0, kind="parquet", path=f"{folder}/t.parquet", name="t", num_rows=12, size_bytes=size_bytes)
+    columns = Columns(image="image", id="id", kept=_COLUMNS.kept, kept_from=("txt",))
+    try:
+        tables = list(read_unit(unit, columns, _CONFIG, run_folder=folder))
+    except JobError:
+        return
+    rows = pa.concat_tables(tables).to_pylist()
+    assert sorted(row["key"] for row in rows) == list(range(12))
+    assert all(((row["data"] is None) and row["uri"] is None) == (row["reason"] is not None) for row in rows)
