@@ -1,8 +1,9 @@
 """Which image formats are read, and what bytes that no decoder knows seem to be.
 
 Read is what Pillow decodes by itself. Left out on purpose: EPS and WMF (run other programs), BUFR, GRIB, HDF5 and MPEG
-(recognised but never decoded), FITS (unpacks gzip without bounds), and IMT, IPTC, McIdas and Photo CD (too weak a
-signature: they take other files for pictures). A list, so that a format that a later Pillow adds is not let in unseen.
+(recognised but never decoded), FITS (unpacks gzip without bounds), IMT, IPTC, McIdas and Photo CD (signatures so weak
+that they take other files for pictures), and IM (Pillow gives it up). A list, so that a format that a later Pillow adds
+is not let in unseen.
 """
 
 import functools
@@ -14,7 +15,7 @@ from captioner.rows import RejectReason
 
 __all__ = ["Guess", "guess", "readable_formats"]
 
-# The common ones first, and those without a signature (IM, SPIDER, TGA) last. MPO comes with JPEG, APNG with PNG.
+# The common ones first, and those without a signature (SPIDER, TGA) last. MPO comes with JPEG, APNG with PNG.
 _READABLE = (
     *(
         "JPEG",
@@ -34,7 +35,7 @@ _READABLE = (
         "DDS",
     ),
     *("DIB", "PCX", "DCX", "SGI", "SUN", "XBM", "XPM", "MSP", "FLI", "BLP", "FTEX", "GBR", "PIXAR", "XVTHUMB"),
-    *("IM", "SPIDER", "TGA"),
+    *("SPIDER", "TGA"),
 )
 
 
@@ -102,6 +103,8 @@ def guess(data: bytes) -> Guess:
     head = data[:512].lstrip() if data[:1].isspace() else data[:512]
     if head.startswith(b"<") and b"<svg" in head:
         return Guess("SVG", _UNREAD)
+    if head.startswith(b"BM") and head[6:10] == bytes(4):
+        return Guess("BMP", _BROKEN)
     for offset, magic, name, reason in _SIGNATURES:
         if head.startswith(magic, offset):
             return Guess(name, reason)

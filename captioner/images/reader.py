@@ -45,11 +45,11 @@ _PILLOW = threading.Lock()
 
 
 class Turn(NamedTuple):
-    """What brings an image as stored upright: the mirrors first, then the swap."""
+    """What brings an image as stored upright: the swap first, then the mirrors."""
 
+    swaps_axes: bool = False
     mirrors_x: bool = False
     mirrors_y: bool = False
-    swaps_axes: bool = False
 
 
 _UPRIGHT = Turn()
@@ -58,9 +58,9 @@ _TURNS = {  # by EXIF orientation
     3: Turn(mirrors_x=True, mirrors_y=True),
     4: Turn(mirrors_y=True),
     5: Turn(swaps_axes=True),
-    6: Turn(mirrors_y=True, swaps_axes=True),
-    7: Turn(mirrors_x=True, mirrors_y=True, swaps_axes=True),
-    8: Turn(mirrors_x=True, swaps_axes=True),
+    6: Turn(swaps_axes=True, mirrors_x=True),
+    7: Turn(swaps_axes=True, mirrors_x=True, mirrors_y=True),
+    8: Turn(swaps_axes=True, mirrors_y=True),
 }
 
 
@@ -97,7 +97,7 @@ def decode_image(image: Image.Image, preprocessing: Preprocessing, config: Image
     def see() -> Decoded:
         _refuse_bombs(image.size, config)
         pixels = pixels_of(image, preprocessing)
-        return _decoded(pixels, image.size, _turn(image))
+        return Decoded(pixels, *_upright(image.size, _turn(image)))
 
     return _attempt(see, config)
 
@@ -142,14 +142,10 @@ def _decode(data: bytes, preprocessing: Preprocessing, config: ImageConfig) -> D
         turn, size = _turn(image), image.size
         pixels = _reduced(image, turn, preprocessing, is_fast=config.fast_decode)
     if pixels is not None:
-        return _decoded(pixels, size, turn)
+        return Decoded(pixels, *_upright(size, turn))
     with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
-        return _decoded(pixels_of(image, preprocessing), image.size, turn)  # an icon has its true size only now
-
-
-def _decoded(pixels: Pixels, size: tuple[int, int], turn: Turn) -> Decoded:
-    width, height = size[::-1] if turn.swaps_axes else size
-    return Decoded(pixels, width, height)
+        pixels = pixels_of(image, preprocessing)
+        return Decoded(pixels, *_upright(image.size, turn))  # an icon has its true size only now
 
 
 def _refuse_bombs(size: tuple[int, int], config: ImageConfig) -> None:
@@ -188,28 +184,30 @@ def _is_smooth(image: Image.Image, box: Box, pixels: Pixels, turn: Turn, preproc
 def _seen(image: Image.Image, box: Box, turn: Turn, preprocessing: Preprocessing) -> Pixels:
     """Return uint8[3, S, S], upright, of the part of an 8-bit image as stored."""
     columns, rows = axes(image.size, box, preprocessing.size, preprocessing.resample)
-    part = image.crop((columns.start, rows.start, columns.stop, rows.stop))
-    pixels = resample(in_colour(part), columns, rows)
+    part = in_colour(image.crop((columns.start, rows.start, columns.stop, rows.stop)))
+    if turn.swaps_axes:  # before the resize: it rounds between its two directions, and CLIP's begins with the upright x
+        part, columns, rows = part.transpose(Image.Transpose.TRANSPOSE), rows, columns
+    pixels = resample(part, columns, rows)
     if turn.mirrors_x:
         pixels = pixels[:, :, ::-1]
     if turn.mirrors_y:
         pixels = pixels[:, ::-1]
-    if turn.swaps_axes:
-        pixels = pixels.swapaxes(1, 2)
     return np.ascontiguousarray(pixels if len(pixels) == 3 else pixels.repeat(3, axis=0))
 
 
 def _stored_box(size: tuple[int, int], turn: Turn, preprocessing: Preprocessing) -> Box:
     """Return where in the image as stored lies what the model will see of the upright one."""
-    width, height = size
-    left, top, right, bottom = preprocessing.crop_box(*(size[::-1] if turn.swaps_axes else size))
-    if turn.swaps_axes:
-        left, top, right, bottom = top, left, bottom, right
+    width, height = _upright(size, turn)
+    left, top, right, bottom = preprocessing.crop_box(width, height)
     if turn.mirrors_x:
         left, right = width - right, width - left
     if turn.mirrors_y:
         top, bottom = height - bottom, height - top
-    return left, top, right, bottom
+    return (top, left, bottom, right) if turn.swaps_axes else (left, top, right, bottom)
+
+
+def _upright(size: tuple[int, int], turn: Turn) -> tuple[int, int]:
+    return size[::-1] if turn.swaps_axes else size
 
 
 def _divided(box: Box, scale: int) -> Box:
