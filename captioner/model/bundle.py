@@ -142,7 +142,9 @@ def save_bundle(
     provenance: dict[str, Any] | None = None,
     storage_options: StorageOptions = None,
 ) -> BundleDescription:
-    """Write a bundle with this projector and return its description; bundle.json comes last, so a cut one is none.
+    """Write a bundle with this projector, over an older one, and return its description.
+
+    bundle.json goes first and comes last, so that a bundle that was cut is none.
 
     clip, llama: a folder that is already inside (`clip`), a path, a URL or a hub id; a path of this machine is made
     absolute. With `carries_models` they are copied to `clip/` and `llama/` inside, so that the bundle can move. Raises
@@ -151,6 +153,7 @@ def save_bundle(
     fs, path = url_to_fs(os.fspath(folder), **(storage_options or {}))
     fs.makedirs(path, exist_ok=True)
     target = Folder(fs, path.rstrip("/"), os.fspath(folder))
+    target.remove("bundle.json")  # a projector of today beside the config of yesterday would be no bundle
     if carries_models:
         clip = _carry(clip, "clip", target, storage_options)
         llama = _carry(llama, "llama", target, storage_options)

@@ -95,6 +95,11 @@ class Folder:
         arriving.write_bytes(content)
         arriving.replace(Path(self.path, name))
 
+    def remove(self, name: str) -> None:
+        """Leave no file of this name."""
+        if self.has(name):
+            self.fs.rm_file(f"{self.path}/{name}")
+
     def copy_to(self, target: "Folder", patterns: list[str]) -> None:
         """Copy the files directly inside whose name fits a pattern to another folder, on any store."""
         target.fs.makedirs(target.path, exist_ok=True)

@@ -370,16 +370,20 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(bundle: Path, brok
     break_it(bundle)
     with pytest.raises(error, match=message):
         describe(str(bundle))
-    with pytest.raises(error, match=message):
+
+
+def test_loading_refuses_what_a_description_refuses(bundle: Path):
+    save_llama(bundle / "llama", seed=77)
+    with pytest.raises(BundleError, match="was fitted to another LLaMA"):
         load(str(bundle), device="cpu")
 
 
 def test_saving_what_does_not_fit_leaves_no_bundle(original: Path, tmp_path: Path):
     config = replace(LINEAR, width=32)
+    clip, llama = str(original / "clip"), str(original / "llama")
+    save_bundle(tmp_path, build_projector(LINEAR), LINEAR, clip=clip, llama=llama)
     with pytest.raises(ShapeError, match=r"gives embeddings of width 32, the LLaMA in \S* reads width 64"):
-        save_bundle(
-            tmp_path, build_projector(config), config, clip=str(original / "clip"), llama=str(original / "llama")
-        )
+        save_bundle(tmp_path, build_projector(config), config, clip=clip, llama=llama)
     assert not (tmp_path / "bundle.json").exists()
 
 

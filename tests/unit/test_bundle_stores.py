@@ -8,13 +8,13 @@ from time import sleep
 import fsspec
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from captioner.errors import BundleError
 from captioner.model import mirror
 from captioner.model.bundle import describe, load, save_bundle
 from captioner.model.folder import open_folder
 from captioner.model.projector import ProjectorConfig, build_projector
+from tests.conftest import Bucket
 from tests.unit.tiny_models import CLIP_WIDTH, LLAMA_WIDTH, edit_json, save_clip, save_llama
 
 LINEAR = ProjectorConfig(kind="linear", num_features=CLIP_WIDTH, width=LLAMA_WIDTH)
@@ -44,54 +44,51 @@ def memory(original: Path) -> Iterator[str]:
     store.rm("/bucket", recursive=True)
 
 
-@pytest.fixture(scope="module")
-def s3(original: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options: dict[str, object] = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
-    store = fsspec.filesystem("s3", **options)
-    store.mkdir("models")
-    store.put(f"{original}/", "models/bundle/", recursive=True)
-    yield "s3://models/bundle", options
-    server.stop()
+@pytest.fixture
+def url(s3: Bucket, original: Path) -> str:
+    s3.fs.put(f"{original}/", f"{s3.name}/bundle/", recursive=True)
+    return f"{s3.url}/bundle"
 
 
-def test_a_bundle_on_s3_is_the_bundle_on_disk(s3: tuple[str, dict[str, object]], original: Path, cache: Path):
-    url, options = s3
-    told, local = describe(url, options), describe(str(original))
+def test_a_bundle_on_s3_is_the_bundle_on_disk(s3: Bucket, url: str, original: Path, cache: Path):
+    told, local = describe(url, s3.storage_options), describe(str(original))
     assert told.fingerprint == local.fingerprint
     assert not cache.exists(), "a description copies nothing"
-    model = load(url, device="cpu", storage_options=options)
+    model = load(url, device="cpu", storage_options=s3.storage_options)
     assert model.fingerprint == local.fingerprint
     assert all(torch.equal(t, model.llama.state_dict()[n]) for n, t in load(str(original)).llama.state_dict().items())
 
 
-def test_a_bundle_is_written_to_s3(s3: tuple[str, dict[str, object]], original: Path):
-    _, options = s3
-    clip, llama = str(original / "clip"), "s3://models/bundle/llama"
-    told = save_bundle(
-        "s3://models/fitted", build_projector(LINEAR), LINEAR, clip=clip, llama=llama, storage_options=options
-    )
-    assert describe("s3://models/fitted", options) == told
-    assert load("s3://models/fitted", device="cpu", storage_options=options).fingerprint == told.fingerprint
+def test_a_bundle_is_written_to_s3(s3: Bucket, url: str, original: Path):
+    options, fitted = s3.storage_options, f"{s3.url}/fitted"
+    clip, llama = str(original / "clip"), f"{url}/llama"
+    told = save_bundle(fitted, build_projector(LINEAR), LINEAR, clip=clip, llama=llama, storage_options=options)
+    assert describe(fitted, options) == told
+    assert load(fitted, device="cpu", storage_options=options).fingerprint == told.fingerprint
 
 
-def test_nothing_at_an_address_is_said_before_anything_else(s3: tuple[str, dict[str, object]]):
-    with pytest.raises(BundleError, match=r"no model at s3://models/bundel: there is nothing under this name"):
-        describe("s3://models/bundel", s3[1])
+def test_a_bundle_on_s3_can_carry_its_models(s3: Bucket, original: Path):
+    clip, llama = str(original / "clip"), str(original / "llama")
+    save = {"clip": clip, "llama": llama, "carries_models": True, "storage_options": s3.storage_options}
+    told = save_bundle(f"{s3.url}/whole", build_projector(LINEAR), LINEAR, **save)
+    assert (told.clip, told.llama) == (f"{s3.url}/whole/clip", f"{s3.url}/whole/llama")
+    assert not [path for path in s3.fs.find(s3.name) if path.endswith(".bin")]
+    assert load(f"{s3.url}/whole", device="cpu", storage_options=s3.storage_options).fingerprint == told.fingerprint
+
+
+def test_nothing_at_an_address_is_said_before_anything_else(s3: Bucket):
+    with pytest.raises(BundleError, match=rf"no model at {s3.url}/bundel: there is nothing under this name"):
+        describe(f"{s3.url}/bundel", s3.storage_options)
     with pytest.raises(BundleError, match=r"cannot open nope://x: Protocol not known: nope"):
         describe("nope://x")
 
 
-def test_a_store_without_credentials_is_said_to_be_one(
-    s3: tuple[str, dict[str, object]], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_store_without_credentials_is_said_to_be_one(s3: Bucket, monkeypatch: pytest.MonkeyPatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(BundleError, match=r"cannot read s3://models/bundle: NoCredentialsError: Unable to locate"):
-        describe(s3[0], {"endpoint_url": s3[1]["endpoint_url"]})
+    with pytest.raises(BundleError, match=rf"cannot read {s3.url}/bundle: NoCredentialsError: Unable to locate"):
+        describe(f"{s3.url}/bundle", {"endpoint_url": s3.endpoint})
 
 
 def test_a_copy_is_made_once_and_holds_no_pickle(memory: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
