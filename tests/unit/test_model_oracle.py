@@ -119,9 +119,10 @@ def test_both_towers_can_be_had_for_clipscore(tmp_path: Path):
 def llava_tokens(
     folder: Path, images: Tensor, prompt_before: list[int], prompt_after: list[int], length: int
 ) -> list[list[int]]:
-    """What transformers' own class writes for a prompt with 16 image tokens."""
+    """What transformers' own class writes for this prompt around the image."""
     reference = LlavaForConditionalGeneration.from_pretrained(folder)
-    ids = torch.tensor([[*prompt_before, *[272] * 16, *prompt_after]]).expand(len(images), -1)
+    full = reference.config.vision_feature_select_strategy == "full"
+    ids = torch.tensor([[*prompt_before, *[272] * (17 if full else 16), *prompt_after]]).expand(len(images), -1)
     out = reference.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -155,8 +156,16 @@ def new_layout(folder: Path) -> None:
     save_file({rename(name): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
+LLAVA_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"vision_feature_layer": 2},
+    {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+    {"multimodal_projector_bias": False, "text": {"tie_word_embeddings": True}},
+]
+
+
 @pytest.mark.parametrize("layout", [lambda folder: None, old_layout, new_layout], ids=["current", "old", "new"])
-@pytest.mark.parametrize("settings", [{}, {"vision_feature_layer": 2}, {"vision_feature_layer": -1}], ids=str)
+@pytest.mark.parametrize("settings", LLAVA_SETTINGS, ids=str)
 def test_a_llava_checkpoint_gives_the_tokens_of_transformers(tmp_path: Path, layout: Any, settings: dict[str, Any]):
     folder = save_llava(tmp_path / "llava", **settings)
     layout(folder)
