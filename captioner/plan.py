@@ -16,7 +16,7 @@ from captioner.errors import ConfigError
 from captioner.model.bundle import BundleDescription, describe
 from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
 from captioner.slices import Slice, SliceReader, cut
-from captioner.sources import Frozen, count_images, freeze, load_counts, load_frozen
+from captioner.sources import Frozen, count_images, freeze, load_frozen
 from captioner.sources.urls import absolute, redact, scheme
 from captioner.tables import CaptionTable, Done
 
@@ -85,6 +85,7 @@ def plan_job(config: CaptionJobConfig, on_progress: Callable[[int], None] = lamb
     config = _resolve(config)
     is_retried = _retry_rule(config.retry_failures)
     model = describe(config.model.model, config.input.storage_options, prompt=config.model.prompt)
+    _check_context(config, model)
     table = CaptionTable(config.output, output_options(config))
     table.check(identity := _identity(config, model))
     frozen = _frozen(config, table, on_progress)
@@ -115,6 +116,16 @@ def _resolve(config: CaptionJobConfig) -> CaptionJobConfig:
     return replace(config, input_path=absolute(path), output=absolute(config.output))
 
 
+def _check_context(config: CaptionJobConfig, model: BundleDescription) -> None:
+    prompt = model.num_prompt_tokens + model.num_image_tokens
+    room = model.context_length - prompt
+    if config.decoding.max_new_tokens > room:
+        raise ConfigError(
+            f"--max-new-tokens is {config.decoding.max_new_tokens}; {model.name} reads {model.context_length} tokens,"
+            f" of which prompt and image take {prompt}: expected at most {room}"
+        )
+
+
 def _retry_rule(text: str) -> Callable[[str], bool]:
     groups = {"transient": TRANSIENT_REASONS, "all": frozenset(RejectReason), "none": frozenset[RejectReason]()}
     if text in groups:
@@ -133,9 +144,7 @@ def _frozen(config: CaptionJobConfig, table: CaptionTable, on_progress: Callable
     options = output_options(config)
     earlier = load_frozen(table.run_folder, options) if table.identity() else None
     if earlier:
-        counts = load_counts(table.run_folder, options)
-        units = (replace(unit, num_rows=counts.get(unit.ordinal, unit.num_rows)) for unit in earlier.units)
-        return replace(earlier, units=tuple(units))
+        return earlier
     if not config.dry_run:
         return freeze(config.input_path, config.input, table.run_folder, options, on_progress)
     with tempfile.TemporaryDirectory() as folder:

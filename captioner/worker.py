@@ -8,8 +8,8 @@ those of one CaptionWorker share one decoding engine, so that its slots stay ful
 """
 
 import hashlib
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 from captioner.config import CaptionJobConfig, DecodingConfig, ImageConfig, ModelConfig
-from captioner.decoding import Engine, Generation, Hypothesis, Request
+from captioner.decoding import Engine, EngineThread, Generation, Hypothesis, Request
 from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.model.bundle import load
 from captioner.model.caption_model import CaptionModel
-from captioner.rows import Reject, build_table, captioned_schema
+from captioner.rows import Reject, RejectReason, build_table, captioned_schema
 
 __all__ = ["Caption", "CaptionWorker", "Captioner", "image_seed"]
 
@@ -67,15 +67,7 @@ class Captioner:
         self.decoding = decoding or DecodingConfig()
         self._decoder = Decoder(Preprocessing.from_config(model.preprocessing), image or ImageConfig())
         self._encode_rows = _ENCODE_ROWS.get(model.device.type, 8)
-        self._lock = threading.Lock()
-        self._engine = Engine(
-            model.llama,
-            decoding=self.decoding,
-            eos_token_ids=model.eos_token_ids,
-            shared_prefix=model.prompt_embeddings(),
-            prefix_len=model.num_prompt_tokens - len(model.template.prefix_ids),
-            slots=32 if slots == "auto" else int(slots),
-        )
+        self._engine = EngineThread(_engine(model, self.decoding, slots))
 
     @classmethod
     def from_bundle(
@@ -116,20 +108,23 @@ class Captioner:
     def _pixels(self, image: ImageLike) -> Decoded | Reject:
         if isinstance(image, Image.Image):
             return self._decoder.decode_image(image)
-        return self._decoder.decode(image if isinstance(image, bytes) else Path(image).read_bytes())
+        if isinstance(image, bytes):
+            return self._decoder.decode(image)
+        try:
+            return self._decoder.decode(Path(image).read_bytes())
+        except OSError as error:
+            return Reject(RejectReason.MISSING, f"{type(error).__name__}: {error}")
 
     def caption_pixels(self, pixels: torch.Tensor, image_ids: Sequence[str]) -> list[Caption]:
         """Return the captions of uint8[B, 3, S, S], in order. Raises EngineError when the engine has stopped."""
-        tickets = []
+        futures: list[Future[Generation]] = []
         for start in range(0, len(pixels), self._encode_rows):
             ids = image_ids[start : start + self._encode_rows]
             embeds = self._encode(pixels[start : start + self._encode_rows])
             seeds = [image_seed(self.decoding.seed, image_id) for image_id in ids]
-            requests = [Request(id=start + row, prefix=embeds[row], seed=seed) for row, seed in enumerate(seeds)]
-            tickets += requests
-        with self._lock:
-            found = {generation.id: generation for generation in self._engine.generate(tickets)}
-        return [self._caption(found[row]) for row in range(len(tickets))]
+            requests = [Request(id=image_id, prefix=embeds[row], seed=seeds[row]) for row, image_id in enumerate(ids)]
+            futures += self._engine.submit(requests)  # LLaMA writes these while CLIP looks at the next
+        return [self._caption(future.result()) for future in futures]
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return float[B, P, D]; CLIP always sees the same number of images, the missing ones black."""
@@ -144,7 +139,7 @@ class Captioner:
 
     def _one(self, hypothesis: Hypothesis) -> Caption:
         return Caption(
-            caption=self.model.text(list(hypothesis.token_ids)),
+            caption=_before(self.decoding.stop, self.model.text(list(hypothesis.token_ids))),
             num_tokens=len(hypothesis.token_ids),
             finish_reason=hypothesis.finish_reason,
             mean_logprob=hypothesis.mean_logprob,
@@ -153,7 +148,32 @@ class Captioner:
 
     def close(self) -> None:
         """End the engine's thread; calls that wait fail with EngineError."""
+        self._engine.close()
         self._decoder.close()
+
+
+def _engine(model: CaptionModel, decoding: DecodingConfig, slots: str) -> Engine:
+    prompt = model.prompt_embeddings()
+
+    def is_stopped(token_ids: Sequence[int]) -> bool:
+        text = model.text(list(token_ids))
+        return any(stop in text for stop in decoding.stop)
+
+    return Engine(
+        model.llama,
+        decoding=decoding,
+        eos_token_ids=model.eos_token_ids,
+        shared_prefix=prompt,
+        prefix_len=model.num_prompt_tokens - len(prompt),
+        slots="auto" if slots == "auto" else int(slots),
+        is_stopped=is_stopped if decoding.stop else None,
+    )
+
+
+def _before(stops: Sequence[str], text: str) -> str:
+    """Return the text up to the first stop string in it."""
+    ends = [found for stop in stops if (found := text.find(stop)) >= 0]
+    return text[: min(ends)].rstrip() if ends else text
 
 
 def image_seed(seed: int, image_id: str) -> int:

@@ -17,7 +17,7 @@ from captioner.sources.listing import ROWS_PER_LISTING
 from captioner.sources.reading import count_images, read_unit
 from captioner.sources.selection import describe
 from captioner.sources.store import Entry, Store, open_store
-from captioner.sources.units import Columns, Frozen, Unit, load_counts, load_frozen, save_count
+from captioner.sources.units import Columns, Frozen, Unit, load_frozen, save_count
 from captioner.sources.urls import absolute, join, redact
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "describe",
     "freeze",
     "join",
-    "load_counts",
     "load_frozen",
     "open_store",
     "read_unit",

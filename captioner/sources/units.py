@@ -8,7 +8,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
-from captioner.sources.store import open_store
+from captioner.sources.store import Store, open_store
 
 __all__ = [
     "Columns",
@@ -24,7 +24,6 @@ __all__ = [
     "InputKind",
     "Unit",
     "UnitKind",
-    "load_counts",
     "load_frozen",
     "save_count",
     "save_frozen",
@@ -118,16 +117,21 @@ def save_frozen(frozen: Frozen, run_folder: str, output_options: Mapping[str, An
 
 
 def load_frozen(run_folder: str, output_options: Mapping[str, Any] | None = None) -> Frozen | None:
-    """Return what an earlier run froze, or None where none has finished doing so."""
+    """Return what an earlier run froze, or None where none has finished doing so.
+
+    Units that were read to their end since then have their number of rows.
+    """
     store = open_store(run_folder, output_options)
     url = urls.join(urls.absolute(run_folder), _FILE)
     if store.info(url) is None:
         return None
     table = pq.read_table(io.BytesIO(store.read_bytes(url)))
     described = json.loads(table.schema.metadata[_KEY])
+    units = (_unit(row) for row in table.to_pylist())
+    counts = _load_counts(run_folder, store)
     return Frozen(
         kind=described["kind"],
-        units=tuple(_unit(row) for row in table.to_pylist()),
+        units=tuple(replace(unit, num_rows=counts.get(unit.ordinal, unit.num_rows)) for unit in units),
         columns=_columns(described["columns"]),
         skipped=described["skipped"],
     )
@@ -139,9 +143,8 @@ def save_count(ordinal: int, num_rows: int, run_folder: str, output_options: Map
     open_store(run_folder, output_options).write_atomic(url, b"")
 
 
-def load_counts(run_folder: str, output_options: Mapping[str, Any] | None = None) -> dict[int, int]:
-    """Return unit ordinal -> rows, for every unit that was read to its end after it was frozen."""
-    names = open_store(run_folder, output_options).names(urls.join(urls.absolute(run_folder), _COUNTS))
+def _load_counts(run_folder: str, store: Store) -> dict[int, int]:
+    names = store.names(urls.join(urls.absolute(run_folder), _COUNTS))
     pairs = (name.partition("-") for name in names)
     return {int(ordinal): int(num_rows) for ordinal, _, num_rows in pairs}
 

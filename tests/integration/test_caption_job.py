@@ -1,0 +1,193 @@
+"""The whole job on a real Ray: rows in = rows out, whatever the input holds and however often it is run."""
+
+import json
+import tarfile
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captioner.caption_pipeline import caption_images
+from captioner.config import (
+    CaptionJobConfig,
+    DecodingConfig,
+    ImageConfig,
+    InputConfig,
+    ModelConfig,
+    ResourceConfig,
+    VerifyConfig,
+)
+from captioner.errors import OutputError
+from captioner.rows import CAPTIONS
+from captioner.verification import verify
+from tests.conftest import Bucket
+from tests.pictures import BROKEN, encoded
+
+pytestmark = [
+    pytest.mark.usefixtures("on_ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own sockets, when a driver leaves its cluster
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),  # Ray Data copies its own deprecated settings
+]
+
+
+def job(input_path: object, output: str, bundle: str, **input_options: Any) -> CaptionJobConfig:
+    return CaptionJobConfig(
+        input_path=str(input_path),
+        output=output,
+        input=InputConfig(**input_options),
+        image=ImageConfig(max_image_pixels=50_000),
+        model=ModelConfig(model=bundle),
+        decoding=DecodingConfig(max_new_tokens=5),
+        resources=ResourceConfig(rows_per_part=16),
+    )
+
+
+def captions(output: str) -> pd.DataFrame:
+    return pd.read_parquet(f"{output}/captions").sort_values("key").reset_index(drop=True)
+
+
+def folder_of_images(folder: Path, num_images: int = 20) -> Path:
+    folder.mkdir()
+    for seed in range(num_images):
+        (folder / f"{seed:03d}.jpg").write_bytes(encoded(seed=seed))
+    return folder
+
+
+def with_broken(folder: Path) -> Path:
+    for reason, data in BROKEN.items():
+        (folder / f"broken-{reason}.jpg").write_bytes(data)
+    return folder
+
+
+def sums_of(summary: Mapping[str, Any]) -> tuple[int, int, int]:
+    return summary["read"], summary["captioned"], summary["failed"]
+
+
+def test_a_folder_with_broken_images_gives_a_caption_or_a_reason_for_each(
+    tmp_path: Path, output: str, bundle: str
+) -> None:
+    images = with_broken(folder_of_images(tmp_path / "images"))
+    summary = caption_images(job(images, output, bundle))
+    assert sums_of(summary) == (24, 20, 4)
+    assert summary["failed_by_reason"] == dict.fromkeys(BROKEN, 1)
+    assert summary["skipped_done"] == 0
+    assert summary["tokens_per_s"] > 0
+    failures = pd.read_parquet(f"{output}/failures")
+    assert {Path(row.image_id).stem: row.reason for row in failures.itertuples()} == {
+        f"broken-{reason}": reason for reason in BROKEN
+    }
+    assert pq.read_schema(next(Path(output).glob("captions/*.parquet"))).remove_metadata() == CAPTIONS
+    assert verify(VerifyConfig(table=output))["ok"]
+
+
+def test_a_rerun_reads_nothing_and_a_later_run_continues_where_a_limit_stopped(
+    tmp_path: Path, output: str, bundle: str
+) -> None:
+    images = folder_of_images(tmp_path / "images")
+    assert sums_of(caption_images(job(images, output, bundle, limit=7))) == (7, 7, 0)
+    again = caption_images(job(images, output, bundle, limit=7))
+    assert (again["read"], again["skipped_done"]) == (0, 7)
+    rest = caption_images(job(images, output, bundle))
+    assert (rest["read"], rest["skipped_done"]) == (13, 7)
+    assert verify(VerifyConfig(table=output))["ok"]
+
+    unbroken = str(tmp_path / "unbroken")
+    caption_images(job(images, unbroken, bundle))
+    pd.testing.assert_frame_equal(captions(output).drop(columns="run_id"), captions(unbroken).drop(columns="run_id"))
+
+
+def test_transient_failures_are_tried_again_and_counted(tmp_path: Path, output: str, bundle: str) -> None:
+    images = folder_of_images(tmp_path / "images", num_images=3)
+    listing = tmp_path / "list.txt"
+    listing.write_text("\n".join([*(str(path) for path in sorted(images.iterdir())), "http://127.0.0.1:9/refused.jpg"]))
+    config = job(listing, output, bundle)
+    first = caption_images(config)
+    assert first["failed_by_reason"] == {"fetch_failed": 1}
+    second = caption_images(config)
+    assert (second["read"], second["failed"], second["skipped_done"]) == (1, 1, 3)
+    attempts = pd.read_parquet(f"{output}/failures").sort_values("attempt")["attempt"].tolist()
+    assert attempts == [1, 2]
+    assert verify(VerifyConfig(table=output))["failed"] == 1
+
+
+def test_another_decoding_into_the_same_output_is_refused(tmp_path: Path, output: str, bundle: str) -> None:
+    images = folder_of_images(tmp_path / "images", num_images=2)
+    caption_images(job(images, output, bundle))
+    other = CaptionJobConfig(input_path=str(images), output=output, model=ModelConfig(model=bundle))
+    with pytest.raises(OutputError, match=r"decoding\.max_new_tokens: 5 there, 64 now"):
+        caption_images(other)
+
+
+def test_a_parquet_of_bytes_keeps_its_ids_and_columns(tmp_path: Path, output: str, bundle: str) -> None:
+    table = pa.table(
+        {
+            "image": pa.array([{"bytes": encoded(seed=n), "path": f"{n}.jpg"} for n in range(5)] + [None]),
+            "uid": [f"id-{n}" for n in range(6)],
+            "label": pa.array(range(6), pa.int16()),
+        }
+    )
+    pq.write_table(table, tmp_path / "images.parquet")
+    config = job(tmp_path / "images.parquet", output, bundle, id_column="uid", keep_columns=("label=truth",))
+    assert sums_of(caption_images(config)) == (6, 5, 1)
+    found = captions(output)
+    assert found["image_id"].tolist() == [f"id-{n}" for n in range(5)]
+    assert found["truth"].tolist() == [0, 1, 2, 3, 4]
+    assert found["truth"].dtype == "int16"
+    assert pd.read_parquet(f"{output}/failures")["reason"].tolist() == ["empty"]
+
+
+def tar_of_images(path: Path, num_images: int) -> None:
+    with tarfile.open(path, "w") as tar:
+        for seed in range(num_images):
+            for ending, data in (("jpg", encoded(seed=seed)), ("json", json.dumps({"n": seed}).encode())):
+                info = tarfile.TarInfo(f"{seed:04d}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+
+
+def test_tars_are_counted_while_they_are_read_so_that_a_rerun_knows_they_are_done(
+    tmp_path: Path, output: str, bundle: str
+) -> None:
+    for shard in range(3):
+        tar_of_images(tmp_path / f"shard-{shard}.tar", num_images=4 + shard)
+    config = job(tmp_path / "shard-{0..2}.tar", output, bundle, keep_columns=("n",))
+    assert sums_of(caption_images(config)) == (15, 15, 0)
+    again = caption_images(config)
+    assert (again["read"], again["skipped_done"]) == (0, 15)
+    assert captions(output)["image_id"][0] == "shard-0.tar/0000.jpg"
+    assert captions(output)["n"].tolist()[:4] == ["0", "1", "2", "3"]
+    assert verify(VerifyConfig(table=output))["read"] == 15
+
+
+def test_a_bucket_of_images_becomes_a_table_in_the_bucket(
+    s3: Bucket, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(10):
+        s3.put(f"photos/deep/{seed:02d}.jpg", encoded(seed=seed))
+    s3.put("photos/a name with spaces & ünïcode #1.png", encoded("PNG", seed=11))
+    for reason, data in BROKEN.items():
+        s3.put(f"photos/broken-{reason}.jpg", data)
+    config = job(f"{s3.url}/photos", f"{s3.url}/captions", bundle, storage_options=s3.storage_options)
+    summary = caption_images(config)
+    assert sums_of(summary) == (15, 11, 4)
+    assert summary["failed_by_reason"] == dict.fromkeys(BROKEN, 1)
+    proof = verify(VerifyConfig(table=f"{s3.url}/captions", storage_options=s3.storage_options))
+    assert (proof["ok"], proof["read"]) == (True, 15)
+    found = pd.read_parquet(f"{s3.url}/captions/captions", storage_options=s3.storage_options)
+    assert f"{s3.url}/photos/a name with spaces & ünïcode #1.png" in set(found["image_id"])
+    everything = b"".join(s3.fs.cat_file(path) for path in s3.fs.find(f"{s3.url}/captions/_run"))
+    assert s3.storage_options["secret"].encode() not in everything
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, output: str, bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    images = folder_of_images(tmp_path / "images", num_images=3)
+    config = job(images, output, bundle)
+    summary = caption_images(CaptionJobConfig(**{**vars(config), "dry_run": True}))
+    assert (summary["images"], summary["units"], summary["left"]) == (3, 1, 3)
+    assert "images    3 in 1 units" in capsys.readouterr().out
+    assert not Path(output).exists()
