@@ -102,9 +102,10 @@ def read_clip(folder: Folder) -> ClipSource:
     """
     raw = folder.read_json("config.json")
     config = _vision_config(raw, folder)
-    weights = read_weights(folder).select(tower_name)
+    weights = read_weights(folder)
     preprocessing = read_preprocessing(folder, config)
-    return check_tower(ClipSource(folder, config, weights, preprocessing, has_text_tower=raw["model_type"] == "clip"))
+    has_text_tower = "text_projection.weight" in weights.tensors and folder.has("tokenizer.json")
+    return check_tower(ClipSource(folder, config, weights.select(tower_name), preprocessing, has_text_tower))
 
 
 def check_tower(source: ClipSource) -> ClipSource:

@@ -31,7 +31,7 @@ _QUESTION = "Describe the image in one sentence."
 
 def is_llava(config: dict[str, Any]) -> bool:
     """Whether a config.json is that of a LLaVA checkpoint."""
-    return config.get("model_type") == "llava" or "LlavaForConditionalGeneration" in config.get("architectures", ())
+    return config.get("model_type") == "llava" or "LlavaForConditionalGeneration" in (config.get("architectures") or ())
 
 
 def read_llava(folder: Folder, prompt: str | None) -> Parts:

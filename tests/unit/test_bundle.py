@@ -62,7 +62,9 @@ def test_a_description_tells_what_the_model_is(bundle: Path):
     assert told.preprocessing == preprocessor_config()
     assert told.eos_token_ids == (257,)
     assert (told.context_length, told.vocab_size) == (512, 272)
-    assert told.has_text_tower
+    assert not told.has_text_tower, "its towers are both there, but no tokenizer for the one of text"
+    llama3_tokenizer(num_special=2).save_pretrained(bundle / "clip")
+    assert describe(str(bundle)).has_text_tower
     assert told.provenance == {"data": "made up"}
     assert told.projector_parameters == 2 * LLAMA_WIDTH * (CLIP_WIDTH + 1)
     model = load(str(bundle), device="cpu")
@@ -198,7 +200,9 @@ def test_what_shapes_no_caption_leaves_the_fingerprint(bundle: Path, tmp_path: P
 def test_a_tower_is_the_same_with_and_without_a_text_tower(bundle: Path):
     from transformers import CLIPVisionModel
 
+    llama3_tokenizer(num_special=2).save_pretrained(bundle / "clip")
     before = describe(str(bundle))
+    assert before.has_text_tower
     CLIPVisionModel.from_pretrained(bundle / "clip").save_pretrained(bundle / "vision")
     write_json(bundle / "vision/preprocessor_config.json", preprocessor_config())
     edit_json(bundle / "bundle.json", clip="vision")
