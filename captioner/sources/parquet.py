@@ -16,7 +16,7 @@ from captioner.errors import JobError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.blocks import MAX_BLOCK_BYTES, Done, Limits, Row, assemble, positions_left, tabulate, too_large
-from captioner.sources.columns import is_bytes, is_struct, plain_type
+from captioner.sources.columns import is_bytes, is_struct, is_text, plain_type
 from captioner.sources.faults import Fault, StoreError
 from captioner.sources.store import Store
 from captioner.sources.units import Columns, Unit
@@ -57,6 +57,9 @@ def read_parquet(
         return
     with file:
         _check_unchanged(file, size_bytes, unit)
+        if columns.image not in file.schema_arrow.names:
+            yield from _rejects(Reject(RejectReason.CORRUPT, f"no column {columns.image}"), left, unit, columns, limits)
+            return
         yield from _Reader(file, unit, columns, limits).rows(left)
 
 
@@ -97,6 +100,7 @@ class _Reader:
                 reject = Reject(RejectReason.CORRUPT, f"row group {group}: {error}"[:300])
             yield from self._reject(reject, wanted)
             first = stop
+        yield from self._reject(Reject(RejectReason.CORRUPT, "in no row group"), left[left >= first])
 
     def _reject(self, reject: Reject, positions: Positions) -> Iterator[pa.Table]:
         return _rejects(reject, positions[positions >= self._next], self._unit, self._columns, self._limits)
@@ -170,9 +174,17 @@ class _Reader:
 
 
 def _plain(values: pa.Array) -> pa.Array:
-    """Return the values without dictionaries and extension types."""
+    """Return the values without dictionaries and extension types, text as UTF-8. Raises ArrowInvalid for nonsense."""
     values = values.storage if isinstance(values, pa.ExtensionArray) else values
-    return values.cast(plain_type(values.type)) if pa.types.is_dictionary(values.type) else values
+    values = values.cast(plain_type(values.type)) if pa.types.is_dictionary(values.type) else values
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        if not is_text(values.type):
+            raise
+        texts = [value and value.decode("utf-8", "backslashreplace") for value in values.cast(pa.binary()).to_pylist()]
+        return pa.array(texts, values.type)
+    return values
 
 
 def _images(values: pa.Array) -> tuple[pa.Array, list[str | None]]:

@@ -248,7 +248,7 @@ class SteadyFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size_bytes}[whence]
-        self._position = max(0, base + offset)
+        self._position = min(max(0, base + offset), self.size_bytes)  # so that who skips over the end learns of it
         return self._position
 
     def readinto(self, buffer: Any) -> int:

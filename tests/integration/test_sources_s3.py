@@ -182,11 +182,11 @@ def test_an_upload_is_whole_or_not_there(s3):
 
 
 def test_a_fetcher_serves_threads_and_other_processes_at_once(s3):
-    uris = [s3.put(f"{n}.jpg", str(n).encode()) for n in range(40)]
+    uris = [s3.put(f"{n}.jpg", str(n).encode()) for n in range(20)]
     fetcher = pickle.loads(pickle.dumps(Fetcher(s3.url, _config(s3), ImageConfig(fetch_concurrency=8))))
     with ThreadPoolExecutor(4) as threads:
-        results = list(threads.map(fetcher.fetch, [uris] * 8))
-    assert results == [[str(n).encode() for n in range(40)]] * 8
+        results = list(threads.map(fetcher.fetch, [uris] * 4))
+    assert results == [[str(n).encode() for n in range(20)]] * 4
     assert not any(isinstance(outcome, Reject) for outcome in results[0])
 
 
@@ -234,7 +234,7 @@ def endless_bucket():
 
 
 def test_a_listing_five_times_as_long_takes_no_more_memory(endless_bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr("captioner.sources.listing.ROWS_PER_LISTING", 2_500)
+    monkeypatch.setattr("captioner.sources.listing.ROWS_PER_LISTING", 1_000)
 
     def peak_bytes(num, told):
         tracemalloc.start()
@@ -247,5 +247,5 @@ def test_a_listing_five_times_as_long_takes_no_more_memory(endless_bucket, tmp_p
 
     peak_bytes(100, [])  # what is loaded once
     told = []
-    assert peak_bytes(25_000, told) < 1.2 * peak_bytes(5_000, [])
-    assert told == list(range(2_500, 25_001, 2_500))
+    assert peak_bytes(10_000, told) < 1.2 * peak_bytes(2_000, [])
+    assert told == list(range(1_000, 10_001, 1_000))

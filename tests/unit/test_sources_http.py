@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import ImageConfig, InputConfig
-from captioner.errors import InputError
+from captioner.errors import InputError, JobError
 from captioner.sources import Fetcher, freeze, open_store, read_unit
 
 
@@ -132,3 +132,9 @@ def test_a_reader_seeks_whether_the_server_gives_ranges_or_not(web):
         assert file.read() == bytes(range(246, 256))
         file.seek(256 * 500)
         assert file.read(3) == b"\0\1\2"
+
+
+def test_a_server_that_is_down_is_not_taken_for_a_file_that_is_missing(run, monkeypatch):
+    monkeypatch.setattr("captioner.sources.store.pause_s", lambda *_: 0)
+    with pytest.raises(JobError, match=r"http://127.0.0.1:1/x.parquet cannot be listed: .*Cannot connect"):
+        freeze("http://127.0.0.1:1/x.parquet", InputConfig(), run)

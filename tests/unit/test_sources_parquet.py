@@ -120,6 +120,15 @@ def test_a_table_without_the_image_column_is_one_reject(tmp_path, run):
     assert rows[1]["detail"] == "no column image, as other files have; columns: label"
 
 
+def test_text_that_is_not_utf8_is_shown_and_not_passed_on(tmp_path, run):
+    """Arrow writes and reads such strings unchecked; whoever turns them into Python's fails."""
+    names = pa.array([b"a", b"\xff"]).view(pa.binary()).cast(pa.binary())
+    bad = pa.Array.from_buffers(pa.string(), 2, names.buffers())
+    path = _write(tmp_path / "t.parquet", {"image": [b"1", b"2"], "id": bad, "note": bad})
+    rows = _rows(path, run, InputConfig(id_column="id", keep_columns=("note",)))
+    assert [(row["image_id"], row["note"]) for row in rows] == [("a", "a"), (r"\xff", r"\xff")]
+
+
 # -- which column
 
 
