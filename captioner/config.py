@@ -50,7 +50,7 @@ class InputConfig:
 
     output_storage_options: dict[str, object] | None = None
     """fsspec options of the output's store, as JSON.
-    By default those of the input when both are on the same kind of store."""
+    By default those of the input, when both are on the same kind of store or the input is local."""
 
     allow_local_uris: bool = False
     """Follow local paths, and loopback or link-local hosts, that a remote list points to."""

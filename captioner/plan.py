@@ -108,7 +108,8 @@ def output_options(config: CaptionJobConfig) -> Mapping[str, Any]:
     """Return the fsspec options of the output's store: the input's own, unless others are given."""
     if config.input.output_storage_options is not None:
         return config.input.output_storage_options
-    return config.input.storage_options if scheme(config.output) == scheme(config.input_path) else {}
+    is_shared = scheme(config.input_path) in (scheme(config.output), "file")  # a local input needs none for itself
+    return config.input.storage_options if is_shared else {}
 
 
 def _resolve(config: CaptionJobConfig) -> CaptionJobConfig:

@@ -1,0 +1,127 @@
+"""The README: its first command as a new user types it, and its claims against the code."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from captioner import demo
+from captioner.config import CaptionJobConfig
+from captioner.rows import CAPTIONS, FAILURES, TRANSIENT_REASONS, RejectReason
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def shell_blocks() -> list[str]:
+    return re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_command_stands_in_the_first_twenty_lines() -> None:
+    assert README.splitlines().index("```sh") < 20
+    assert shell_blocks()[0].strip() == "pip install -c constraints.txt . && python jobs/caption.py"
+
+
+def test_the_second_block_installs_what_tests_need_and_runs_them() -> None:
+    assert shell_blocks()[1].strip() == "pip install -c constraints.txt '.[test]' && pytest"
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("first-run")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "caption.py"],
+        cwd=folder,
+        env={**environment, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return folder, done
+
+
+def test_the_first_run_captions_every_demo_image(
+    demo_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = demo_run
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    num_images = len(list(demo.images_path().iterdir()))
+    assert (summary["read"], summary["captioned"], summary["failed"]) == (num_images, num_images, 0)
+    captions = pd.read_parquet(folder / "captions-demo" / "captions")
+    assert sorted(captions["image_id"].str.rpartition("/")[2]) == sorted(p.name for p in demo.images_path().iterdir())
+
+
+def test_the_first_run_shows_five_captions_beside_their_names_and_says_what_is_next(
+    demo_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    _, done = demo_run
+    shown = re.findall(r"^  (scene-\S+)\s+(\w.*)$", done.stderr, re.MULTILINE)
+    assert len(shown) == 5
+    assert "next      python jobs/verify.py" in done.stderr
+
+
+def test_the_table_of_the_first_run_is_proven_whole(
+    demo_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = demo_run
+    command = [sys.executable, ROOT / "jobs" / "verify.py", "captions-demo"]
+    proof = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert proof.returncode == 0, proof.stderr
+    assert json.loads(proof.stdout)["ok"]
+
+
+def flags_of_the_help_page() -> set[str]:
+    command = [sys.executable, ROOT / "jobs" / "caption.py", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    page = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"--[a-z][a-z-]+", page))
+
+
+def test_every_flag_that_the_readme_names_exists() -> None:
+    named = set(re.findall(r"--[a-z][a-z-]+", README)) - {"--help"}
+    assert named - flags_of_the_help_page() == set()
+
+
+def rows_of_tables() -> Iterator[list[str]]:
+    for line in README.splitlines():
+        if line.startswith("| `"):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_every_reason_is_listed_with_whether_it_is_tried_again() -> None:
+    listed = {cells[0].strip("` "): cells[-1] for cells in rows_of_tables() if cells[-1] in ("yes", "no")}
+    assert listed == {reason: "yes" if reason in TRANSIENT_REASONS else "no" for reason in RejectReason}
+
+
+def test_every_field_of_the_summary_is_listed(demo_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, done = demo_run
+    table = README[README.index("| field | meaning |") : README.index("Exit code 0")]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", "".join(first_cells))) == set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_columns_of_both_tables_are_listed_in_their_order() -> None:
+    layout = README[README.index("OUTPUT/captions/part-") : README.index("OUTPUT/_run/")]
+    words = re.findall(r"[a-z_]+", layout.replace("the kept columns", ""))
+    fixed = [name for name in words if name in {*CAPTIONS.names, *FAILURES.names}]
+    assert fixed == [*CAPTIONS.names, *FAILURES.names]
+
+
+def test_every_path_that_the_readme_names_exists() -> None:
+    for path in re.findall(r"(?:jobs|captioner|tests)/[\w./]+\w", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_names_the_default_output() -> None:
+    assert CaptionJobConfig().output == "captions-demo"
