@@ -161,6 +161,7 @@ LLAVA_SETTINGS: list[dict[str, Any]] = [
     {"vision_feature_layer": 2},
     {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
     {"multimodal_projector_bias": False, "text": {"tie_word_embeddings": True}},
+    {"tie_word_embeddings": True},
 ]
 
 
