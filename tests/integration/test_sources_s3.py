@@ -181,6 +181,14 @@ def test_an_upload_is_whole_or_not_there(s3):
     assert store.info(url) is None
 
 
+def test_a_folder_is_seen_as_it_is_now_and_not_as_it_was(s3):
+    store = open_store(s3.url, s3.storage_options)
+    s3.put("out/a", b"")
+    assert store.names(f"{s3.url}/out") == ["a"]
+    s3.put("out/b", b"")  # by another hand
+    assert store.names(f"{s3.url}/out") == ["a", "b"]
+
+
 def test_a_fetcher_serves_threads_and_other_processes_at_once(s3):
     uris = [s3.put(f"{n}.jpg", str(n).encode()) for n in range(20)]
     fetcher = pickle.loads(pickle.dumps(Fetcher(s3.url, _config(s3), ImageConfig(fetch_concurrency=8))))

@@ -142,6 +142,11 @@ def test_any_exception_has_a_reason_and_a_detail_that_a_table_can_hold(kind, tex
     assert pa.array([fault.detail]).type == pa.string()
 
 
+def test_what_went_wrong_is_told_without_credentials_and_in_utf8():
+    fault = diagnose(OSError(f"https://user:s3cr3t@host/{chr(0xDCFF)}?sig=s3cr3t"))
+    assert fault.detail == r"OSError: https://***@host/\xff?sig=***"
+
+
 @pytest.mark.parametrize("rows_per_block", [1, 3, 100])
 def test_blocks_of_any_length_hold_the_same_rows(tmp_path, rows_per_block):
     path = Path(tmp_path, "s.tar")
