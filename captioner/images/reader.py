@@ -95,9 +95,9 @@ def decode_image(image: Image.Image, preprocessing: Preprocessing, config: Image
     """Return what the model will see of a picture that is already open, or why it cannot; it is not changed."""
 
     def see() -> Decoded:
-        _refuse_bombs(image.size, config)
-        pixels = pixels_of(image, preprocessing)
-        return Decoded(pixels, *_upright(image.size, _turn(image)))
+        if image.width * image.height > config.max_image_pixels:
+            raise Image.DecompressionBombError(f"Image size ({image.width * image.height} pixels) exceeds limit")
+        return _whole(image, preprocessing)
 
     return _attempt(see, config)
 
@@ -130,45 +130,45 @@ def _attempt(
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             limit = f"--max-image-pixels is {config.max_image_pixels}"
             return _reject(RejectReason.TOO_MANY_PIXELS, f"{str(error).split(', could')[0]}; {limit}")
-        except (
-            Exception
-        ) as error:  # forty decoders, fed with any bytes, raise anything: the row names it, the job goes on
+        # Thirty decoders, fed with any bytes, raise anything. The one broad except of this package: the row names the
+        # error, and the job goes on.
+        except Exception as error:
             return _broken(guess(head).name, f"{type(error).__name__}: {error}")
 
 
 def _decode(data: bytes, preprocessing: Preprocessing, config: ImageConfig) -> Decoded:
     with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
-        _refuse_bombs(image.size, config)
-        turn, size = _turn(image), image.size
-        pixels = _reduced(image, turn, preprocessing, is_fast=config.fast_decode)
-    if pixels is not None:
-        return Decoded(pixels, *_upright(size, turn))
+        is_jpeg = isinstance(image, JpegImageFile)
+        reduced = _reduced(image, preprocessing, is_fast=config.fast_decode) if is_jpeg else None
+    if reduced is not None:
+        return reduced
     with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
-        pixels = pixels_of(image, preprocessing)
-        return Decoded(pixels, *_upright(image.size, turn))  # an icon has its true size only now
+        return _whole(image, preprocessing)
 
 
-def _refuse_bombs(size: tuple[int, int], config: ImageConfig) -> None:
-    width, height = size
-    if width * height > config.max_image_pixels:
-        raise Image.DecompressionBombError(f"{width} x {height} = {width * height} pixels")
+def _whole(image: Image.Image, preprocessing: Preprocessing) -> Decoded:
+    pixels = pixels_of(image, preprocessing)
+    return Decoded(pixels, *_upright(image.size, _turn(image)))  # loaded by now: only then are size and EXIF certain
 
 
-def _reduced(image: ImageFile.ImageFile, turn: Turn, preprocessing: Preprocessing, *, is_fast: bool) -> Pixels | None:
-    """Return the pixels of a JPEG decoded at 1/8, 1/4 or 1/2 of its size; None where only the whole one will do."""
-    box = _stored_box(image.size, turn, preprocessing)
+def _reduced(image: ImageFile.ImageFile, preprocessing: Preprocessing, *, is_fast: bool) -> Decoded | None:
+    """Return a JPEG decoded at 1/8, 1/4 or 1/2 of its size; None where only the whole one will do."""
+    size, turn = image.size, _turn(image)
+    box = _stored_box(size, turn, preprocessing)
     spare = min(box[2] - box[0], box[3] - box[1]) / preprocessing.size / (1 if is_fast else _CARE)
-    if not isinstance(image, JpegImageFile) or spare < 2:
+    if spare < 2:
         return None
     scale = next(scale for scale in (8, 4, 2) if scale <= spare)
     image.draft(None, (image.width // scale, image.height // scale))
     image.load()
     pixels = _seen(image, _divided(box, scale), turn, preprocessing)
-    return pixels if is_fast or _is_smooth(image, _divided(box, scale), pixels, turn, preprocessing) else None
+    if not is_fast and not _is_smooth(image, _divided(box, scale), pixels, turn, preprocessing):
+        return None
+    return Decoded(pixels, *_upright(size, turn))
 
 
 def _is_smooth(image: Image.Image, box: Box, pixels: Pixels, turn: Turn, preprocessing: Preprocessing) -> bool:
-    """Return whether reduced decoding is sure to give the pixels of full decoding, within 3/255 and 0.3/255 on average.
+    """Return whether reduced decoding gives the pixels of full decoding: within 3/255, and 0.3/255 on average.
 
     Reducing drops fine detail and clips to 0..255 only after it has averaged. What a second, cruder reduction (the mean
     of 2 x 2) changes tells how much detail there is, and whether it lies near black or white. The bounds were set on
@@ -252,7 +252,10 @@ def _reject(reason: RejectReason, detail: str) -> Reject:
 
 @contextmanager
 def _pillow_set_up(max_pixels: int) -> Iterator[list[warnings.WarningMessage]]:
-    """Put Pillow's global switches where every decoder needs them, and back; yield what it warns of meanwhile."""
+    """Put Pillow's global switches where every decoder needs them, and back; yield what it warns of meanwhile.
+
+    Pillow warns above MAX_IMAGE_PIXELS, of the header and of frames and tiles inside; as an error, that is our limit.
+    """
     with _PILLOW, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 from hostile_decoders import crash_on_c, hang_on_h
 from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from captioner.config import ImageConfig
@@ -261,6 +262,24 @@ def test_a_broken_exif_block_does_not_cost_the_picture(exif: bytes) -> None:
     assert (seen(plain[:2] + block + plain[2:]).pixels == seen(plain).pixels).all()
 
 
+def test_a_broken_exif_text_of_a_png_does_not_cost_the_picture() -> None:
+    info = PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n  8\nnot hex\n")
+    picture = scene(320, 240)
+    assert (seen(saved(picture, pnginfo=info)).pixels == seen(saved(picture)).pixels).all()
+
+
+def test_exif_that_a_png_has_behind_its_pixels_turns_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = scene(321, 240)
+    plain, block = saved(picture), b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(block) - 4) + block + struct.pack(">I", zlib.crc32(block))
+    outcome = seen(plain[:-12] + chunk + plain[-12:])
+    assert (outcome.width, outcome.height) == (240, 321)
+    assert (outcome.pixels == seen(saved(picture, exif=exif)).pixels).all()
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 255])
 def test_an_exif_orientation_that_does_not_exist_turns_nothing(orientation: int) -> None:
     exif = Image.Exif()
@@ -415,6 +434,21 @@ def test_a_detail_is_one_line_of_valid_text() -> None:
         detail.encode()
 
 
+@pytest.mark.parametrize("error", [ValueError, MemoryError, RecursionError, struct.error, KeyError, AssertionError])
+def test_whatever_a_decoder_raises_is_a_reject_that_says_what(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error("of\n two lines \ud800")
+
+    monkeypatch.setattr(Image, "open", fail)
+    refusal = refused(b"GIF89a")
+    assert refusal.reason is RejectReason.CORRUPT
+    assert refusal.detail.startswith(f"GIF: {error.__name__}: ")
+    assert "\n" not in refusal.detail
+    refusal.detail.encode()
+
+
 # --- a PIL image, for notebooks ---
 
 
@@ -437,6 +471,12 @@ def test_an_open_picture_that_cannot_be_loaded_is_a_reject() -> None:
         good = decoder.decode_image(scene(64, 48))
         assert isinstance(good, Decoded)
         assert (good.width, good.height) == (64, 48)
+
+
+def test_an_open_picture_of_too_many_pixels_is_a_reject() -> None:
+    outcome = Decoder(CLIP, ImageConfig(max_image_pixels=99)).decode_image(Image.new("L", (10, 10)))
+    detail = "Image size (100 pixels) exceeds limit; --max-image-pixels is 99"
+    assert outcome == Reject(RejectReason.TOO_MANY_PIXELS, detail)
 
 
 # --- the resize ---
