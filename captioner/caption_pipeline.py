@@ -9,6 +9,7 @@ One of the two modules that import ray. Knows how rows move and what each stage 
 import logging
 import os
 import platform
+import re
 import secrets
 import sys
 import threading
@@ -29,7 +30,7 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 from ray.util.annotations import RayDeprecationWarning
 from tqdm import tqdm
 
-from captioner import __version__
+from captioner import __version__, errors
 from captioner.config import CaptionJobConfig
 from captioner.decode_worker import DecodeWorker
 from captioner.errors import CaptionerError, JobError
@@ -204,8 +205,8 @@ class WriteParts(Datasink[PartSummary]):
 def _cluster() -> Iterator[Cluster]:
     """Join the cluster of RAY_ADDRESS, or start a local one for the time of the job."""
     address = os.environ.get("RAY_ADDRESS")
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of an error, `_job_errors` says in a line
     ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.ERROR)
     context = DataContext.get_current()
     context.target_max_block_size = _TARGET_BLOCK_BYTES
@@ -222,22 +223,21 @@ def _cluster() -> Iterator[Cluster]:
 
 @contextmanager
 def _job_errors() -> Iterator[None]:
-    """Turn what a worker raised into one error of ours that names its cause."""
+    """Turn what a worker raised into the error of ours that caused it, or into one that names the cause."""
     try:
         yield
-    except CaptionerError:
-        raise
-    except (ray.exceptions.RayError, ray.data.exceptions.SystemException) as error:
-        cause = _cause(error)
-        if isinstance(cause, CaptionerError):
-            raise cause from error
-        raise JobError(f"the job stopped: {type(cause).__name__}: {cause}") from error
+    except ray.exceptions.RayError as error:
+        raise _error_of_ours(str(error)) from error
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Return the innermost exception that Ray wrapped."""
-    inner = getattr(error, "cause", None) or error.__cause__
-    return _cause(inner) if isinstance(inner, BaseException) else error
+def _error_of_ours(text: str) -> CaptionerError:
+    """Return what a worker raised: Ray hands on its traceback, but of its type only the name."""
+    found = re.search(r"^captioner\.errors\.(\w+): (.+?)(?=^\S+Error|^ray\.|\Z)", text, re.MULTILINE | re.DOTALL)
+    if found:
+        kind: type[CaptionerError] = getattr(errors, found.group(1))
+        return kind(found.group(2).strip())
+    lines = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return JobError(f"the job stopped: {lines[-1] if lines else text.strip()}")
 
 
 @contextmanager

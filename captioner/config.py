@@ -261,6 +261,12 @@ class CaptionJobConfig:
         if not self.output:
             _check(self.input_path == "demo", "OUTPUT", "missing", f"a folder for the captions of {self.input_path}")
             object.__setattr__(self, "output", "captions-demo")
+        self._check_slots()
+
+    def _check_slots(self) -> None:
+        beams = self.decoding.num_beams if self.decoding.num_beams > 1 else self.decoding.num_captions
+        enough = self.resources.slots == "auto" or int(self.resources.slots) >= beams
+        _check(enough, "--slots", self.resources.slots, f"at least {beams}, the beams or captions of one image")
 
 
 @dataclass(frozen=True, kw_only=True)

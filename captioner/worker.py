@@ -188,16 +188,19 @@ class CaptionWorker:
     def __init__(self, config: CaptionJobConfig, kept: Sequence[pa.Field] = (), num_threads: int | None = None) -> None:
         if num_threads:
             torch.set_num_threads(num_threads)
+        self._schema = captioned_schema(kept)
         self._captioner = Captioner.from_bundle(
             config.model,
             config.decoding,
             slots=config.resources.slots,
             storage_options=config.input.storage_options,
         )
-        self._schema = captioned_schema(kept)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return rows of `rows.captioned_schema` for rows of `rows.decoded_schema`; the pixels stay behind."""
+        """Return rows of `rows.captioned_schema` for rows of `rows.decoded_schema`; the pixels stay behind.
+
+        Raises EngineError when the engine has stopped.
+        """
         is_image = pc.is_null(rows.column("reason"))
         images = rows.filter(is_image)
         captions: Iterator[Caption] = iter(())

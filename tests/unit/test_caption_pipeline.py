@@ -1,0 +1,37 @@
+"""What the Ray side of the job makes of a worker's error; the job itself is in tests/integration."""
+
+import pytest
+
+from captioner.caption_pipeline import _error_of_ours
+from captioner.errors import ConfigError, JobError, OutputError
+
+TRACEBACK = """ray::MapWorker(MapBatches(CaptionWorker)).__init__() (pid=29611, ip=192.0.2.2)
+  File "captioner/decoding/engine.py", line 86, in __init__
+    _check_slots(slots, group_size)
+"""
+
+
+def test_an_error_of_ours_keeps_its_kind_and_its_words_across_ray() -> None:
+    error = _error_of_ours(TRACEBACK + "captioner.errors.ConfigError: --slots is 2; expected at least 4")
+    assert isinstance(error, ConfigError)
+    assert str(error) == "--slots is 2; expected at least 4"
+
+
+def test_an_error_of_several_lines_keeps_them_and_leaves_rays_own_words_behind() -> None:
+    text = (
+        TRACEBACK + "captioner.errors.OutputError: these differ:\n  model: a there, b now\n\nray.exceptions.UserCode: x"
+    )
+    error = _error_of_ours(text)
+    assert isinstance(error, OutputError)
+    assert str(error) == "these differ:\n  model: a there, b now"
+
+
+@pytest.mark.parametrize("last", ["torch.OutOfMemoryError: CUDA out of memory", "OSError: disk full"])
+def test_any_other_error_becomes_a_job_error_that_names_it(last: str) -> None:
+    error = _error_of_ours(TRACEBACK + last)
+    assert isinstance(error, JobError)
+    assert str(error) == f"the job stopped: {last}"
+
+
+def test_an_error_without_a_name_is_still_told() -> None:
+    assert str(_error_of_ours("The node died.")) == "the job stopped: The node died."
