@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 ATTENTION_NAME = "captioner_slots"
@@ -35,7 +35,7 @@ class PromptRows:
     """int64[P - 1]: where in the slots."""
 
     mask: Tensor
-    """float[P - 1, S + P - 1]: 0 where a prompt row may look, else -inf."""
+    """float[P - 1 made even, S + P - 1]: 0 where a prompt row may look, else -inf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +124,10 @@ def _attend_prompts(
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """float[N, H, rows, d] over float[N, Hkv, W, d] -> float[N, H, rows, d].
 
-    A single query row goes in twice: MKL's matrix-vector kernel rounds by memory alignment, so that the same slot got
-    other last bits in other batches; the matrix kernel, from two rows up, does not."""
+    mask: float, broadcast to [N, 1, rows made even, W]. An odd number of query rows is made even: MKL's kernel for the
+    odd one rounds by memory alignment, so that the same slot got other last bits in other batches."""
     num_rows = query.shape[2]
-    if num_rows == 1:
-        query = query.expand(-1, -1, 2, -1)
+    query = pad(query, (0, 0, 0, num_rows % 2))
     attended = scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != keys.shape[1]
     )

@@ -24,12 +24,10 @@ from captioner.decoding.draft import Chain, Endings
 from captioner.decoding.memory import auto_slots, out_of_memory_named
 from captioner.decoding.request import Generation, Hypothesis, Request
 from captioner.decoding.sampling import candidate_seed
-from captioner.decoding.step import SlotLayout, SlotModel, StepShape
+from captioner.decoding.step import ROW_BUCKET, WINDOW_BUCKET, SlotLayout, SlotModel, StepShape, round_up
 from captioner.decoding.strategy import BeamStrategy, Strategy, TokenStrategy
 from captioner.errors import ConfigError, ShapeError
 
-_ROW_BUCKET = 16
-_WINDOW_BUCKET = 16
 _MAX_PROMPT_ROWS = 1024
 
 
@@ -88,7 +86,7 @@ class Engine:
         _check_slots(slots, group_size)
         self.num_slots = slots
         layout = SlotLayout(
-            num_slots=_round_up(slots, _ROW_BUCKET),
+            num_slots=round_up(slots, ROW_BUCKET),
             group_size=group_size,
             shared_len=len(shared_prefix),
             prefix_len=prefix_len,
@@ -157,7 +155,7 @@ class Engine:
         window = self._window()
         self._close_gaps(window)
         shape = StepShape(
-            num_rows=_round_up(len(self._seats) * self._strategy.slots_per_seat, _ROW_BUCKET),
+            num_rows=round_up(len(self._seats) * self._strategy.slots_per_seat, ROW_BUCKET),
             window=window,
             num_prompts=self._fill_fresh(),
         )
@@ -207,8 +205,7 @@ class Engine:
     def _window(self) -> int:
         """Columns that the longest running caption needs, rounded up."""
         longest = max(seat.num_steps for seat in self._seats if seat is not None)
-        layout = self._model.layout
-        return min(_round_up(layout.first_column + longest + 1, _WINDOW_BUCKET), layout.num_columns)
+        return round_up(self._model.layout.first_column + longest + 1, WINDOW_BUCKET)
 
     def _collect(self) -> Iterator[Generation]:
         """Empty the seats whose search is done; yield the requests that were waiting for no other seat."""
@@ -238,7 +235,3 @@ def _check_context(llama: LlamaForCausalLM, shared_len: int, prefix_len: int, ma
 def _check_slots(slots: int, group_size: int) -> None:
     if slots < group_size:
         raise ConfigError(f"--slots is {slots}; expected at least {group_size}, the beams or captions of one image")
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

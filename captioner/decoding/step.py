@@ -16,7 +16,14 @@ from transformers import LlamaForCausalLM
 
 from captioner.decoding.attention import PromptRows, SlotView, allocate_slots, slot_attention
 
+ROW_BUCKET = 16
+WINDOW_BUCKET = 16
 _NEVER = -1.0e9
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple that is not below the number."""
+    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +51,8 @@ class SlotLayout:
 
     @property
     def num_columns(self) -> int:
-        """Columns of a slot; the last token generated is never read, so it has none."""
-        return self.first_column + self.max_new_tokens
+        """Columns of a slot, a whole number of windows; the last token generated is never read, so it needs none."""
+        return round_up(self.first_column + self.max_new_tokens, WINDOW_BUCKET)
 
 
 class StepShape(NamedTuple):
@@ -121,14 +128,17 @@ class SlotModel:
         self._prompt_columns = self._columns[layout.shared_len : layout.first_column]
         self._hidden = torch.tensor(-torch.inf, dtype=dtype, device=device)
         self._visible = torch.zeros((), dtype=dtype, device=device)
-        self._prompt_mask = self._mask(self._prompt_columns, layout.first_column)
+        even = layout.shared_len + round_up(layout.prefix_len - 1, 2)
+        self._prompt_mask = self._mask(self._columns[layout.shared_len : even], layout.first_column)
 
     def share(self, prefix: Tensor) -> None:
         """Let every slot begin with the keys and values of a prompt, float[S, D]."""
-        output = self._llama.model(inputs_embeds=prefix[None].to(self.buffers.last_prefix), use_cache=True)
+        length = len(prefix)
+        even = torch.cat([prefix, prefix[-1:]])[: round_up(length, 2)]  # odd ones round by memory alignment
+        output = self._llama.model(inputs_embeds=even[None].to(self.buffers.last_prefix), use_cache=True)
         for kv, layer in zip(self.buffers.kv, output.past_key_values.layers, strict=True):
-            kv[0, :, :, : len(prefix)] = layer.keys
-            kv[1, :, :, : len(prefix)] = layer.values
+            kv[0, :, :, :length] = layer.keys[:, :, :length]
+            kv[1, :, :, :length] = layer.values[:, :, :length]
 
     def logits(self, shape: StepShape) -> Tensor:
         """Return what decode rows say comes next, float32[R, V], and fill their columns of the cache.

@@ -1,0 +1,78 @@
+"""A caption is a function of its image: any mix of lengths, slots and arrival orders gives what it gets alone."""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from captioner.config import DecodingConfig
+from captioner.decoding import Generation, Request
+from tests.unit.decoding_models import engine_of, random_prefixes, tiny_llama
+
+NUM_IMAGES = 12
+STRATEGIES = {
+    "greedy": {},
+    "drawn": {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.2},
+    "drawn from all": {"do_sample": True, "top_k": 0},
+    "three drawn": {"do_sample": True, "num_captions": 3, "temperature": 1.4},
+    "beams": {"num_beams": 3, "num_captions": 2},
+    "beams with a penalty": {"num_beams": 2, "repetition_penalty": 1.4, "length_penalty": 0.3},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def llama_of(kv_heads: int):
+    return tiny_llama(num_key_value_heads=kv_heads)
+
+
+@cache
+def alone(kv_heads: int, strategy: str, prefix_len: int) -> dict[int, Generation]:
+    llama = llama_of(kv_heads)
+    decoding = DecodingConfig(max_new_tokens=18, **STRATEGIES[strategy])
+    images = random_prefixes(llama, NUM_IMAGES, prefix_len)
+    engine = engine_of(llama, decoding, prefix_len=prefix_len, slots=3)
+    requests = [Request(i, image, seed=i, max_new_tokens=limit_of(i)) for i, image in enumerate(images)]
+    return {request.id: next(engine.generate([request])) for request in requests}
+
+
+def limit_of(image: int) -> int:
+    return 18 if image % 3 else 4 + image
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kv_heads=st.sampled_from([2, 8]),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    prefix_len=st.sampled_from([1, 2, 5]),
+    slots=st.integers(3, 40),
+    order=st.lists(st.integers(0, NUM_IMAGES - 1), min_size=1, max_size=40),
+    pauses=st.lists(st.integers(0, 3), min_size=40, max_size=40),
+)
+def test_an_image_gets_the_caption_it_gets_alone(kv_heads, strategy, prefix_len, slots, order, pauses):
+    expected = alone(kv_heads, strategy, prefix_len)
+    llama = llama_of(kv_heads)
+    decoding = DecodingConfig(max_new_tokens=18, **STRATEGIES[strategy])
+    engine = engine_of(llama, decoding, prefix_len=prefix_len, slots=slots)
+    images = random_prefixes(llama, NUM_IMAGES, prefix_len)
+    found = []
+    for place, image in enumerate(order):
+        while not engine.num_free:
+            found += engine.step()
+        engine.admit(Request((place, image), images[image], seed=image, max_new_tokens=limit_of(image)))
+        for _ in range(pauses[place]):
+            found += engine.step() if not engine.is_idle else []
+    while not engine.is_idle:
+        found += engine.step()
+    assert sorted(generation.id for generation in found) == list(enumerate(order))
+    for generation in found:
+        assert generation.hypotheses == expected[generation.id[1]].hypotheses, "tokens and scores, to the last bit"

@@ -1,0 +1,162 @@
+"""What the engine promises beside its tokens: limits, ranks, refusals, memory, and a model left as it was."""
+
+import pytest
+import torch
+
+from captioner.config import DecodingConfig
+from captioner.decoding import Request
+from captioner.decoding.memory import fitting_slots, out_of_memory_named, slot_bytes
+from captioner.errors import ConfigError, ResourceError, ShapeError
+from tests.unit.decoding_models import EOS, captions, engine_of, random_prefixes, tiny_llama, token_ids
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def images(llama):
+    return random_prefixes(llama, 40, 1)
+
+
+def test_a_caption_that_ends_itself_has_no_end_token_and_the_reason_stop(llama, images):
+    for generation in captions(llama, images, DecodingConfig(max_new_tokens=30)):
+        best = generation.best
+        assert not set(best.token_ids) & set(EOS)
+        assert best.finish_reason == ("length" if len(best.token_ids) == 30 else "stop")
+
+
+def test_a_request_may_lower_the_limit_and_not_raise_it(llama, images):
+    engine = engine_of(llama, DecodingConfig(max_new_tokens=10), eos_token_ids=())
+    limits = [1, 5, 10, 99, None]
+    requests = [Request(i, images[i], max_new_tokens=limit) for i, limit in enumerate(limits)]
+    found = {generation.id: generation.best for generation in engine.generate(requests)}
+    assert [len(found[i].token_ids) for i in range(5)] == [1, 5, 10, 10, 10]
+    assert {best.finish_reason for best in found.values()} == {"length"}
+
+
+def test_a_stop_check_ends_a_caption_and_keeps_its_tokens(llama, images):
+    decoding = DecodingConfig(max_new_tokens=20)
+    asked = []
+
+    def is_stopped(tokens):
+        asked.append(len(tokens))
+        return len(tokens) == 4
+
+    for generation in captions(llama, images, decoding, eos_token_ids=(), is_stopped=is_stopped):
+        assert len(generation.best.token_ids) == 4
+        assert generation.best.finish_reason == "stop"
+    assert len(asked) == 4 * len(images)
+
+
+def test_beams_obey_a_stop_check(llama, images):
+    decoding = DecodingConfig(max_new_tokens=20, num_beams=3, num_captions=3)
+    found = captions(llama, images[:5], decoding, eos_token_ids=(), is_stopped=lambda tokens: tokens[-1] % 5 == 0)
+    for generation in found:
+        assert len(generation.hypotheses) == 3
+        for hypothesis in generation.hypotheses:
+            assert all(token % 5 for token in hypothesis.token_ids[:-1])
+
+
+def test_drawn_candidates_come_best_first_and_the_set_holds_the_caption_drawn_alone(llama, images):
+    one = captions(llama, images, DecodingConfig(max_new_tokens=12, do_sample=True))
+    four = captions(llama, images, DecodingConfig(max_new_tokens=12, do_sample=True, num_captions=4))
+    for single, several in zip(one, four, strict=True):
+        scores = [hypothesis.score for hypothesis in several.hypotheses]
+        assert scores == sorted(scores, reverse=True)
+        assert len(scores) == 4
+        assert single.best in several.hypotheses
+    assert len({ids for row in token_ids(four) for ids in row}) > 3 * len(images)
+
+
+def test_another_seed_draws_another_caption(llama, images):
+    engine = engine_of(llama, DecodingConfig(max_new_tokens=12, do_sample=True))
+    found = list(engine.generate(Request(seed, images[0], seed=seed) for seed in range(20)))
+    assert len({generation.best.token_ids for generation in found}) > 15
+
+
+def test_draws_from_a_wide_nucleus_look_at_the_whole_vocabulary_and_stay_batch_independent():
+    llama = tiny_llama(vocab_size=2000, initializer_range=0.02)
+    images = random_prefixes(llama, 12, 1)
+    decoding = DecodingConfig(max_new_tokens=6, do_sample=True, top_k=0, top_p=0.97)
+    together = captions(llama, images, decoding)
+    alone = captions(llama, images, decoding, slots=1)
+    assert token_ids(together) == token_ids(alone)
+    assert len({token for row in token_ids(together) for ids in row for token in ids}) > 40
+
+
+def test_an_endless_stream_is_answered_while_it_runs(llama, images):
+    def endless():
+        number = 0
+        while True:
+            yield Request(number, images[number % len(images)])
+            number += 1
+
+    found = engine_of(llama, DecodingConfig(max_new_tokens=8)).generate(endless())
+    assert len({next(found).id for _ in range(100)}) == 100
+
+
+def test_the_model_is_left_as_it_was_found(llama, images):
+    before = llama.config._attn_implementation
+    weights = [parameter.clone() for parameter in llama.parameters()]
+    captions(llama, images[:3], DecodingConfig(max_new_tokens=4))
+    assert llama.config._attn_implementation == before
+    assert all(torch.equal(a, b) for a, b in zip(weights, llama.parameters(), strict=True))
+
+
+def test_a_caption_that_cannot_fit_the_context_is_refused_at_start(llama):
+    with pytest.raises(ConfigError, match=r"--max-new-tokens is 253.* 3 prompt tokens, 1 of the image.*at most 252"):
+        engine_of(llama, DecodingConfig(max_new_tokens=253))
+    engine_of(llama, DecodingConfig(max_new_tokens=252))
+
+
+def test_fewer_slots_than_one_image_takes_are_refused(llama):
+    with pytest.raises(ConfigError, match="--slots is 3; expected at least 4"):
+        engine_of(llama, DecodingConfig(num_beams=4), slots=3)
+    with pytest.raises(ConfigError, match="--slots is 3; expected at least 5"):
+        engine_of(llama, DecodingConfig(do_sample=True, num_captions=5), slots=3)
+
+
+def test_a_prefix_of_another_shape_is_refused_by_name(llama):
+    engine = engine_of(llama, DecodingConfig())
+    with pytest.raises(ShapeError, match=r"request 'cat' is float\[3, 64\].*float\[1, 64\]"):
+        engine.admit(Request("cat", torch.zeros(3, 64)))
+
+
+def test_slots_follow_the_memory_that_is_free():
+    config = tiny_llama().config
+    one = slot_bytes(config, item_bytes=2, columns=100, prefix_len=1)
+    assert one > 2 * 2 * 2 * 8 * 100 * 2, "at least its keys and values"
+    assert fitting_slots(100 * one, one, group_size=1) == 90
+    assert fitting_slots(100 * one, one, group_size=4) == 88
+    assert fitting_slots(10**6 * one, one, group_size=1) == 256
+    with pytest.raises(ResourceError, match=r"one image takes .*slots needed: 4.*--max-new-tokens"):
+        fitting_slots(4 * one, one, group_size=4)
+
+
+def test_a_slot_s_bytes_grow_with_the_context_and_the_prefix():
+    config = tiny_llama().config
+    base = slot_bytes(config, item_bytes=2, columns=100, prefix_len=1)
+    assert slot_bytes(config, item_bytes=4, columns=100, prefix_len=1) > base
+    assert slot_bytes(config, item_bytes=2, columns=101, prefix_len=1) - base == 2 * 2 * 2 * 8 * 2
+    assert slot_bytes(config, item_bytes=2, columns=100, prefix_len=576) > base
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_names_what_to_lower(error):
+    with pytest.raises(ResourceError, match="--slots 64 and --max-new-tokens 32"), out_of_memory_named(64, 32):
+        raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_named(64, 32):
+        raise RuntimeError("shapes do not match")
+
+
+def test_auto_slots_are_whole_groups(llama):
+    engine = engine_of(llama, DecodingConfig(num_beams=5), slots="auto")
+    assert engine.num_slots % 5 == 0
+    assert engine.num_slots >= 5

@@ -1,0 +1,119 @@
+"""One engine serves many threads, and when it stops it says why to all of them."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from captioner.config import DecodingConfig
+from captioner.decoding import EngineThread, Request
+from captioner.errors import EngineError, ShapeError
+from tests.unit.decoding_models import captions, engine_of, random_prefixes, tiny_llama, token_ids
+
+GREEDY = DecodingConfig(max_new_tokens=12)
+
+
+@pytest.fixture
+def llama():
+    return tiny_llama()
+
+
+@pytest.fixture
+def engine(llama):
+    return engine_of(llama, GREEDY)
+
+
+def requests_of(llama, number, seed):
+    return [Request(i, image) for i, image in enumerate(random_prefixes(llama, number, 1, seed=seed))]
+
+
+def test_calls_of_many_threads_each_get_their_own_captions_in_order(llama, engine):
+    thread = EngineThread(engine)
+    calls = [requests_of(llama, 5 + seed % 7, seed) for seed in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        results = list(pool.map(thread.run, calls))
+    thread.close()
+    for call, generations in zip(calls, results, strict=True):
+        assert [generation.id for generation in generations] == [request.id for request in call]
+        assert token_ids(generations) == token_ids(captions(llama, [request.prefix for request in call], GREEDY))
+
+
+def test_calls_of_two_threads_share_one_step(llama, engine):
+    seen = []
+    step = engine.step
+    engine.step = lambda: seen.append(len(engine._seats)) or step()
+    thread = EngineThread(engine)
+    with thread._changed:  # neither call is looked at before both are there
+        futures = []
+        callers = [
+            threading.Thread(target=lambda n=n: futures.extend(thread.submit(requests_of(llama, 4, n)))) for n in (1, 2)
+        ]
+        for caller in callers:
+            caller.start()
+        time.sleep(0.05)
+    for caller in callers:
+        caller.join()
+    assert len([future.result(timeout=60) for future in futures]) == 8
+    thread.close()
+    assert max(seen) == 8
+
+
+def test_a_failing_engine_fails_waiting_and_later_calls_with_its_cause(llama, engine):
+    calls = 0
+    step = engine.step
+
+    def fail_at_third():
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise ValueError("a broken weight")
+        return step()
+
+    engine.step = fail_at_third
+    thread = EngineThread(engine)
+    futures = thread.submit(requests_of(llama, 30, 1))
+    for future in futures:
+        error = future.exception(timeout=60)
+        if error is not None:
+            assert isinstance(error, EngineError)
+            assert isinstance(error.__cause__, ValueError)
+    assert futures[-1].exception(timeout=60) is not None
+    with pytest.raises(EngineError, match="a broken weight") as raised:
+        thread.run(requests_of(llama, 1, 1))
+    assert isinstance(raised.value.__cause__, ValueError)
+    thread.close()
+
+
+def test_closing_fails_calls_that_wait(llama, engine):
+    thread = EngineThread(engine)
+    futures = thread.submit(requests_of(llama, 200, 1))
+    thread.close()
+    assert isinstance(futures[-1].exception(timeout=60), EngineError)
+    with pytest.raises(EngineError, match="closed"):
+        thread.run(requests_of(llama, 1, 1))
+
+
+def test_a_prefix_of_another_length_fails_its_own_call_only(llama, engine):
+    thread = EngineThread(engine)
+    with pytest.raises(ShapeError, match=r"float\[2, 64\].*float\[1, 64\]"):
+        thread.run([Request("wide", random_prefixes(llama, 1, 2)[0])])
+    assert len(thread.run(requests_of(llama, 3, 1))) == 3
+    thread.close()
+
+
+def test_an_idle_engine_takes_no_processor_time(llama, engine):
+    torch.set_num_threads(1)
+    thread = EngineThread(engine)
+    thread.run(requests_of(llama, 3, 1))
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.15
+    thread.close()
+
+
+def test_no_requests_are_no_captions(engine):
+    thread = EngineThread(engine)
+    assert thread.run([]) == []
+    thread.close()
