@@ -13,9 +13,9 @@ from captioner.errors import ResourceError
 __all__ = ["Allocation", "Cluster", "allocate"]
 
 _TASK_CPUS = 0.05  # a read or write task: it waits for a store
-_NUM_READERS = 2
 _NUM_WRITERS = 2
-_TASKS_CPUS = (_NUM_READERS + _NUM_WRITERS) * _TASK_CPUS
+_MIN_READERS = 2
+_CORES_PER_READER = 8
 _DECODER_CPUS = 0.9  # so that one fits on each core beside the tasks
 _CORES_PER_DECODER = 4  # without a GPU, one core in four decodes and the others run the model
 
@@ -38,9 +38,8 @@ class Allocation:
     worker_cpus: float
     decoders: tuple[int, int]
     decoder_cpus: float
+    num_readers: int
     task_cpus: float = _TASK_CPUS
-    num_readers: int = _NUM_READERS
-    num_writers: int = _NUM_WRITERS
 
     @property
     def torch_threads(self) -> int:
@@ -62,10 +61,14 @@ def allocate(config: ResourceConfig, cluster: Cluster) -> Allocation:
 def _with_gpus(config: ResourceConfig, cluster: Cluster, gpus_per_worker: float) -> Allocation:
     most = max(1, int(cluster.gpus / gpus_per_worker))
     workers = worker_range(config.workers, "--workers") or (1, most)
-    room = max(1, int((cluster.cpus - _TASKS_CPUS) / _DECODER_CPUS + 1e-9))
-    decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, room)
+    room = max(1, int((cluster.cpus - _task_cpus(cluster)) / _DECODER_CPUS + 1e-9))
     return Allocation(
-        workers=workers, worker_gpus=gpus_per_worker, worker_cpus=0.0, decoders=decoders, decoder_cpus=_DECODER_CPUS
+        workers=workers,
+        worker_gpus=gpus_per_worker,
+        worker_cpus=0.0,
+        decoders=worker_range(config.cpu_workers, "--cpu-workers") or (1, room),
+        decoder_cpus=_DECODER_CPUS,
+        num_readers=_num_readers(cluster),
     )
 
 
@@ -73,7 +76,7 @@ def _with_cpus(config: ResourceConfig, cluster: Cluster) -> Allocation:
     """Share the CPUs: the decoders take theirs first, the model workers what is left, in fractions if need be."""
     workers = worker_range(config.workers, "--workers") or (1, 1)
     decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, max(1, int(cluster.cpus / _CORES_PER_DECODER)))
-    room = cluster.cpus - _TASKS_CPUS
+    room = cluster.cpus - _task_cpus(cluster)
     decoder_cpus = min(_DECODER_CPUS, _floor(room / 2 / decoders[1]))
     worker_cpus = _floor((room - decoders[1] * decoder_cpus) / workers[1])
     whole = float(math.floor(worker_cpus)) if worker_cpus >= 1 else worker_cpus  # Ray takes whole CPUs above one
@@ -92,9 +95,10 @@ def _check_fits(allocation: Allocation, cluster: Cluster) -> None:
             f"--workers {allocation.workers[0]} with {allocation.worker_gpus:g} GPUs each need {gpus:g} GPUs; there are"
             f" {cluster.gpus:g}. Lower --workers or --gpus-per-worker (0 to run on CPUs)"
         )
-    cpus = allocation.workers[0] * allocation.worker_cpus + allocation.decoders[0] * allocation.decoder_cpus
-    if min(allocation.decoder_cpus, cluster.cpus) < 0.05 or cpus + _TASKS_CPUS > cluster.cpus + 1e-6:
+    pools = allocation.workers[0] * allocation.worker_cpus + allocation.decoders[0] * allocation.decoder_cpus
+    cpus = pools + _task_cpus(cluster)
+    if min(allocation.decoder_cpus, cluster.cpus) < _TASK_CPUS or cpus > cluster.cpus + 1e-6:
         raise ResourceError(
             f"{allocation.workers[0]} model workers and {allocation.decoders[0]} decode workers need"
-            f" {cpus + _TASKS_CPUS:.2f} CPUs; there are {cluster.cpus:g}. Lower --workers or --cpu-workers"
+            f" {cpus:.2f} CPUs; there are {cluster.cpus:g}. Lower --workers or --cpu-workers"
         )

@@ -11,7 +11,7 @@ from captioner.resources import Allocation, Cluster, allocate
 
 def reserved(allocation: Allocation, end: int) -> float:
     """CPUs that the whole job reserves with its pools at their smallest (0) or largest (1)."""
-    tasks = (allocation.num_readers + allocation.num_writers) * allocation.task_cpus
+    tasks = (allocation.num_readers + 2) * allocation.task_cpus
     return tasks + allocation.workers[end] * allocation.worker_cpus + allocation.decoders[end] * allocation.decoder_cpus
 
 
