@@ -16,6 +16,7 @@ _TASK_CPUS = 0.05  # a read or write task: it waits for a store
 _NUM_WRITERS = 2
 _MIN_READERS = 2
 _CORES_PER_READER = 8
+_SMALLEST_NODE_CPUS = 2  # what a cluster without a node is taken to grow by
 _DECODER_CPUS = 0.9  # so that one fits on each core beside the tasks
 _CORES_PER_DECODER = 4  # without a GPU, one core in four decodes and the others run the model
 
@@ -76,11 +77,28 @@ def _with_cpus(config: ResourceConfig, cluster: Cluster) -> Allocation:
     """Share the CPUs: the decoders take theirs first, the model workers what is left, in fractions if need be."""
     workers = worker_range(config.workers, "--workers") or (1, 1)
     decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, max(1, int(cluster.cpus / _CORES_PER_DECODER)))
-    room = cluster.cpus - _task_cpus(cluster)
+    cpus = max(cluster.cpus, _SMALLEST_NODE_CPUS) if cluster.can_grow else cluster.cpus
+    room = cpus - _task_cpus(cluster)
     decoder_cpus = min(_DECODER_CPUS, _floor(room / 2 / decoders[1]))
     worker_cpus = _floor((room - decoders[1] * decoder_cpus) / workers[1])
     whole = float(math.floor(worker_cpus)) if worker_cpus >= 1 else worker_cpus  # Ray takes whole CPUs above one
-    return Allocation(workers=workers, worker_gpus=0.0, worker_cpus=whole, decoders=decoders, decoder_cpus=decoder_cpus)
+    return Allocation(
+        workers=workers,
+        worker_gpus=0.0,
+        worker_cpus=whole,
+        decoders=decoders,
+        decoder_cpus=decoder_cpus,
+        num_readers=_num_readers(cluster),
+    )
+
+
+def _num_readers(cluster: Cluster) -> int:
+    return max(_MIN_READERS, int(cluster.cpus) // _CORES_PER_READER)
+
+
+def _task_cpus(cluster: Cluster) -> float:
+    """Return the CPUs that all read and write tasks reserve together."""
+    return (_num_readers(cluster) + _NUM_WRITERS) * _TASK_CPUS
 
 
 def _floor(cpus: float) -> float:

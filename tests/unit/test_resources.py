@@ -60,3 +60,9 @@ def test_decoders_that_do_not_fit_beside_gpus_are_an_error_and_not_a_hang() -> N
 def test_a_cluster_that_can_grow_may_be_asked_for_more_than_it_has() -> None:
     allocation = allocate(ResourceConfig(workers="4:8", gpus_per_worker=1), Cluster(cpus=0, gpus=0, can_grow=True))
     assert allocation.workers == (4, 8)
+
+
+def test_a_cluster_without_a_node_yet_is_planned_for_its_first_one() -> None:
+    allocation = allocate(ResourceConfig(), Cluster(cpus=0, gpus=0, can_grow=True))
+    assert allocation.decoder_cpus == pytest.approx(0.9)
+    assert allocation.worker_cpus == pytest.approx(0.9)
