@@ -63,12 +63,12 @@ def too_large(size_bytes: int, max_bytes: int) -> Reject | None:
     return Reject(RejectReason.TOO_LARGE, f"{size_bytes:,} bytes; --max-image-bytes is {max_bytes:,}")
 
 
-def positions_left(start: int, stop: int, done: Done | None, stop_at: int | None) -> npt.NDArray[np.int64]:
-    """Return the positions from `start` up to `stop`, or `stop_at` if that comes first, that are not done yet."""
-    positions: npt.NDArray[np.int64] = np.arange(start, stop if stop_at is None else max(start, min(stop, stop_at)))
+def positions_left(num_rows: int, done: Done | None, stop_at: int | None) -> npt.NDArray[np.int64]:
+    """Return the positions below `num_rows`, and below `stop_at` if it is given, that are not done yet."""
+    positions: npt.NDArray[np.int64] = np.arange(num_rows if stop_at is None else min(num_rows, stop_at))
     if done is None:
         return positions
-    known = done[start : start + len(positions)]
+    known = done[: len(positions)]
     left: npt.NDArray[np.int64] = positions[~np.pad(known, (0, len(positions) - len(known)))]
     return left
 

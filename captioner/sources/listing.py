@@ -96,7 +96,7 @@ def read_listing(
 ) -> Iterator[pa.Table]:
     """Yield the rows of one part that are not done, as one table. Raises StoreError."""
     table = pq.read_table(io.BytesIO(store.read_bytes(url)))
-    positions = positions_left(0, table.num_rows, done, limits.stop_at)
+    positions = positions_left(table.num_rows, done, limits.stop_at)
     table = table.take(positions)
     taken = {name: table[name] for name in ("uri", "image_id", *(field.name for field in kept))}
     is_empty = pc.is_null(table["uri"])

@@ -49,7 +49,7 @@ def read_parquet(
     file is not the one that was frozen.
     """
     assert unit.num_rows is not None
-    left = positions_left(0, unit.num_rows, done, limits.stop_at)
+    left = positions_left(unit.num_rows, done, limits.stop_at)
     try:
         file, size_bytes = open_parquet(store, unit.path)
     except StoreError as error:

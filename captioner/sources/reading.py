@@ -51,7 +51,7 @@ def _tables(
     done: Done | None,
 ) -> Iterator[pa.Table]:
     if unit.problem is not None:
-        left = positions_left(0, 1, done, limits.stop_at)
+        left = positions_left(1, done, limits.stop_at)
         rows = (Row(int(position), unit.name, reject=unit.problem) for position in left)
         return tabulate(rows, unit.ordinal, columns.kept, limits.rows_per_block)
     if unit.kind == "listing":

@@ -133,7 +133,8 @@ def test_a_path_relative_to_the_working_folder_becomes_absolute(tmp_path, run, m
         (["a", "b"], "files"),
     ],
 )
-def test_a_folder_is_what_most_of_its_files_are(tmp_path, run, names, kind):
+def test_a_folder_is_what_most_of_its_files_are(tmp_path, run, names, kind, monkeypatch):
+    monkeypatch.setattr(listing, "ROWS_PER_LISTING", 1)
     _touch(tmp_path / "in", *(name for name in names if not name.endswith(".parquet")))
     for name in names:
         if name.endswith(".parquet"):

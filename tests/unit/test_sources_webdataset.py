@@ -236,14 +236,16 @@ def test_a_cut_tar_gives_the_rows_before_the_cut_and_one_reject(tmp_path, run, c
 
 def test_a_cut_inside_a_sample_costs_that_sample_and_its_image_only_if_it_was_not_whole(tmp_path, run):
     data = _tar([("0.jpg", b"x"), ("0.txt", b"y" * 400), ("1.txt", b"z"), ("1.jpg", b"w" * 600)])
-    rows = _cut(tmp_path, run, data[: 1024 + 512 + 100])
-    assert [(row["data"], row["reason"]) for row in rows] == [(b"x", None), (None, "corrupt")]
+    (tmp_path / "s.tar").write_bytes(data[: 1024 + 512 + 100])
+    rows = _rows(tmp_path / "s.tar", run, InputConfig(keep_columns=("txt",)))
+    assert [(row["data"], row["txt"], row["reason"]) for row in rows] == [(b"x", None, None), (None, None, "corrupt")]
     rows = _cut(tmp_path, run, data[: 3 * 1024 + 512 + 100])
     assert [(row["image_id"], row["reason"]) for row in rows] == [("s.tar/0.jpg", None), ("s.tar/1", "corrupt")]
 
 
-def test_the_rows_of_a_cut_tar_have_the_same_places_when_it_is_read_again(tmp_path, run):
-    data = _tar(_samples(5, size=600))[: 512 * 21]
+@pytest.mark.parametrize("cut_at", [512 * 21, 512 * 19 + 100, 512 * 22 + 100])  # before, in and after an image
+def test_the_rows_of_a_cut_tar_have_the_same_places_when_it_is_read_again(tmp_path, run, cut_at):
+    data = _tar(_samples(5, size=600))[:cut_at]
     whole = _cut(tmp_path, run, data)
     for num_done in range(len(whole) + 1):
         done = np.arange(len(whole)) < num_done
