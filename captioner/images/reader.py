@@ -177,7 +177,7 @@ def _is_smooth(image: Image.Image, box: Box, pixels: Pixels, turn: Turn, preproc
     cruder = _seen(image.reduce(2), _divided(box, 2), turn, preprocessing)
     change = np.maximum(pixels, cruder) - np.minimum(pixels, cruder)
     near_limit = change[(pixels < 16) | (pixels > 239)]
-    is_clipped = near_limit.size and (near_limit.max() > 3 or np.count_nonzero(near_limit) > 0.05 * change.size)
+    is_clipped = near_limit.size and (near_limit.max() > 3 or np.count_nonzero(near_limit) > 0.03 * change.size)
     return bool(change.max() <= 12 and change.mean() <= 0.32 and not is_clipped)
 
 
