@@ -31,8 +31,8 @@ class InputConfig:
     """Where the images are and which of their columns to use."""
 
     input_format: InputFormat = "auto"
-    """What INPUT is. `auto` goes by the names: .parquet is a table, .tar a shard, .txt and .csv are lists of URIs.
-    Everything else is image files."""
+    """What INPUT is. `auto` goes by its name: .parquet is a table, .tar a shard, .txt and .csv are lists of URIs.
+    A folder is what most of its files are: images, tars or Parquet. The others are left out and counted."""
 
     image_column: str | None = None
     """Column of a table that holds the image: bytes, Hugging Face's struct<bytes, path>, or a URI.
