@@ -210,6 +210,7 @@ def serve(connection_fileno: int, desk: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then hangs up
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    _silence_libraries()
     with Connection(connection_fileno) as connection, suppress(EOFError, ConnectionError):
         decode_one, preprocessing, config = connection.recv()
         connection.send(None)
@@ -223,6 +224,14 @@ def serve(connection_fileno: int, desk: int) -> None:
                 connection.send((outcome.width, outcome.height))
             else:
                 connection.send(outcome)
+
+
+def _silence_libraries() -> None:
+    """Let libtiff and its like talk to nobody; Python's own stderr stays."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)
+    os.close(silence)
 
 
 def _memory_file() -> BinaryIO:

@@ -627,6 +627,16 @@ def test_a_large_image_leaves_nothing_of_itself_behind() -> None:
             assert same(decoder.decode(data), decode(data, CLIP, CONFIG))
 
 
+def test_what_a_library_prints_about_a_broken_file_reaches_nobody(capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(saved(scene(64, 48), "TIFF", compression="tiff_lzw"))
+    data[200:400] = b"\xff" * 200
+    assert refused(bytes(data)).reason is RejectReason.CORRUPT
+    assert capfd.readouterr().err, "too quiet a file to prove anything"
+    with Decoder(CLIP, CONFIG) as decoder:
+        assert isinstance(decoder.decode(bytes(data)), Reject)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_closing_ends_the_child_process_and_another_image_starts_a_new_one() -> None:
     decoder = Decoder(CLIP, CONFIG)
     for _ in range(2):
