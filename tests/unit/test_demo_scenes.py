@@ -26,10 +26,13 @@ def test_the_same_index_gives_the_same_file_and_another_index_another():
     assert len({scenes.example_at(index).image for index in range(50)}) == 50
 
 
-def test_images_of_one_scene_differ():
-    scene = scenes.scene_at(3)
-    first, second = (scenes.draw(scene, scenes.random.Random(lot)) for lot in (0, 1))
-    assert first.tobytes() != second.tobytes()
+def test_a_scene_that_comes_back_is_drawn_differently():
+    seen = {}
+    keys = ((scenes.scene_at(index), index % len(scenes.FORMATS)) for index in itertools.count())
+    again = ((seen.setdefault(key, index), index) for index, key in enumerate(keys))
+    first, second = next(pair for pair in again if pair[0] != pair[1])
+    one, other = (Image.open(io.BytesIO(scenes.example_at(index).image)).convert("RGB") for index in (first, second))
+    assert one.tobytes() != other.tobytes()
 
 
 def test_no_description_stands_in_two_splits():
@@ -64,6 +67,14 @@ def test_a_caption_wrong_in_one_point_is_wrong(sample):
             assert not any(scenes.is_right(caption, scene) for caption in miss.captions)
 
 
+def test_a_near_miss_in_an_attribute_differs_in_one_word(sample):
+    for scene in sample[:100]:
+        same_places = (miss for miss in scenes.near_misses(scene) if miss.layout == scene.layout)
+        for miss in (miss for miss in same_places if set(miss.things) != set(scene.things)):
+            words = zip(miss.captions[0].split(), scene.captions[0].split(), strict=True)
+            assert sum(said != true for said, true in words) == 1
+
+
 @pytest.mark.parametrize(
     "caption",
     [
@@ -92,9 +103,11 @@ def test_a_folder_of_a_split_holds_its_images_and_their_captions(tmp_path):
     scenes.write_folder(tmp_path, "validation", 12)
     rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert len(rows) == 12
+    assert len({row["image_id"].partition(".")[2] for row in rows}) >= 4
     for row in rows:
         with Image.open(tmp_path / row["image_id"]) as image:
             assert image.size == (scenes.CANVAS_PX, scenes.CANVAS_PX)
+            assert Image.registered_extensions()[f".{row['image_id'].partition('.')[2]}"] == image.format
         assert {scenes.parse(caption).split for caption in row["captions"]} == {"validation"}
 
 
