@@ -47,8 +47,11 @@ class LogitsProcessors:
 
 
 def greedy(scores: Tensor) -> Tensor:
-    """Return the most probable token of each row, int64[R]; the lowest of equal ones."""
-    return scores.argmax(dim=-1)
+    """Return the most probable token of each row, int64[R]; the lowest of equal ones. A faster `argmax`."""
+    chunks = _chunked(scores, -math.inf)
+    best = chunks.amax(-1).argmax(-1)
+    inside = chunks.gather(1, best[:, None, None].expand(-1, -1, _CHUNK))[:, 0].argmax(-1)
+    return best * _CHUNK + inside
 
 
 def sample(
@@ -64,10 +67,13 @@ def sample(
     if not decoding.top_k and decoding.top_p == 1 and decoding.min_p == 0:
         return _draw_from_all(scores, uniforms), torch.ones_like(uniforms, dtype=torch.bool)
     limit = decoding.top_k or (vocabulary if looks_at_all else _NUCLEUS_CANDIDATES)
+    if not decoding.top_k:
+        scores = torch.log_softmax(scores, -1)
     values, token_ids = top_candidates(scores, min(limit, vocabulary))
-    probabilities, is_exact = _cut(values, scores, decoding)
+    probabilities = _cut(values, decoding)
     drawn, _ = _invert(probabilities, uniforms)
-    return token_ids.gather(1, drawn[:, None])[:, 0], is_exact
+    is_complete = decoding.top_k > 0 or limit >= vocabulary
+    return token_ids.gather(1, drawn[:, None])[:, 0], is_complete | (probabilities[:, -1] == 0)
 
 
 def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
@@ -97,24 +103,20 @@ def top_candidates(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Return the log-probability of one token a row, float32[R]."""
-    return logits.gather(1, token_ids[:, None])[:, 0] - _logsumexp(logits)
+    return torch.log_softmax(logits, -1).gather(1, token_ids[:, None])[:, 0]
 
 
-def _cut(values: Tensor, scores: Tensor, decoding: DecodingConfig) -> tuple[Tensor, Tensor]:
-    """Return unnormalised float64[R, k] probabilities, 0 for what is cut, and bool[R] true if nothing is missing.
+def _cut(values: Tensor, decoding: DecodingConfig) -> Tensor:
+    """Return float64[R, k] probabilities of the candidates, 0 for those that are cut; they need not sum to 1.
 
-    values: the candidates, falling, so that what is kept comes first."""
-    if decoding.top_k:
-        probabilities = torch.softmax(values.double(), -1)
-    else:
-        probabilities = (values - _logsumexp(scores)[:, None]).double().exp()
+    values: their log-probabilities, or with top_k their logits; falling, so that what is kept comes first."""
+    probabilities = torch.softmax(values.double(), -1) if decoding.top_k else values.double().exp()
     before = probabilities.cumsum(-1) - probabilities
     is_kept = before < decoding.top_p
     if decoding.min_p > 0:
         is_kept &= values >= values[:, :1] + math.log(decoding.min_p)
     is_kept[:, 0] = True
-    is_complete = decoding.top_k > 0 or values.shape[-1] == scores.shape[-1]
-    return probabilities * is_kept, is_complete | ~is_kept[:, -1]
+    return probabilities * is_kept
 
 
 def _draw_from_all(scores: Tensor, uniforms: Tensor) -> Tensor:
@@ -140,12 +142,6 @@ def _invert(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 def _chunked(rows: Tensor, filler: float) -> Tensor:
     """View float[R, V] as float[R, V / chunk, chunk], filled up where V does not divide."""
     return pad(rows, (0, -rows.shape[-1] % _CHUNK), value=filler).view(len(rows), -1, _CHUNK)
-
-
-def _logsumexp(scores: Tensor) -> Tensor:
-    """float32[R]; on a CPU 15 times faster than `torch.logsumexp`."""
-    greatest = scores.amax(-1, keepdim=True)
-    return (scores - greatest).exp_().sum(-1).log_() + greatest[:, 0]
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from captioner.decoding.attention import PromptRows, SlotView, allocate_slots, s
 
 ROW_BUCKET = 16
 WINDOW_BUCKET = 16
+_HEAD_SLICE = 1000
+"""Words of a float32 head that a CPU multiplies at once: MKL takes 21.7 ms for 32 rows x 512 x 32,000 in one product
+and 17.2 ms in slices of 1,000, to the same bits."""
 _NEVER = -1.0e9
 
 
@@ -128,6 +131,8 @@ class SlotModel:
         self._prompt_columns = self._columns[layout.shared_len : layout.first_column]
         self._hidden = torch.tensor(-torch.inf, dtype=dtype, device=device)
         self._visible = torch.zeros((), dtype=dtype, device=device)
+        self._logits = torch.zeros(layout.num_slots, llama.config.vocab_size, dtype=torch.float32, device=device)
+        self._slices_head = device.type == "cpu" and dtype == torch.float32
         even = layout.shared_len + round_up(layout.prefix_len - 1, 2)
         self._prompt_mask = self._mask(self._columns[layout.shared_len : even], layout.first_column)
 
@@ -159,8 +164,7 @@ class SlotModel:
             hidden = self._llama.model(
                 inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, slots=view
             ).last_hidden_state
-        logits: Tensor = self._llama.lm_head(hidden[0, :num_rows])
-        return logits.float()
+        return self._head(hidden[0, :num_rows])
 
     def remember(self, token_ids: Tensor) -> None:
         """Write the tokens, int64[R], that the first R slots have just chosen into their history."""
@@ -180,6 +184,17 @@ class SlotModel:
     def move(self, sources: Sequence[int], targets: Sequence[int], window: int) -> None:
         """Move all that slots `sources` hold to slots `targets`, within the window."""
         self.buffers.copy(sources, targets, slice(self.layout.shared_len, window), self.buffers.of_a_slot)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """float[R, D] -> float32[R, V], in the one buffer that all steps use."""
+        head, logits = self._llama.lm_head, self._logits[: len(hidden)]
+        if not self._slices_head:
+            return logits.copy_(head(hidden))
+        for weight, words in zip(
+            torch.split(head.weight, _HEAD_SLICE), torch.split(logits, _HEAD_SLICE, 1), strict=True
+        ):
+            torch.mm(hidden, weight.t(), out=words)
+        return logits
 
     def _mask(self, columns: Tensor, window: int) -> Tensor:
         """float[rows, W]: 0 up to each row's own column, -inf past it."""
