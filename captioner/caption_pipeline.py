@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -207,7 +208,10 @@ def _cluster() -> Iterator[Cluster]:
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of an error, `_job_errors` says in a line
+    on_terminate = signal.getsignal(signal.SIGTERM)
     ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own exits at once, and says nothing
     context = DataContext.get_current()
     context.target_max_block_size = _TARGET_BLOCK_BYTES
     context.enable_progress_bars = False

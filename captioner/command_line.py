@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ def run(
 
     A summary whose `ok` is false is a job that did its work and found something wrong: exit 1.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a spot notice ends a job as Ctrl-C does
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     try:
         summary = job(parse(config_type, sys.argv[1:] if arguments is None else arguments))
