@@ -81,6 +81,8 @@ class Training:
     llama_learning_rate: float = 2e-3
     llama_width: int = 128
     llama_layers: int = 5
+    num_threads: int = 1
+    """Of torch; more help only where nothing else runs."""
     log_every: int = 100
     """Steps between two lines of progress on stderr."""
 
@@ -88,6 +90,7 @@ class Training:
 def main(training: Training) -> None:
     """Write the bundle and its model card; the last line on stdout is the measurement as JSON."""
     torch.manual_seed(training.seed)
+    torch.set_num_threads(training.num_threads)
     started = time.monotonic()
     train = Labelled.draw("train", training.num_images, seed=training.seed)
     validation = Labelled.draw("validation", 512, seed=training.seed)
@@ -473,14 +476,13 @@ def log(event: str, **values: float) -> None:
 def model_card(figures: dict[str, float], training: Training) -> str:
     """The text of the bundle's README.md."""
     options = {name: value for name, value in asdict(training).items() if name != "out"}
-    return MODEL_CARD.format(
-        **figures,
-        **options,
-        options="\n".join(f"{name} = {value}" for name, value in options.items()),
-        num_scenes=sum(1 for _ in scenes.all_scenes()),
-        example=scenes.scene_at(next(scenes.indices("test"))).captions[0],
-        minutes=figures["minutes_clip"] + figures["minutes_llama"],
-    )
+    derived = {
+        "options": "\n".join(f"{name} = {value}" for name, value in options.items()),
+        "num_scenes": sum(1 for _ in scenes.all_scenes()),
+        "example": scenes.scene_at(next(scenes.indices("test"))).captions[0],
+        "minutes": figures["minutes_clip"] + figures["minutes_llama"],
+    }
+    return MODEL_CARD.format_map(options | figures | derived)
 
 
 MODEL_CARD = """\
@@ -515,8 +517,8 @@ says, so no description of the test was ever trained on.
 
 ## How it was made
 
-`python -m captioner.demo.train captioner/demo/bundle` in {minutes:.0f} minutes on CPU ({minutes_clip:.0f} for CLIP with
-the drawing, {minutes_llama:.0f} for LLaMA), in two stages on {num_images:,} images:
+`python -m captioner.demo.train captioner/demo/bundle`: {minutes:.0f} minutes of wall clock on {num_threads} CPU thread
+({minutes_clip:.0f} for CLIP with the drawing, {minutes_llama:.0f} for LLaMA), in two stages on {num_images:,} images:
 
 1. **CLIP**, {clip_steps:,} steps of {batch_size} images: its contrastive loss, where each image also meets captions
    that are wrong in a single point, plus *linear heads that name every attribute from the CLS state*. The heads are
