@@ -1,0 +1,448 @@
+"""Caption metrics as coco-caption computes them, without Java: BLEU-1..4, ROUGE-L, CIDEr-D; CLIPScore from features.
+
+    scores = score_captions(["a dog on a wall"], [["a dog sits on a wall", "the dog is outside"]])
+    scores.figures()["cider_d"], scores.intervals()["cider_d"]
+
+Captions are held as word numbers laid end to end, some forty bytes each, and n-grams are counted by numpy, so that a
+million images take minutes. Knows captions and arrays; no file, no image id, no model.
+"""
+
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from captioner.errors import InputError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a table of captions needs none of it
+    from torch import Tensor
+
+__all__ = [
+    "METRICS",
+    "CaptionEncoder",
+    "EncodedCaptions",
+    "ImageScores",
+    "clip_scores",
+    "ref_clip_scores",
+    "score_captions",
+    "score_encoded",
+    "tokenize",
+]
+
+METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
+
+IntArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.uint64]
+FloatArray = npt.NDArray[np.float64]
+
+_MAX_ORDER = 4  # words of the longest n-gram
+_ROUGE_BETA = 1.2
+_CIDER_SIGMA = 6.0
+_BLEU_TINY, _BLEU_SMALL = 1e-15, 1e-9  # coco-caption's guards against 0 / 0
+_CLIP_WEIGHT = 2.5
+_IMAGES_A_CHUNK = 2048
+_BOOTSTRAP_GROUPS = 10_000
+_MERGE_KEYS = 1 << 20
+
+# Columns of ImageScores.statistics
+_MATCHES, _TOTALS = slice(0, _MAX_ORDER), slice(_MAX_ORDER, 2 * _MAX_ORDER)
+_REFERENCE_LENGTH, _ROUGE_L, _CIDER_D, _IMAGES = range(2 * _MAX_ORDER, 2 * _MAX_ORDER + 4)
+
+
+# Tokens
+
+_TYPOGRAPHY = str.maketrans("\u2018\u2019\u2010\u2011_", "''-- ")  # curly apostrophes, two hyphens
+_CONTRACTION = re.compile(
+    r"(?<=\w)(?:n't|'(?:s|m|d|ll|re|ve))\b|(?<=\bcan)not\b|(?<=\bgon)na\b|(?<=\bwan)na\b|(?<=\bgot)ta\b"
+)
+_TOKEN = re.compile(
+    r"\b(?:st|rd|ave|blvd|dr|mr|mrs|ms|jr|sr|etc|vs|inc|co|corp|ft|mt)\.(?!\w)"  # abbreviations keep their period
+    r"|\b(?:[a-z]\.){2,}(?!\w)"  # u.s., p.m.
+    r"|(?<!\w)'(?:s|m|d|ll|re|ve)\b"
+    r"|\w+(?:[-/&']\w+|(?<=\d)[.,:]\d+)*"  # twin-hulled, o'clock, 5:55, 1,000
+    r"""|[^\w\s.,:;?!'"`()\[\]{}\u00ab\u00bb\u2013-\u2026-]"""  # signs that are no punctuation: #, $, %
+)
+
+
+def tokenize(caption: str) -> list[str]:
+    """Return the words of an English caption: lower case, contractions split, without punctuation.
+
+    The rules of the Penn Treebank that captions meet; text that is tokenised already stays as it is. Brackets count as
+    punctuation, where coco-caption by an oversight keeps `-lrb-` as a word."""
+    return _TOKEN.findall(_CONTRACTION.sub(r" \g<0>", caption.lower().translate(_TYPOGRAPHY)))
+
+
+@dataclass(frozen=True)
+class EncodedCaptions:
+    """Captions as word numbers, laid end to end. words: int32[T]; starts: int64[C + 1], the last one is T."""
+
+    words: npt.NDArray[np.int32]
+    starts: IntArray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> IntArray:
+        """Words of each caption, int64[C]."""
+        return np.diff(self.starts)
+
+    def take(self, chosen: IntArray) -> "EncodedCaptions":
+        """Return some of the captions, in the order of `chosen`."""
+        lengths = self.lengths[chosen]
+        starts = _starts(lengths)
+        places = np.arange(starts[-1]) + np.repeat(self.starts[chosen] - starts[:-1], lengths)
+        return EncodedCaptions(self.words[places], starts)
+
+    def to_lists(self) -> list[list[int]]:
+        """Return each caption as a list."""
+        words, starts = self.words.tolist(), self.starts.tolist()
+        return [words[start:stop] for start, stop in pairwise(starts)]
+
+    @staticmethod
+    def concat(parts: Sequence["EncodedCaptions"]) -> "EncodedCaptions":
+        """Return the captions of all parts, which must come from one encoder."""
+        lengths = np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)])
+        return EncodedCaptions(np.concatenate([np.zeros(0, np.int32), *(p.words for p in parts)]), _starts(lengths))
+
+
+class CaptionEncoder:
+    """Numbers words in the order in which they come; what is compared must come from the same encoder."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def encode(self, captions: Iterable[str]) -> EncodedCaptions:
+        """Return the captions' words as numbers."""
+        words, starts = array("i"), array("q", [0])
+        number = self._numbers.setdefault
+        for caption in captions:
+            words.extend([number(word, len(self._numbers)) for word in tokenize(caption)])
+            starts.append(len(words))
+        return EncodedCaptions(np.array(words, np.int32), np.array(starts, np.int64))
+
+
+def _starts(lengths: IntArray) -> IntArray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+# Scores
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """What each image adds to the corpus' figures: sums that may be added over any set of images.
+
+    statistics: float64[N, 12]: matched and all n-grams of 1..4 words, words of the reference nearest in length,
+    ROUGE-L, CIDEr-D, and 1.
+    """
+
+    statistics: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.statistics)
+
+    def figures(self) -> dict[str, float]:
+        """Return each of METRICS for the whole corpus; 1 is the best BLEU and ROUGE-L, 10 the best CIDEr-D."""
+        return dict(zip(METRICS, _figures(self.statistics.sum(0)).tolist(), strict=True))
+
+    def intervals(
+        self, *, num_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+    ) -> dict[str, tuple[float, float]]:
+        """Return the bootstrap interval of each figure: images are drawn with replacement, percentiles are read off.
+
+        The n-gram weights of CIDEr-D stay those of the whole corpus. More than 10,000 images are first summed in as
+        many random groups, which are then what is drawn: the same spread, at a cost that does not grow."""
+        rng = np.random.default_rng(seed)
+        groups = self._random_groups(rng)
+        num = len(groups)
+        draws = (np.bincount(rng.integers(num, size=num), minlength=num) for _ in range(num_resamples))
+        resampled = _figures(np.stack([draw @ groups for draw in draws]))
+        low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+        return dict(zip(METRICS, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+
+    def _random_groups(self, rng: np.random.Generator) -> FloatArray:
+        num_groups = min(len(self), _BOOTSTRAP_GROUPS)
+        firsts = np.arange(num_groups) * len(self) // num_groups
+        groups: FloatArray = np.add.reduceat(self.statistics[rng.permutation(len(self))], firsts)
+        return groups
+
+
+def _figures(sums: FloatArray) -> FloatArray:
+    """Return METRICS, float64[..., 6], from sums of statistics, float64[..., 12]."""
+    precisions = (sums[..., _MATCHES] + _BLEU_TINY) / (sums[..., _TOTALS] + _BLEU_SMALL)
+    means = np.exp(np.cumsum(np.log(precisions), axis=-1) / np.arange(1, _MAX_ORDER + 1))
+    num_words = sums[..., _TOTALS][..., :1]
+    ratio = (num_words + _BLEU_TINY) / (sums[..., _REFERENCE_LENGTH, None] + _BLEU_SMALL)
+    bleu = means * np.exp(np.minimum(0, 1 - 1 / ratio))
+    return np.concatenate([bleu, sums[..., [_ROUGE_L, _CIDER_D]] / sums[..., [_IMAGES]]], axis=-1)
+
+
+def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> ImageScores:
+    """Return the scores of one caption an image against its references.
+
+    Raises InputError where an image has no reference with a word in it."""
+    encoder = CaptionEncoder()
+    owner = np.repeat(np.arange(len(references)), [len(own) for own in references])
+    return score_encoded(encoder.encode(captions), encoder.encode(chain.from_iterable(references)), owner)
+
+
+def score_encoded(captions: EncodedCaptions, references: EncodedCaptions, owner: IntArray) -> ImageScores:
+    """Return the scores of captions against references.
+
+    owner: int64[R], the number of the caption that each reference is for; negative for none. A reference without a word
+    counts as none. Document frequencies are those of the references used, an image being a document. Raises InputError
+    where a caption is left without a reference."""
+    used = np.flatnonzero((owner >= 0) & (references.lengths > 0))
+    used = used[np.argsort(owner[used], kind="stable")]
+    _check_references(len(captions), owner[used])
+    chunks = _Chunks(captions, references, used, owner[used])
+    frequencies = _DocumentFrequencies()
+    for chunk in chunks:
+        frequencies.add(_count_grams(chunk.references, chunk.owner))
+    statistics = [chunk.statistics(frequencies, len(captions)) for chunk in chunks]
+    return ImageScores(np.concatenate(statistics))
+
+
+def _check_references(num_captions: int, owner: IntArray) -> None:
+    if not num_captions:
+        raise InputError("there is no caption to score; expected at least one")
+    bare = np.flatnonzero(np.bincount(owner, minlength=num_captions) == 0)
+    if len(bare):
+        raise InputError(
+            f"{len(bare)} of {num_captions} captions, from number {bare[0]} on, have no reference with a word in it;"
+            " expected at least one an image: leave the others out"
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some images: a caption each, and their references, sorted by `owner`."""
+
+    captions: EncodedCaptions
+    references: EncodedCaptions
+    owner: IntArray
+
+    def statistics(self, frequencies: "_DocumentFrequencies", num_images: int) -> FloatArray:
+        """Return float64[B, 12] as ImageScores has it."""
+        num = len(self.captions)
+        both = EncodedCaptions.concat([self.captions, self.references])
+        grams = _count_grams(both, np.arange(len(both)))
+        overlap = _overlap(grams, num, self.owner)
+        idf = np.log(num_images) - np.log(np.maximum(1, frequencies.of(grams.keys)))
+        statistics = np.ones((num, _IMAGES + 1))
+        statistics[:, _MATCHES] = _clipped_matches(grams, overlap, num)
+        statistics[:, _TOTALS] = np.maximum(0, self.captions.lengths[:, None] - np.arange(_MAX_ORDER))
+        statistics[:, _REFERENCE_LENGTH] = self._closest_lengths()
+        statistics[:, _ROUGE_L] = self._rouge_l()
+        statistics[:, _CIDER_D] = self._cider_d(grams, overlap, idf)
+        return statistics
+
+    def _closest_lengths(self) -> IntArray:
+        """Return the length of each image's reference that is nearest to the caption's, the shorter of two."""
+        lengths = self.references.lengths
+        ranked = np.abs(lengths - self.captions.lengths[self.owner]) << 32 | lengths
+        nearest: IntArray = np.minimum.reduceat(ranked, self._first_references()) & (1 << 32) - 1
+        return nearest
+
+    def _first_references(self) -> IntArray:
+        return np.searchsorted(self.owner, np.arange(len(self.captions)))
+
+    def _rouge_l(self) -> list[float]:
+        references = self.references.to_lists()
+        bounds = [*self._first_references().tolist(), len(references)]
+        own = (references[first:stop] for first, stop in pairwise(bounds))
+        return [_rouge_l(caption, refs) for caption, refs in zip(self.captions.to_lists(), own, strict=True)]
+
+    def _cider_d(self, grams: "_Grams", overlap: "_Overlap", idf: FloatArray) -> FloatArray:
+        """Return CIDEr-D of each image (arXiv:1411.5726): clipped tf-idf cosines, less for another length, times 10."""
+        num, num_refs = len(self.captions), len(self.references)
+        weights = grams.count * idf[grams.gram]
+        cells = grams.owner * _MAX_ORDER + grams.order
+        norms = np.sqrt(_summed(cells, weights**2, (num + num_refs, _MAX_ORDER)))
+        shared = np.minimum(weights[overlap.in_caption], weights[overlap.in_reference]) * weights[overlap.in_reference]
+        dots = _summed(cells[overlap.in_reference] - num * _MAX_ORDER, shared, (num_refs, _MAX_ORDER))
+        scale = norms[:num][self.owner] * norms[num:]
+        cosines = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
+        # coco-caption measures length in pairs of words, which tells apart no captions of one word and of none.
+        difference = np.maximum(1, self.captions.lengths)[self.owner] - self.references.lengths
+        similar = cosines.mean(1) * np.exp(-(difference**2) / (2 * _CIDER_SIGMA**2))
+        return 10 * np.bincount(self.owner, similar, num) / np.bincount(self.owner, minlength=num)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    captions: EncodedCaptions
+    references: EncodedCaptions
+    used: IntArray
+    owner: IntArray
+
+    def __iter__(self) -> Iterator[_Chunk]:
+        for first in range(0, len(self.captions), _IMAGES_A_CHUNK):
+            last = min(first + _IMAGES_A_CHUNK, len(self.captions))
+            span = slice(*np.searchsorted(self.owner, [first, last]))
+            references = self.references.take(self.used[span])
+            yield _Chunk(self.captions.take(np.arange(first, last)), references, self.owner[span] - first)
+
+
+def _summed(cells: IntArray, values: FloatArray, shape: tuple[int, int]) -> FloatArray:
+    return np.bincount(cells, values, shape[0] * shape[1]).astype(np.float64).reshape(shape)  # int64 where all is empty
+
+
+def _rouge_l(caption: list[int], references: list[list[int]]) -> float:
+    """Return the F-measure of the best precision and the best recall, which may be of two references (as COCO does)."""
+    common = [_longest_common(caption, reference) for reference in references]
+    if not any(common):
+        return 0.0
+    precision = max(common) / len(caption)
+    recall = max(shared / len(reference) for shared, reference in zip(common, references, strict=True))
+    return (1 + _ROUGE_BETA**2) * precision * recall / (recall + _ROUGE_BETA**2 * precision)
+
+
+def _longest_common(first: list[int], second: list[int]) -> int:
+    """Return the length of the longest common subsequence, a row of its table being the bits of one integer.
+
+    After Hyyrö (2004), "Bit-parallel LCS-length computation revisited"."""
+    places: dict[int, int] = {}
+    for place, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << place
+    all_ones = row = (1 << len(first)) - 1
+    for word in second:
+        met = row & places.get(word, 0)
+        row = (row + met | row - met) & all_ones
+    return len(first) - row.bit_count()
+
+
+# n-grams
+
+
+@dataclass(frozen=True)
+class _Grams:
+    """Distinct n-grams, and how often each stands in each owner, sorted by owner.
+
+    keys: uint64[G], sorted; owner, gram (an index of keys), order (words less one), count: int64[K]."""
+
+    keys: KeyArray
+    owner: IntArray
+    gram: IntArray
+    order: IntArray
+    count: IntArray
+
+
+class _Overlap(NamedTuple):
+    """Pairs of rows of one _Grams: an n-gram of a caption, and the same in a reference of that caption."""
+
+    in_caption: IntArray
+    in_reference: IntArray
+
+
+def _count_grams(captions: EncodedCaptions, owner: IntArray) -> _Grams:
+    """Return the n-grams of 1 to 4 words. owner: int64[C], to which each caption's count."""
+    caption = np.repeat(np.arange(len(captions)), captions.lengths)
+    num_left = captions.starts[1:][caption] - np.arange(len(caption))  # words from here to the caption's end
+    key = np.zeros(len(caption), np.uint64)
+    keys, places = [], []
+    for order in range(_MAX_ORDER):
+        place = np.flatnonzero(num_left > order)
+        key[place] = _mix(key[place], captions.words[place + order])
+        keys.append(key[place])
+        places.append(place)
+    distinct, first, gram = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
+    orders = np.repeat(np.arange(_MAX_ORDER), [len(place) for place in places])[first]
+    cell, count = np.unique(owner[caption[np.concatenate(places)]] * len(distinct) + gram, return_counts=True)
+    owners, grams = np.divmod(cell, max(1, len(distinct)))
+    return _Grams(distinct, owners, grams, orders[grams], count)
+
+
+def _mix(keys: KeyArray, words: npt.NDArray[np.int32]) -> KeyArray:
+    """Return the key of each n-gram with one more word: 64 well-mixed bits (the finaliser of SplitMix64).
+
+    That any two of ten million n-grams share a key has a chance below one in 100,000."""
+    mixed = keys + words.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ mixed >> np.uint64(31)
+
+
+def _overlap(grams: _Grams, num_captions: int, owner: IntArray) -> _Overlap:
+    """Return where captions and their references meet; captions own the first rows, references the others."""
+    boundary = int(np.searchsorted(grams.owner, num_captions))
+    in_caption = grams.owner[:boundary] * len(grams.keys) + grams.gram[:boundary]
+    wanted = owner[grams.owner[boundary:] - num_captions] * len(grams.keys) + grams.gram[boundary:]
+    place = np.searchsorted(in_caption, wanted)
+    is_met = np.concatenate([in_caption, [-1]])[place] == wanted
+    return _Overlap(place[is_met], boundary + np.flatnonzero(is_met))
+
+
+def _clipped_matches(grams: _Grams, overlap: _Overlap, num_captions: int) -> FloatArray:
+    """Return float64[B, 4]: n-grams of each caption that stand in a reference, each as often as there at most."""
+    most = np.zeros(len(grams.count), np.int64)
+    np.maximum.at(most, overlap.in_caption, grams.count[overlap.in_reference])
+    met = np.flatnonzero(most)
+    cells = grams.owner[met] * _MAX_ORDER + grams.order[met]
+    return _summed(cells, np.minimum(most, grams.count)[met].astype(np.float64), (num_captions, _MAX_ORDER))
+
+
+class _DocumentFrequencies:
+    """In the references of how many images each n-gram stands: 16 bytes a distinct n-gram."""
+
+    def __init__(self) -> None:
+        self._keys = np.zeros(0, np.uint64)
+        self._counts = np.zeros(0, np.int64)
+        self._waiting: list[tuple[KeyArray, IntArray]] = []
+
+    def add(self, grams: _Grams) -> None:
+        """Count images that were not counted before; each owner is one."""
+        self._waiting.append((grams.keys, np.bincount(grams.gram, minlength=len(grams.keys))))
+        if sum(len(keys) for keys, _ in self._waiting) > max(_MERGE_KEYS, len(self._keys)):
+            self._merge()
+
+    def of(self, keys: KeyArray) -> IntArray:
+        """Return the number of images of each key, 0 for one that was never met."""
+        if self._waiting:
+            self._merge()
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[place] == keys, self._counts[place], 0)
+
+    def _merge(self) -> None:
+        keys, counts = zip((self._keys, self._counts), *self._waiting, strict=True)
+        self._keys, place = np.unique(np.concatenate(keys), return_inverse=True)
+        self._counts = np.bincount(place, np.concatenate(counts)).astype(np.int64)
+        self._waiting = []
+
+
+# CLIPScore
+
+
+def clip_scores(image_features: "Tensor", caption_features: "Tensor") -> FloatArray:
+    """Return CLIPScore of each image and its caption: 2.5 times their cosine, at least 0 (arXiv:2104.08718).
+
+    image_features, caption_features: float[B, D] of CLIP's two projections, normalised or not. The paper's captions
+    begin with "A photo depicts ". Returns float64[B]."""
+    return _CLIP_WEIGHT * np.maximum(0, _cosines(image_features, caption_features))
+
+
+def ref_clip_scores(
+    image_features: "Tensor", caption_features: "Tensor", reference_features: Sequence["Tensor"]
+) -> FloatArray:
+    """Return RefCLIPScore: the harmonic mean of CLIPScore and the caption's cosine with its nearest reference.
+
+    reference_features: for each image float[R, D] of its references. Returns float64[B]."""
+    pairs = zip(caption_features, reference_features, strict=True)
+    nearest = np.array([max(0.0, _cosines(caption[None], own).max()) for caption, own in pairs])
+    with_image = clip_scores(image_features, caption_features)
+    total = with_image + nearest
+    means: FloatArray = np.divide(2 * with_image * nearest, total, out=np.zeros_like(total), where=total > 0)
+    return means
+
+
+def _cosines(first: "Tensor", second: "Tensor") -> FloatArray:
+    first, second = first.detach().double(), second.detach().double()
+    lengths = first.norm(dim=-1) * second.norm(dim=-1)
+    cosines = (first * second).sum(-1) / lengths.clamp(min=1e-12)
+    return np.asarray(cosines.cpu(), np.float64)
