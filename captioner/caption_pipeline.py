@@ -66,27 +66,28 @@ def caption_images(config: CaptionJobConfig) -> Mapping[str, Any]:
         print(line, file=sys.stderr if not config.dry_run else sys.stdout)
     if config.dry_run:
         return _planned(plan)
-    start = time.monotonic()
-    parts = _run(plan) if plan.slices else []
-    summary = _summary(plan, parts, time.monotonic() - start)
+    summary = _run(plan) if plan.slices else _summary(plan, [], 0.0)
     for line in _farewell(plan, summary):
         print(line, file=sys.stderr)
     return summary
 
 
-def _run(plan: "Plan") -> list[PartSummary]:
-    """Caption what is left and return what was written, part by part."""
-    run_id = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + secrets.token_hex(2)
-    stamp = Stamp(run_id, plan.table.digest)
+def _run(plan: "Plan") -> dict[str, Any]:
+    """Caption what is left and return the summary, which `_run/runs/` keeps beside the config and the versions."""
+    start = time.monotonic()
+    run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
     with _cluster() as cluster:
         allocation = allocate(plan.config.resources, cluster)
-        plan.table.record(run_id, _facts(plan, allocation))
+        facts = _facts(plan, allocation)
+        plan.table.record(run_id, facts)
         _announce(allocation, cluster)
-        sink = WriteParts(plan.table, stamp, plan.frozen.columns.kept, plan.rows_per_part)
+        sink = WriteParts(plan.table, Stamp(run_id, plan.table.digest), plan.frozen.columns.kept, plan.rows_per_part)
         with _progress(plan, run_id), _job_errors():
             captioned = _captioned(plan, allocation)
             captioned.write_datasink(sink, ray_remote_args={"num_cpus": allocation.task_cpus})
-    return sink.parts
+        summary = _summary(plan, sink.parts, time.monotonic() - start)
+        plan.table.record(run_id, facts | {"summary": summary})
+    return summary
 
 
 def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:

@@ -77,6 +77,8 @@ def test_a_folder_with_broken_images_gives_a_caption_or_a_reason_for_each(
     assert summary["failed_by_reason"] == dict.fromkeys(BROKEN, 1)
     assert summary["skipped_done"] == 0
     assert summary["tokens_per_s"] > 0
+    [record] = Path(output).glob("_run/runs/*.json")
+    assert json.loads(record.read_text())["summary"] == summary
     failures = pd.read_parquet(f"{output}/failures")
     assert {Path(row.image_id).stem: row.reason for row in failures.itertuples()} == {
         f"broken-{reason}": reason for reason in BROKEN
