@@ -11,7 +11,9 @@ from captioner.decoding.attention import head_dim
 from captioner.errors import ResourceError
 
 _MAX_SLOTS = 256
-_CPU_SLOTS = 32
+_CPU_SLOTS = 64
+"""A 60M model on one core wrote 381 tokens a second in float32 with 32 slots, 501 with 64 and 613 with 128; beyond 64
+the gain no longer pays for the tail of a small job."""
 _USABLE = 0.9
 _LOGITS_COPIES = 5
 _ACTIVATION_COPIES = 6
@@ -52,7 +54,7 @@ def auto_slots(
     prefix_len: int,
     group_size: int,
 ) -> int:
-    """Return the slots for `--slots auto`: what a GPU's free memory holds, or on a CPU the number that was fastest."""
+    """Return the slots for `--slots auto`: what a GPU's free memory holds, or on a CPU a number that fills its products."""
     if device.type != "cuda":
         return max(_CPU_SLOTS // group_size, 1) * group_size
     columns = shared_len + prefix_len + decoding.max_new_tokens

@@ -91,7 +91,7 @@ def test_greedy_captions_with_changed_logits_are_those_of_transformers(options):
 )
 def test_beam_captions_are_those_of_transformers(eos, options):
     llama = tiny_llama()
-    images = random_prefixes(llama, 25, 1)
+    images = random_prefixes(llama, 15, 1)
     shared = random_prefixes(llama, 1, 3, seed=2)[0]
     ours = captions(
         llama, images, DecodingConfig(max_new_tokens=20, **options), shared_prefix=shared, eos_token_ids=eos
