@@ -22,7 +22,7 @@ from captioner.errors import CaptionerError, ConfigError, UsageError
 __all__ = ["parse", "run"]
 
 Config = TypeVar("Config")
-_POSITIONALS = ("input_path", "output")
+_POSITIONALS = ("input_path", "output", "table", "captions", "references")
 
 
 def run(
@@ -143,7 +143,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         settings = yaml.safe_load(file.read_text()) or {}
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}; expected a YAML file of settings") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {file} holds a {type(settings).__name__}; expected `name: value` lines")

@@ -15,6 +15,7 @@ from captioner.errors import ConfigError
 __all__ = [
     "CaptionJobConfig",
     "DecodingConfig",
+    "EvaluateConfig",
     "ImageConfig",
     "InputConfig",
     "ModelConfig",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 InputFormat = Literal["auto", "files", "list", "parquet", "webdataset"]
+MatchRule = Literal["auto", "id", "name", "number"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -278,6 +280,54 @@ class VerifyConfig:
 
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of its store, as JSON. By default the usual environment variables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How good captions are: BLEU, ROUGE-L and CIDEr-D against references; exit 1 below a --min."""
+
+    captions: Annotated[Positional[str], arg(metavar="CAPTIONS")] = "captions-demo"
+    """The OUTPUT of a caption job, or .parquet, .csv, .tsv, .jsonl, .json with image_id and caption."""
+
+    references: Annotated[Positional[str], arg(metavar="REFERENCES")] = ""
+    """COCO captions or Karpathy's .json, or .parquet, .csv, .tsv, .jsonl with image_id and a caption or a list of them.
+    `demo` is the embedded images, and the default for `captions-demo`."""
+
+    storage_options: dict[str, object] = field(default_factory=dict)
+    """fsspec options of their stores, as JSON. By default the usual environment variables."""
+
+    match_by: MatchRule = "auto"
+    """When two names mean the same image: equal as they stand (`id`), equal without folder and suffix (`name`), or
+    ending in the same number (`number`: COCO_val2014_000000000400.jpg is 400). A name shared by two images is none's.
+    `auto`: the rule that finds most captions, the strictest of equals."""
+
+    min_bleu_4: float | None = None
+    """Lowest BLEU-4 (0 to 1) that passes."""
+
+    min_rouge_l: float | None = None
+    """Lowest ROUGE-L (0 to 1) that passes."""
+
+    min_cider: float | None = None
+    """Lowest CIDEr-D (0 to 10; 1.0 is what papers print as 100) that passes."""
+
+    min_matched: float | None = None
+    """Lowest share of the captions that has references, 0 to 1, that passes."""
+
+    num_resamples: int = 1000
+    """Bootstrap samples behind each interval."""
+
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        if not self.references:
+            is_demo = self.captions == "captions-demo"
+            _check(is_demo, "REFERENCES", "missing", f"what {self.captions} is to be measured against")
+            object.__setattr__(self, "references", "demo")
+        for name, best in {"min_bleu_4": 1, "min_rouge_l": 1, "min_cider": 10, "min_matched": 1}.items():
+            lowest = getattr(self, name)
+            _check(lowest is None or 0 <= lowest <= best, _flag(name), lowest, f"0 to {best}")
+        _check(self.num_resamples >= 1, "--num-resamples", self.num_resamples, "at least 1")
 
 
 def worker_range(text: str, flag: str) -> tuple[int, int] | None:

@@ -81,16 +81,31 @@ def test_the_table_of_the_first_run_is_proven_whole(
     assert json.loads(proof.stdout)["ok"]
 
 
-def flags_of_the_help_page() -> set[str]:
-    command = [sys.executable, ROOT / "jobs" / "caption.py", "--help"]
+def test_the_captions_of_the_first_run_are_measured_against_the_demo_references(
+    demo_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = demo_run
+    command = [sys.executable, ROOT / "jobs" / "evaluate.py", "--min-cider", "3"]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["images"], summary["matched_by"]) == (len(list(demo.images_path().iterdir())), "name")
+
+
+def flags_of_the_help_pages() -> set[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    page = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return set(re.findall(r"--[a-z][a-z-]+", page))
+    pages = [
+        subprocess.run([sys.executable, job, "--help"], env=environment, capture_output=True, text=True, check=True)
+        for job in sorted((ROOT / "jobs").glob("*.py"))
+    ]
+    return set(re.findall(r"--[a-z][a-z0-9-]+", "".join(page.stdout for page in pages)))
 
 
 def test_every_flag_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"--[a-z][a-z-]+", README)) - {"--help"}
-    assert named - flags_of_the_help_page() == set()
+    named = set(re.findall(r"--[a-z][a-z0-9-]+", README)) - {"--help"}
+    assert named - flags_of_the_help_pages() == set()
 
 
 def rows_of_tables() -> Iterator[list[str]]:
