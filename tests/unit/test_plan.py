@@ -1,0 +1,205 @@
+"""The plan of a job: what is left, what is refused, what a dry run leaves behind."""
+
+import tarfile
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from captioner.config import CaptionJobConfig, DecodingConfig, InputConfig, ModelConfig, ResourceConfig
+from captioner.errors import BundleError, ConfigError, InputError, OutputError
+from captioner.plan import Plan, output_options, plan_job
+from captioner.rows import captioned_schema
+from captioner.tables import CaptionTable, Stamp
+from tests.bundles import save_tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, bundle: str) -> CaptionJobConfig:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(600):
+        (images / f"{number:04d}.jpg").touch()
+    return CaptionJobConfig(input_path=str(images), output=str(tmp_path / "out"), model=ModelConfig(model=bundle))
+
+
+def finish(plan: Plan, keys: range, reason: str | None = None) -> None:
+    """Write rows as a run would: captions, or failures of one reason."""
+    caption = {"caption": "x", "num_tokens": 1, "finish_reason": "stop", "mean_logprob": 0.0, "min_logprob": 0.0}
+    size = {"width": 1, "height": 1, "size_bytes": 1}
+    outcome = {**caption, **size} if reason is None else {"reason": reason, "detail": "why"}
+    rows = [{"key": key, "image_id": str(key), "attempt": 1, **outcome} for key in keys]
+    plan.table.write(pa.Table.from_pylist(rows, captioned_schema()), Stamp("run", plan.table.digest))
+
+
+def left(plan: Plan) -> list[int]:
+    """Positions that the plan's slices read, in the (one) unit of the input."""
+    read = [table.column("key").to_pylist() for piece in plan.slices for table in plan.reader.read(piece)]
+    return [key for keys in read for key in keys]
+
+
+def test_a_new_job_reads_every_image_once_in_slices_of_one_decode_call(config: CaptionJobConfig) -> None:
+    plan = plan_job(config)
+    assert [piece.num_left for piece in plan.slices] == [256, 256, 88]
+    assert left(plan) == list(range(600))
+    assert (plan.num_left, plan.num_skipped) == (600, 0)
+
+
+def test_rows_in_the_table_are_left_out_and_whole_slices_are_not_read(config: CaptionJobConfig) -> None:
+    finish(plan_job(config), range(300))
+    plan = plan_job(config)
+    assert [(piece.start, piece.stop) for piece in plan.slices] == [(256, 512), (512, 600)]
+    assert left(plan) == list(range(300, 600))
+    assert (plan.num_left, plan.num_skipped) == (300, 300)
+
+
+def test_a_finished_job_has_nothing_left(config: CaptionJobConfig) -> None:
+    finish(plan_job(config), range(600))
+    plan = plan_job(config)
+    assert (plan.slices, plan.num_left, plan.num_skipped) == ([], 0, 600)
+
+
+@pytest.mark.parametrize(
+    ("retry", "reason", "expected"),
+    [
+        ("transient", "fetch_failed", 10),
+        ("transient", "corrupt", 0),
+        ("all", "corrupt", 10),
+        ("none", "fetch_failed", 0),
+        ("corrupt,missing", "corrupt", 10),
+        ("corrupt,missing", "fetch_failed", 0),
+    ],
+)
+def test_failures_are_tried_again_as_asked_and_say_which_attempt_it_is(
+    config: CaptionJobConfig, retry: str, reason: str, expected: int
+) -> None:
+    first = plan_job(config)
+    finish(first, range(590))
+    finish(first, range(590, 600), reason=reason)
+    plan = plan_job(replace(config, retry_failures=retry))
+    tables = [table for piece in plan.slices for table in plan.reader.read(piece)]
+    attempts = [attempt for table in tables for attempt in table.column("attempt").to_pylist()]
+    assert attempts == [2] * expected
+
+
+def test_an_unknown_reason_to_retry_is_refused(config: CaptionJobConfig) -> None:
+    with pytest.raises(ConfigError, match="--retry-failures names corupt; expected transient, all, none, or some of"):
+        plan_job(replace(config, retry_failures="corupt"))
+
+
+@pytest.mark.parametrize("limit", [1, 256, 300, 600, 5000])
+def test_a_limit_takes_the_first_images_and_a_later_run_the_others(config: CaptionJobConfig, limit: int) -> None:
+    plan = plan_job(replace(config, input=InputConfig(limit=limit)))
+    taken = min(limit, 600)
+    assert left(plan) == list(range(taken))
+    finish(plan, range(taken))
+    assert plan_job(replace(config, input=InputConfig(limit=limit))).num_left == 0
+    assert left(plan_job(config)) == list(range(taken, 600))
+
+
+def test_a_dry_run_of_a_new_job_writes_nothing(config: CaptionJobConfig) -> None:
+    plan = plan_job(replace(config, dry_run=True))
+    assert plan.num_left == 600
+    assert "images    600 in 1 units" in list(plan.lines())
+    assert not Path(config.output).exists()
+
+
+def test_a_wrong_input_leaves_nothing_behind(config: CaptionJobConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        plan_job(replace(config, input_path=str(tmp_path / "nowhere")))
+    assert CaptionTable(config.output).identity() is None
+    assert plan_job(config).num_left == 600
+
+
+def test_a_wrong_model_is_refused_before_the_input_is_listed(config: CaptionJobConfig, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no model at"):
+        plan_job(replace(config, model=ModelConfig(model=str(tmp_path / "nowhere"))))
+    assert not Path(config.output).exists()
+
+
+def test_a_caption_that_cannot_fit_the_context_is_refused_with_the_sum(config: CaptionJobConfig) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--max-new-tokens is 511; .* reads 512 tokens, .* take 2: expected at most 510"
+    ):
+        plan_job(replace(config, decoding=DecodingConfig(max_new_tokens=511)))
+
+
+def test_slots_that_hold_less_than_one_image_are_refused(config: CaptionJobConfig) -> None:
+    with pytest.raises(ConfigError, match="--slots is 2; expected at least 4, the beams or captions of one image"):
+        replace(config, decoding=DecodingConfig(num_beams=4), resources=ResourceConfig(slots="2"))
+
+
+def test_another_input_into_the_same_output_is_refused_and_keeps_the_listing(
+    config: CaptionJobConfig, tmp_path: Path
+) -> None:
+    plan_job(config)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.jpg").touch()
+    with pytest.raises(OutputError, match=f"input: {config.input_path} there, {other} now"):
+        plan_job(replace(config, input_path=str(other)))
+    assert plan_job(config).num_left == 600
+
+
+def test_options_of_a_store_stay_out_of_what_is_written_down(config: CaptionJobConfig) -> None:
+    plan_job(replace(config, input=InputConfig(storage_options={"secret": "hunter2"})))
+    written = b"".join(path.read_bytes() for path in Path(config.output).rglob("*") if path.is_file())
+    assert b"hunter2" not in written
+
+
+@pytest.mark.parametrize(
+    ("input_path", "output", "expected"),
+    [
+        ("s3://a/in", "s3://a/out", {"key": "k"}),
+        ("/in", "s3://a/out", {"key": "k"}),
+        ("s3://a/in", "/out", {}),
+        ("s3://a/in", "gs://b/out", {}),
+    ],
+)
+def test_the_output_uses_the_inputs_options_where_they_can_be_meant_for_it(
+    input_path: str, output: str, expected: dict[str, object]
+) -> None:
+    access = InputConfig(storage_options={"key": "k"})
+    assert output_options(CaptionJobConfig(input_path=input_path, output=output, input=access)) == expected
+    other = replace(access, output_storage_options={"key": "other"})
+    assert output_options(CaptionJobConfig(input_path=input_path, output=output, input=other)) == {"key": "other"}
+
+
+def test_a_part_is_a_64th_of_the_work_within_limits(config: CaptionJobConfig) -> None:
+    assert plan_job(config).rows_per_part == 256
+    assert plan_job(replace(config, resources=ResourceConfig(rows_per_part=7))).rows_per_part == 7
+
+
+def tar_of_images(path: Path, num_images: int) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in range(num_images):
+            info = tarfile.TarInfo(f"{number:04d}.jpg")
+            info.size = 1
+            tar.addfile(info, BytesIO(b"x"))
+
+
+def test_a_limit_counts_into_tars_that_nobody_has_counted(config: CaptionJobConfig, tmp_path: Path) -> None:
+    for shard in range(3):
+        tar_of_images(tmp_path / f"{shard}.tar", num_images=4)
+    plan = plan_job(replace(config, input_path=str(tmp_path / "{0..2}.tar"), input=InputConfig(limit=6)))
+    assert [(piece.unit.ordinal, piece.stop) for piece in plan.slices] == [(0, 4), (1, 2)]
+    assert plan.num_left == 6
+
+
+def test_a_tar_is_counted_when_it_was_read_to_its_end_and_not_before(config: CaptionJobConfig, tmp_path: Path) -> None:
+    tar_of_images(tmp_path / "0.tar", num_images=4)
+    config = replace(config, input_path=str(tmp_path / "0.tar"))
+    plan = plan_job(config)
+    assert plan.num_left is None
+    tables = plan.reader.read(plan.slices[0])
+    next(tables)
+    assert plan_job(config).num_left is None
+    list(tables)
+    assert plan_job(config).num_left == 4
