@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from captioner.decode_worker import DecodeWorker
 from captioner.errors import CaptionerError, JobError
 from captioner.resources import Allocation, Cluster, allocate
 from captioner.slices import BLOCK_ROWS, Slice, SliceReader
+from captioner.sources.faults import output_errors
 from captioner.sources.urls import redact, scheme
 from captioner.tables import CaptionTable, PartSummary, Stamp
 
@@ -61,14 +62,16 @@ def caption_images(config: CaptionJobConfig) -> Mapping[str, Any]:
     """
     from captioner.plan import plan_job  # here, not above: read and write tasks import this module, and no torch
 
-    plan = plan_job(config, _report_listing)
-    for line in plan.lines():
-        print(line, file=sys.stderr if not config.dry_run else sys.stdout)
-    if config.dry_run:
-        return _planned(plan)
-    summary = _run(plan) if plan.slices else _summary(plan, [], 0.0)
-    for line in _farewell(plan, summary):
-        print(line, file=sys.stderr)
+    with output_errors(config.output):  # what reads the input has turned its own into errors that name it
+        plan = plan_job(config, _report_listing)
+        for line in plan.lines():
+            print(line, file=sys.stderr if not config.dry_run else sys.stdout)
+        if config.dry_run:
+            return _planned(plan)
+        with redirect_stdout(sys.stderr):  # Ray prints what happens to workers on stdout
+            summary = _run(plan) if plan.slices else _summary(plan, [], 0.0)
+        for line in _farewell(plan, summary):
+            print(line, file=sys.stderr)
     return summary
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from captioner.config import VerifyConfig
 from captioner.errors import InputError
 from captioner.sources import load_frozen
+from captioner.sources.faults import output_errors
 from captioner.sources.urls import absolute, redact
 from captioner.tables import Audit, CaptionTable
 
@@ -16,10 +17,11 @@ __all__ = ["verify"]
 def verify(config: VerifyConfig) -> Mapping[str, Any]:
     """Return the proof as a summary, `ok` if it holds. Raises InputError where no table is."""
     table = CaptionTable(absolute(config.table), config.storage_options)
-    frozen = load_frozen(table.run_folder, config.storage_options)
-    if frozen is None or table.identity() is None:
-        raise InputError(f"{redact(table.url)} is no caption table; expected the OUTPUT of jobs/caption.py")
-    audit = table.audit({unit.ordinal: unit.num_rows for unit in frozen.units})
+    with output_errors(table.url):
+        frozen = load_frozen(table.run_folder, config.storage_options)
+        if frozen is None or table.identity() is None:
+            raise InputError(f"{redact(table.url)} is no caption table; expected the OUTPUT of jobs/caption.py")
+        audit = table.audit({unit.ordinal: unit.num_rows for unit in frozen.units})
     for line in _lines(audit):
         print(line, file=sys.stderr)
     return {"ok": audit.is_whole, **vars(audit), "output": redact(table.url)}

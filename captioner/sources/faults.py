@@ -8,16 +8,18 @@ import asyncio
 import errno
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import aiohttp
 from botocore import exceptions as botocore  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
+from captioner.errors import JobError, OutputError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 
-__all__ = ["Fault", "StoreError", "diagnose"]
+__all__ = ["Fault", "StoreError", "diagnose", "output_errors"]
 
 _MAX_DETAIL = 300
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 529})
@@ -55,6 +57,21 @@ class StoreError(OSError):
     def __init__(self, fault: Fault) -> None:
         super().__init__(f"{fault.reason}: {fault.detail}")
         self.fault = fault
+
+
+@contextmanager
+def output_errors(url: str) -> Iterator[None]:
+    """Turn a StoreError into one that names the output: OutputError, or JobError where another try may help."""
+    try:
+        yield
+    except StoreError as error:
+        where = urls.redact(url)
+        if error.fault.is_transient:
+            raise JobError(f"output {where} cannot be reached: {error.fault.detail}") from error
+        raise OutputError(
+            f"output {where} cannot be read or written: {error.fault.detail}; expected a folder, on a store that these"
+            " credentials may write to"
+        ) from error
 
 
 def diagnose(error: BaseException) -> Fault:

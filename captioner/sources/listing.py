@@ -17,6 +17,7 @@ from captioner.errors import InputError
 from captioner.rows import RejectReason
 from captioner.sources import columns, urls
 from captioner.sources.blocks import Done, Limits, assemble, positions_left
+from captioner.sources.faults import output_errors
 from captioner.sources.store import Store, open_store
 from captioner.sources.units import Columns, Unit
 
@@ -64,14 +65,16 @@ class ListingWriter:
     def discard(self) -> None:
         """Remove every part, also those of an earlier, interrupted writer."""
         self.units, self._held = [], []
-        for name in self._store.names(self._folder):
-            self._store.remove(urls.join(self._folder, name))
+        with output_errors(self._folder):
+            for name in self._store.names(self._folder):
+                self._store.remove(urls.join(self._folder, name))
 
     def _flush(self) -> None:
         ordinal = len(self.units)
         name = f"part-{ordinal:06d}.parquet"
         data = _parquet(self._held, self.kept)
-        self._store.write_atomic(urls.join(self._folder, name), data)
+        with output_errors(self._folder):
+            self._store.write_atomic(urls.join(self._folder, name), data)
         path = urls.join(_FOLDER, name)
         self.units.append(
             Unit(ordinal=ordinal, kind="listing", path=path, name=path, num_rows=len(self._held), size_bytes=len(data))
@@ -115,7 +118,7 @@ def write_uri_list(store: Store, url: str, config: InputConfig, writer: ListingW
     """
     with io.TextIOWrapper(store.open(url), "utf-8-sig", errors="backslashreplace", newline="") as lines:
         if delimiter := _DELIMITERS.get(urls.suffix(url)):
-            return _write_csv(csv.reader(lines, delimiter=delimiter), url, config, writer)
+            return _write_csv(csv.reader(lines, delimiter=delimiter, strict=True), url, config, writer)
         if config.kept or config.id_column or config.image_column:
             raise InputError(f"{urls.redact(url)} is a plain list; columns can only be taken from .csv or .parquet")
         for line in lines:
@@ -124,11 +127,21 @@ def write_uri_list(store: Store, url: str, config: InputConfig, writer: ListingW
     return Columns()
 
 
+def _check_header(name: str, where: str) -> None:
+    """Raise InputError when the first line is already an image: it would not be in the table."""
+    if "://" in name or urls.suffix(name) in urls.IMAGE_SUFFIXES:
+        raise InputError(
+            f"{where} begins with {urls.redact(name)}, where a CSV has the names of its columns; add such a line, or"
+            " call a plain list of URIs .txt"
+        )
+
+
 def _write_csv(reader: Any, url: str, config: InputConfig, writer: ListingWriter) -> Columns:
     where = urls.redact(url)
     try:
         header: list[str] = next(reader, [])
         chosen = columns.choose(pa.schema([pa.field(name, pa.string()) for name in header]), config, where)
+        _check_header(str(chosen.image), where)
         writer.kept = chosen.kept
         image, *others = (header.index(str(name)) for name in (chosen.image, *chosen.kept_from))
         id_index = None if chosen.id is None else header.index(chosen.id)

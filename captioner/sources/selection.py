@@ -1,9 +1,10 @@
 """What a user's INPUT stands for: the files it selects, page by page, and what kind of input they make together.
 
 A folder or prefix is listed whole. Left out, and counted: hidden files (a component that starts with a dot, all below
-`__MACOSX`, `_SUCCESS` and its like), folder markers, and files whose suffix is not an image's. A folder is what most of
-its files are: images, tar shards or Parquet; files without a suffix count as images. A file that the user names, or
-matches by a glob with a suffix, is always taken. A path that exists is taken literally before braces and wildcards are.
+`__MACOSX` and a caption table's `_run`, `_SUCCESS` and its like), folder markers, and files whose suffix is not an
+image's. A folder is what most of its files are: images, tar shards or Parquet; files without a suffix count as images.
+A file that the user names, or matches by a glob with a suffix, is always taken. A path that exists is taken literally
+before braces and wildcards are.
 """
 
 import re
@@ -169,7 +170,8 @@ def describe(skipped: Iterable[tuple[str, int]]) -> str:
 def _is_hidden(below: str, suffix: str) -> bool:
     parts = below.split("/")
     is_marker = parts[-1].startswith("_") and not suffix
-    return is_marker or "__MACOSX" in parts or any(part.startswith(".") for part in parts)
+    is_ours = "_run" in parts[:-1]  # of a caption table that was written into this folder
+    return is_marker or is_ours or "__MACOSX" in parts or any(part.startswith(".") for part in parts)
 
 
 def _by_suffix(suffix: str) -> Family:

@@ -9,6 +9,7 @@ connections. Credentials and endpoint come from `storage_options` or the store's
 nothing of images, units or tables.
 """
 
+import contextlib
 import importlib.util
 import io
 import itertools
@@ -373,7 +374,7 @@ class LocalStore(Store):
         return found and _file_or_folder(url, found.st_size, is_folder=stat.S_ISDIR(found.st_mode))
 
     def _identity(self, folder: str) -> object:
-        found = Path(self.path(folder)).stat()
+        found = self._steady(Path(self.path(folder)).stat)
         return found.st_dev, found.st_ino  # a link to a folder above would never end
 
     def _children(self, folder: str) -> list[Entry]:
@@ -399,7 +400,8 @@ class LocalStore(Store):
             _write_through(temporary, data)
             temporary.replace(target)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where the folder is a file, say, there is nothing to remove
+                temporary.unlink()
             raise StoreError(diagnose(error)) from error
 
     def remove(self, url: str) -> None:
@@ -417,11 +419,9 @@ def _write_through(path: Path, data: bytes) -> None:
 
 def _local_entry(entry: os.DirEntry[str]) -> Entry:
     url = urls.local_url(entry.path)
-    if entry.is_dir():
-        return Entry(url, None, is_folder=True)
     try:
-        return Entry(url, entry.stat().st_size)
-    except OSError:  # a broken link, or gone since: fetching it will say so
+        return Entry(url, None, is_folder=True) if entry.is_dir() else Entry(url, entry.stat().st_size)
+    except OSError:  # a broken link, a ring of links, or gone since: fetching it will say so
         return Entry(url, None)
 
 

@@ -28,6 +28,7 @@ from captioner.sources.units import Columns, Unit
 __all__ = ["check_tar", "count_samples", "read_tar"]
 
 _BLOCK = 512
+_NO_ENDING = "(none)"
 _GZIP_MAGIC = b"\x1f\x8b"
 _MAX_HEADER_BYTES = 1 << 20  # of a long name or of pax records
 _MAX_SIDECAR_BYTES = 16 << 20  # a larger text beside an image is a null in its kept column
@@ -47,7 +48,8 @@ def check_tar(store: Store, url: str) -> Reject | None:
     try:
         raw, _ = _sized(store, url)
         with raw:
-            next(_members(_decompressed(raw)), None)
+            if next(_members(_decompressed(raw)), None) is None:
+                return Reject(RejectReason.EMPTY, "a tar without a member")
     except (_BrokenTarError, *_DATA_ERRORS) as error:
         return Reject(RejectReason.CORRUPT, f"{type(error).__name__}: {error}"[:300])
     except StoreError as error:
@@ -84,6 +86,10 @@ class _Sample:
     image: bytes | Reject | None = None
     texts: dict[str, bytes] = field(default_factory=dict)
 
+    def has_image_of(self, ending: str, columns: Columns) -> bool:
+        """Say whether a member with this ending is another image of the same name, which is a sample of its own."""
+        return _is_image(ending, columns.image) and (ending or _NO_ENDING) in self.endings
+
     def row(self, unit: Unit, columns: Columns) -> Row:
         image_id = f"{unit.name}/{self.image_name or self.key}".removesuffix("/")
         kept = tuple(self._kept(name) for name in columns.kept_from)
@@ -116,7 +122,7 @@ def _samples(
         with _open(store, unit) as file:
             for member in _members(file):
                 key, ending = _split(member.name)
-                if current is None or key != current.key:
+                if current is None or key != current.key or current.has_image_of(ending, columns):
                     if current is not None:
                         yield current
                     if num_seen == limits.stop_at:
@@ -148,7 +154,7 @@ def _broken(current: _Sample | None, num_seen: int, reject: Reject, *, is_whole:
 
 
 def _add(sample: _Sample, member: "_Member", ending: str, columns: Columns, limits: Limits, *, is_wanted: bool) -> None:
-    sample.endings.append(ending or "(none)")
+    sample.endings.append(ending or _NO_ENDING)
     if sample.image_name is None and _is_image(ending, columns.image):
         if is_wanted:
             sample.image = _image(member, limits)

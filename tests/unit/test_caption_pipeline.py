@@ -1,9 +1,17 @@
 """What the Ray side of the job makes of a worker's error; the job itself is in tests/integration."""
 
+from pathlib import Path
+from unittest.mock import Mock
+
 import pytest
 
-from captioner.caption_pipeline import _error_of_ours
+from captioner.caption_pipeline import _error_of_ours, caption_images
+from captioner.config import CaptionJobConfig, VerifyConfig
 from captioner.errors import ConfigError, JobError, OutputError
+from captioner.rows import RejectReason
+from captioner.sources.faults import Fault, StoreError
+from captioner.tables import CaptionTable
+from captioner.verification import verify
 
 TRACEBACK = """ray::MapWorker(MapBatches(CaptionWorker)).__init__() (pid=29611, ip=192.0.2.2)
   File "captioner/decoding/engine.py", line 86, in __init__
@@ -35,3 +43,15 @@ def test_any_other_error_becomes_a_job_error_that_names_it(last: str) -> None:
 
 def test_an_error_without_a_name_is_still_told() -> None:
     assert str(_error_of_ours("The node died.")) == "the job stopped: The node died."
+
+
+def test_an_output_that_cannot_be_reached_is_wrong_use_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").touch()
+    fault = Fault(RejectReason.FORBIDDEN, "NoCredentialsError: Unable to locate credentials")
+    monkeypatch.setattr(CaptionTable, "identity", Mock(side_effect=StoreError(fault)))
+    with pytest.raises(OutputError, match=r"output s3://b/out cannot be read or written: NoCredentialsError"):
+        caption_images(CaptionJobConfig(input_path=str(tmp_path), output="s3://b/out"))
+    with pytest.raises(OutputError, match=r"output s3://b/out cannot be read or written: NoCredentialsError"):
+        verify(VerifyConfig(table="s3://b/out"))

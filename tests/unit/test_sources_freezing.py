@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import InputConfig
-from captioner.errors import ConfigError, InputError
+from captioner.errors import ConfigError, InputError, OutputError
 from captioner.rows import source_schema, split_key
 from captioner.sources import freeze, listing, load_frozen, open_store, read_unit
 
@@ -225,6 +225,33 @@ def test_a_csv_list_keeps_columns_ids_and_rows_without_a_uri(tmp_path, run):
         (False, None),
     ]
     assert frozen.columns.kept == (pa.field("remark", pa.string()),)
+
+
+def test_a_csv_without_a_header_is_refused_because_its_first_image_would_vanish(tmp_path, run):
+    (tmp_path / "list.csv").write_text("a.jpg\nb.jpg\n")
+    with pytest.raises(InputError, match=r"list.csv begins with a.jpg, where a CSV has the names of its columns; add"):
+        freeze(str(tmp_path / "list.csv"), InputConfig(), run)
+
+
+def test_a_quote_that_never_ends_is_an_error_because_it_swallows_rows(tmp_path, run):
+    (tmp_path / "list.csv").write_text('url,note\n"a.jpg,x\nb.jpg,y\n')
+    with pytest.raises(InputError, match=r"list.csv, line 3: unexpected end of data; expected a CSV"):
+        freeze(str(tmp_path / "list.csv"), InputConfig(), run)
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").touch()
+    with pytest.raises(OutputError, match=r"output .*/in/a.jpg/_run/listing cannot be read or written: NotADirectory"):
+        freeze(str(tmp_path / "in"), InputConfig(), str(tmp_path / "in/a.jpg/_run"))
+
+
+def test_the_run_folder_of_a_table_written_into_the_input_is_hidden(tmp_path, run):
+    for name in ("a.jpg", "captions/_run/units.parquet", "captions/_run/listing/part-000000.parquet"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    frozen = freeze(str(tmp_path / "in"), InputConfig(), run)
+    assert (frozen.kind, frozen.num_images, frozen.skipped) == ("files", 1, {"hidden": 2})
 
 
 def test_a_csv_without_a_column_of_uris_lists_its_columns(tmp_path, run):

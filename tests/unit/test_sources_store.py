@@ -58,6 +58,18 @@ def test_links_to_files_are_followed_and_a_link_to_a_folder_above_ends(tmp_path)
     assert _all(open_store(str(tmp_path)), f"{tmp_path}/in/") == ["broken.jpg", "link.jpg"]
 
 
+def test_a_ring_of_links_is_a_file_that_cannot_be_read_and_hides_no_other(tmp_path):
+    (tmp_path / "ring.jpg").symlink_to(tmp_path / "ring.jpg")
+    (tmp_path / "good.jpg").touch()
+    assert _all(open_store(str(tmp_path)), f"{tmp_path}/") == ["good.jpg", "ring.jpg"]
+
+
+def test_a_write_below_a_file_is_a_store_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="Not a directory"):
+        open_store(str(tmp_path)).write_atomic(f"{tmp_path}/file/below/a", b"x")
+
+
 def test_a_failed_write_leaves_neither_the_file_nor_a_part_of_it(tmp_path):
     store = open_store(str(tmp_path))
     (tmp_path / "out").mkdir()

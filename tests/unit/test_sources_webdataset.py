@@ -51,6 +51,17 @@ def _rows(path, run, config=InputConfig(), **options):  # noqa: B008
     return _read(_freeze(path, run, config), run, config, **options)
 
 
+def test_two_images_of_the_same_name_are_two_samples(tmp_path, run):
+    (tmp_path / "a.tar").write_bytes(_tar([("a.jpg", b"1"), ("a.txt", b"x"), ("a.jpg", b"2")]))
+    assert [row["data"] for row in _rows(tmp_path / "a.tar", run)] == [b"1", b"2"]
+
+
+def test_a_tar_without_a_member_is_refused(tmp_path, run):
+    (tmp_path / "a.tar").write_bytes(_tar([]))
+    with pytest.raises(InputError, match=r"none of its 1 files can be read; the first is empty: a tar without a membe"):
+        _freeze(tmp_path / "a.tar", run)
+
+
 def test_consecutive_members_that_share_a_key_are_one_sample(tmp_path, run):
     members = [
         ("./a/000.txt", b"first"),
