@@ -5,6 +5,8 @@ no Ray; a bad value raises `ConfigError`. A second line of a field's docstring b
 its lines there.
 """
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -22,6 +24,8 @@ __all__ = [
     "ResourceConfig",
     "VerifyConfig",
 ]
+
+_DAY_S = 86_400  # no timer of the system takes any number, and infinity least of all
 
 InputFormat = Literal["auto", "files", "list", "parquet", "webdataset"]
 MatchRule = Literal["auto", "id", "name", "number"]
@@ -99,8 +103,11 @@ class ImageConfig:
     """Decode JPEGs at the smallest scale that covers the model's input: faster, but pixels are off by more."""
 
     def __post_init__(self) -> None:
-        for name in ("max_image_bytes", "max_image_pixels", "decode_timeout_s", "fetch_timeout_s", "fetch_concurrency"):
+        for name in ("max_image_bytes", "max_image_pixels", "fetch_concurrency"):
             _check(getattr(self, name) > 0, _flag(name), getattr(self, name), "more than 0")
+        for name in ("decode_timeout_s", "fetch_timeout_s"):
+            is_time = 0 < getattr(self, name) <= _DAY_S
+            _check(is_time, _flag(name), getattr(self, name), f"more than 0, at most {_DAY_S} (a day)")
         _check(self.fetch_retries >= 0, "--fetch-retries", self.fetch_retries, "0 or more")
 
 
@@ -119,6 +126,10 @@ class ModelConfig:
 
     device: str = "auto"
     """`auto`: the worker's GPU, or the CPU when it has none."""
+
+    def __post_init__(self) -> None:
+        is_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None
+        _check(is_device, "--device", self.device, "auto, cpu, mps, cuda or cuda:N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +186,8 @@ class DecodingConfig:
             self.min_new_tokens,
             f"0 to --max-new-tokens ({self.max_new_tokens})",
         )
+        for name in ("temperature", "repetition_penalty", "length_penalty"):
+            _check(math.isfinite(getattr(self, name)), _flag(name), getattr(self, name), "a number that is finite")
         _check(self.temperature > 0, "--temperature", self.temperature, "more than 0 (for greedy: --no-do-sample)")
         _check(self.top_k >= 0, "--top-k", self.top_k, "0 (off) or more")
         _check(0 < self.top_p <= 1, "--top-p", self.top_p, "above 0, at most 1")
@@ -229,6 +242,12 @@ class ResourceConfig:
         _check(self.slots == "auto" or _is_count(self.slots), "--slots", self.slots, "`auto` or a number from 1 up")
         _check(
             self.gpus_per_worker is None or self.gpus_per_worker >= 0, "--gpus-per-worker", self.gpus_per_worker, ">= 0"
+        )
+        _check(
+            self.gpus_per_worker is None or self.gpus_per_worker <= 1 or self.gpus_per_worker % 1 == 0,
+            "--gpus-per-worker",
+            self.gpus_per_worker,
+            "a share of one GPU, or a whole number of them",
         )
         _check(
             self.rows_per_part is None or self.rows_per_part > 0, "--rows-per-part", self.rows_per_part, "at least 1"

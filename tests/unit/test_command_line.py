@@ -42,6 +42,12 @@ def test_a_config_file_sets_what_flags_do_not(tmp_path: Path) -> None:
     assert config.decoding.do_sample
 
 
+def test_a_config_file_that_is_no_text_is_wrong_use(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_bytes(b"\x80\x81")
+    with pytest.raises(ConfigError, match=r"job.yaml is not YAML: 'utf-8' codec"):
+        caption_config("--config", str(tmp_path / "job.yaml"))
+
+
 def test_an_unknown_setting_in_a_file_is_named_with_the_nearest_known_one(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("max_new_token: 4\n")
@@ -55,6 +61,10 @@ def test_an_unknown_setting_in_a_file_is_named_with_the_nearest_known_one(tmp_pa
         (["in"], "OUTPUT is missing; expected a folder for the captions of in"),
         (["in", "out", "--limit", "0"], "--limit is 0; expected at least 1"),
         (["in", "out", "--workers", "8:1"], "--workers is 8:1; expected `auto`, a number from 1 up, or `min:max`"),
+        (["in", "out", "--device", "nope"], "--device is nope; expected auto, cpu, mps, cuda or cuda:N"),
+        (["in", "out", "--length-penalty", "nan"], "--length-penalty is nan; expected a number that is finite"),
+        (["in", "out", "--gpus-per-worker", "1.5"], "--gpus-per-worker is 1.5; expected a share of one GPU, or a whol"),
+        (["in", "out", "--decode-timeout-s", "inf"], "--decode-timeout-s is inf; expected more than 0, at most 86400"),
         (["in", "out", "--top-p", "1.5"], "--top-p is 1.5; expected above 0, at most 1"),
         (["in", "out", "--num-captions", "3"], "--num-captions is 3; expected 1, or --do-sample, or --num-beams >= it"),
         (["in", "out", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
