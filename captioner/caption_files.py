@@ -129,7 +129,7 @@ def _json(store: Store, url: str) -> Iterator[CaptionRow]:
     where = shown(url)
     match _parse(store.read_bytes(url).decode("utf-8-sig", "backslashreplace"), where):
         case {"annotations": [*annotations], "images": [*images]}:
-            names = {_image_id(image.get("id")): image.get("file_name", "") for image in images}
+            names = {_image_id(image["id"]): str(image["file_name"]) for image in images if _is_named(image)}
             for row in _rows((_pair(found, where) for found in annotations), where):
                 yield row._replace(file_name=names.get(row.image_id, ""))
         case {"images": [*images]}:
@@ -140,15 +140,28 @@ def _json(store: Store, url: str) -> Iterator[CaptionRow]:
             raise InputError(f"{where} has neither annotations nor images; expected COCO's captions_*.json")
 
 
+def _is_named(image: Any) -> bool:
+    return isinstance(image, dict) and "id" in image and "file_name" in image
+
+
 def _karpathy(images: Sequence[Any], where: str) -> Iterator[CaptionRow]:
     for image in images:
         match image:
             case {"filename": str(file_name), "sentences": [*sentences]}:
-                texts = [found.get("raw") or " ".join(found["tokens"]) for found in sentences]
+                texts = [_sentence(found) for found in sentences]
                 for row in _rows([(image.get("cocoid", file_name), texts)], where):
                     yield row._replace(file_name=file_name)
             case _:
                 raise InputError(f"{where} has an image without filename and sentences; expected Karpathy's dataset")
+
+
+def _sentence(found: Any) -> Any:
+    match found:
+        case {"raw": str(raw)}:
+            return raw
+        case {"tokens": [*tokens]}:
+            return " ".join(map(str, tokens))
+    return found
 
 
 def _demo() -> Iterator[CaptionRow]:

@@ -55,7 +55,12 @@ def write_parquet(folder: Path, name: str, columns: Mapping[str, Any]) -> Path:
 
 def write_list_parquet(folder: Path) -> Path:
     columns = {"image_id": [float(name) for name in REFERENCES], "caption": list(REFERENCES.values())}
-    return write_parquet(folder, "references.parquet", {**columns, "image": [b"\xff\xd8"] * 3})
+    return write_parquet(folder, "references.parquet", columns)
+
+
+def write_image_parquet(folder: Path) -> Path:
+    columns = {"file_name": list(REFERENCES), "caption": list(REFERENCES.values())}
+    return write_parquet(folder, "references.parquet", {"image": [b"\xff\xd8"] * len(REFERENCES), **columns})
 
 
 def write_parquet_folder(folder: Path) -> Path:
@@ -83,7 +88,7 @@ def annotations() -> list[dict[str, Any]]:
 
 def coco() -> dict[str, Any]:
     images = [{"id": int(name), "file_name": f"COCO_val_{name:0>12}.jpg"} for name in REFERENCES]
-    return {"info": {}, "images": images, "annotations": annotations()}
+    return {"info": {}, "images": [*images, {"id": 10}], "annotations": annotations()}
 
 
 def karpathy(*, has_cocoid: bool) -> dict[str, Any]:
@@ -102,7 +107,8 @@ def karpathy(*, has_cocoid: bool) -> dict[str, Any]:
         pytest.param(lambda folder: write_rows(folder, ("uri", "caption"), "\t"), id="tsv"),
         pytest.param(lambda folder: write_jsonl(folder, is_list=True), id="jsonl of lists"),
         pytest.param(lambda folder: write_jsonl(folder, is_list=False), id="jsonl"),
-        pytest.param(write_list_parquet, id="parquet of lists, beside an image's bytes"),
+        pytest.param(write_list_parquet, id="parquet of lists"),
+        pytest.param(write_image_parquet, id="parquet with the images themselves"),
         pytest.param(write_parquet_folder, id="a folder of parquet"),
         pytest.param(write_caption_table, id="a caption table"),
         pytest.param(lambda folder: write_json(folder, annotations()), id="COCO results"),
@@ -162,6 +168,11 @@ def test_an_empty_caption_counts_as_one_and_an_empty_reference_as_none(tmp_path:
         ("c.jsonl", '{"image_id": 1, "caption": [3]}', r"row 1: the image is '1', the caption '\[3\]'; expected"),
         ("a.json", '{"dog": 1}', r"a.json has neither annotations nor images; expected COCO's captions_\*.json"),
         ("b.json", '{"images": [{"id": 1}]}', r"b.json has an image without filename and sentences; expected Karpathy"),
+        (
+            "d.json",
+            '{"images": [{"filename": "7", "sentences": [{"text": "a"}]}]}',
+            r"caption \"\[\{'text': 'a'\}\]\"; exp",
+        ),
         ("c.json", '[{"image_id": 1, "bbox": 2}]', r"c.json has image_id, bbox; expected image_id and caption"),
         ("a.parquet", "PAR1 and no more", r"a.parquet cannot be read: not a Parquet file"),
     ],
@@ -257,9 +268,9 @@ def summary_of(folder: Path, captions: Mapping[str, list[str]], **settings: Any)
 
 
 def test_the_summary_has_the_figures_and_intervals_of_the_metrics(tmp_path: Path) -> None:
-    summary = summary_of(tmp_path, CAPTIONS, seed=5)
+    summary = summary_of(tmp_path, CAPTIONS, num_resamples=9, seed=5)
     scores = score_captions([own[0] for own in CAPTIONS.values()], list(REFERENCES.values()))
-    figures, intervals = scores.figures(), scores.intervals(seed=5)
+    figures, intervals = scores.figures(), scores.intervals(num_resamples=9, seed=5)
     assert {name: summary[name] for name in METRICS} == {name: round(figures[name], 6) for name in METRICS}
     assert summary["intervals"] == {name: [round(bound, 6) for bound in intervals[name]] for name in METRICS}
 
