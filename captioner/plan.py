@@ -157,12 +157,17 @@ def _identity(config: CaptionJobConfig, model: BundleDescription) -> dict[str, A
     access = config.input
     columns = {"image_column": access.image_column, "id_column": access.id_column, "keep_columns": access.keep_columns}
     return {
-        "input": redact(config.input_path),
+        "input": redact(_without_slash(config.input_path)),
         "columns": {name: list(value) if isinstance(value, tuple) else value for name, value in columns.items()},
         "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": config.model.dtype},
         "decoding": {**asdict(config.decoding), "stop": list(config.decoding.stop)},
         "image": {"size": model.image_size, "fast_decode": config.image.fast_decode},
     }
+
+
+def _without_slash(path: str) -> str:
+    """Return a local path as it is called without the slash that a shell adds; on a store `a` and `a/` may differ."""
+    return path.rstrip("/") or path if scheme(path) == "file" else path
 
 
 def _slices(frozen: Frozen, done: Done, access: InputConfig) -> tuple[list[Slice], int]:

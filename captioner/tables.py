@@ -128,7 +128,7 @@ class CaptionTable:
         found, wanted = self.identity(), {"format": FORMAT, **identity}
         if found is None:
             self._refuse_strangers()
-        elif found != wanted:
+        elif _essence(found) != _essence(wanted):
             raise OutputError(_difference(self.url, found, wanted))
 
     def claim(self, identity: Mapping[str, Any]) -> None:
@@ -346,6 +346,11 @@ def _parquet(rows: pa.Table) -> bytes:
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _essence(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without the model's name: what a model is, its fingerprint says, wherever it lies."""
+    return {name: value for name, value in _flat(identity) if name != "model.name"}
 
 
 def _difference(url: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

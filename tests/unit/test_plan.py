@@ -52,6 +52,11 @@ def test_a_new_job_reads_every_image_once_in_slices_of_one_decode_call(config: C
     assert (plan.num_left, plan.num_skipped) == (600, 0)
 
 
+def test_a_slash_behind_a_local_folder_makes_no_other_input(config: CaptionJobConfig) -> None:
+    finish(plan_job(config), range(300))
+    assert plan_job(replace(config, input_path=config.input_path + "/")).num_skipped == 300
+
+
 def test_rows_in_the_table_are_left_out_and_whole_slices_are_not_read(config: CaptionJobConfig) -> None:
     finish(plan_job(config), range(300))
     plan = plan_job(config)

@@ -103,6 +103,12 @@ def test_another_model_into_the_same_output_is_refused_naming_the_difference(tab
         table.claim({**IDENTITY, "model": {"name": "demo", "fingerprint": "xyz"}})
 
 
+def test_the_same_model_by_another_name_continues_the_table(table: CaptionTable, stamp: Stamp) -> None:
+    table.claim(IDENTITY)
+    table.claim({**IDENTITY, "model": {"name": "/elsewhere/demo", "fingerprint": "abc"}})
+    assert table.digest == stamp.identity
+
+
 def test_a_folder_with_parts_but_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "someone-elses.parquet").write_bytes(b"")
