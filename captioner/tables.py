@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from captioner.errors import JobError, OutputError
 from captioner.keys import KeySet
-from captioner.rows import FAILURES, captions_schema
+from captioner.rows import CAPTIONS, FAILURES, captions_schema
 from captioner.sources.store import Store, open_store
 from captioner.sources.urls import join, redact
 
@@ -36,6 +36,7 @@ FORMAT = 1
 _READERS = 16  # parts read at the same time: they wait for the store, not for a core
 _ROW_GROUP_ROWS = 131_072
 _FAILURE_COLUMNS = ["key", "attempt", "reason"]
+_FIELDS = {field.name: field for schema in (CAPTIONS, FAILURES) for field in schema}
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,13 @@ class CaptionTable:
         """Return what the table was made with, or None where no run has begun."""
         if self.store.info(self._run_file) is None:
             return None
-        return dict(json.loads(self.store.read_bytes(self._run_file)))
+        try:
+            return dict(json.loads(self.store.read_bytes(self._run_file)))
+        except ValueError as error:
+            raise OutputError(
+                f"{redact(self._run_file)} is damaged: {error}; expected the JSON that the first run wrote."
+                " Restore it, or choose another OUTPUT"
+            ) from error
 
     @property
     def _run_file(self) -> str:
@@ -196,8 +203,9 @@ class CaptionTable:
         """Return some columns of a part, its footer in the schema's metadata; None where it cannot be read."""
         try:
             with pq.ParquetFile(self.store.open(url)) as file:
-                return file.read(columns=columns).replace_schema_metadata(file.metadata.metadata)
-        except (pa.ArrowException, OSError, KeyError):
+                part = file.read(columns=columns).select(columns).cast(pa.schema([_FIELDS[name] for name in columns]))
+                return part.replace_schema_metadata(file.metadata.metadata)
+        except (pa.ArrowException, OSError, KeyError, ValueError):  # the last for a null where none may be
             return None
 
     # Writing

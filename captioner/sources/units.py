@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from captioner.errors import OutputError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.store import Store, open_store
@@ -125,7 +126,13 @@ def load_frozen(run_folder: str, output_options: Mapping[str, Any] | None = None
     url = urls.join(urls.absolute(run_folder), _FILE)
     if store.info(url) is None:
         return None
-    table = pq.read_table(io.BytesIO(store.read_bytes(url)))
+    try:
+        table = pq.read_table(io.BytesIO(store.read_bytes(url)))
+    except pa.ArrowException as error:
+        raise OutputError(
+            f"{urls.redact(url)} is damaged: {error}; expected what the first run froze. Restore it, or choose another"
+            " OUTPUT"
+        ) from error
     described = json.loads(table.schema.metadata[_KEY])
     units = (_unit(row) for row in table.to_pylist())
     counts = _load_counts(run_folder, store)

@@ -246,6 +246,14 @@ def test_an_output_that_is_a_file_is_named(tmp_path):
         freeze(str(tmp_path / "in"), InputConfig(), str(tmp_path / "in/a.jpg/_run"))
 
 
+def test_a_damaged_freeze_is_named(tmp_path, run):
+    (tmp_path / "a.jpg").touch()
+    freeze(str(tmp_path / "a.jpg"), InputConfig(), run)
+    Path(run, "units.parquet").write_text("{")
+    with pytest.raises(OutputError, match=r"_run/units.parquet is damaged: .*Restore it, or choose another OUTPUT"):
+        load_frozen(run)
+
+
 def test_the_run_folder_of_a_table_written_into_the_input_is_hidden(tmp_path, run):
     for name in ("a.jpg", "captions/_run/units.parquet", "captions/_run/listing/part-000000.parquet"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -109,6 +109,30 @@ def test_the_same_model_by_another_name_continues_the_table(table: CaptionTable,
     assert table.digest == stamp.identity
 
 
+def test_a_damaged_run_file_is_named(table: CaptionTable) -> None:
+    table.claim(IDENTITY)
+    Path(table.run_folder, "run.json").write_text("{")
+    with pytest.raises(OutputError, match=r"_run/run.json is damaged: .*Restore it, or choose another OUTPUT"):
+        table.claim(IDENTITY)
+
+
+@pytest.mark.parametrize("keys", [pa.array([None], pa.int64()), pa.array(["a"])], ids=["null", "text"])
+def test_a_part_with_keys_that_are_none_counts_as_torn(table: CaptionTable, stamp: Stamp, keys: pa.Array) -> None:
+    table.write(captioned([1]), stamp)
+    (part,) = Path(table.url, "captions").iterdir()
+    rows = pq.read_table(part).set_column(0, "key", keys)
+    pq.write_table(rows.replace_schema_metadata(stamp.footer), part)
+    assert table.audit({0: 2}).torn_parts == [str(part)]
+
+
+def test_captions_that_stand_among_the_failures_count_as_torn(table: CaptionTable, stamp: Stamp) -> None:
+    table.write(captioned([1]), stamp)
+    (part,) = Path(table.url, "captions").iterdir()
+    Path(table.url, "failures").mkdir()
+    moved = part.rename(Path(table.url, "failures", part.name))
+    assert table.audit({0: 2}).torn_parts == [str(moved)]
+
+
 def test_a_folder_with_parts_but_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "someone-elses.parquet").write_bytes(b"")
