@@ -77,7 +77,9 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="A,B",
-            instance_from_str=lambda words: tuple(part.strip() for part in words[0].split(",")) if words[0] else (),
+            instance_from_str=lambda words: (
+                tuple(part.strip() or part for part in words[0].split(",")) if words[0] else ()
+            ),
             is_instance=lambda value: isinstance(value, tuple),
             str_from_instance=lambda value: [",".join(value)],
         )

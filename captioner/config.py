@@ -233,7 +233,7 @@ class ResourceConfig:
     """Captions that one model worker writes at the same time. `auto`: as many as its memory holds."""
 
     rows_per_part: int | None = None
-    """Rows of one output file.
+    """Rows of one output file, or some more: what a worker gives at once is not cut.
     By default a 64th of the work, from 256 to 16,384: small files are slow to query, large ones late to be safe."""
 
     def __post_init__(self) -> None:

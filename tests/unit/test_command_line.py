@@ -33,6 +33,12 @@ def test_lists_are_written_with_commas_and_mappings_as_json() -> None:
     assert config.input.storage_options == {"anon": True}
 
 
+def test_a_line_feed_can_be_a_stop_string(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text('stop: ["\\n", "."]\n')
+    assert caption_config("in", "out", "--stop", "\n").decoding.stop == ("\n",)
+    assert caption_config("in", "out", "--config", str(tmp_path / "job.yaml")).decoding.stop == ("\n", ".")
+
+
 def test_a_config_file_sets_what_flags_do_not(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("input_path: in\noutput: out\nlimit: 4\nkeep-columns: [a, b]\ndo_sample: true\n")
