@@ -22,6 +22,7 @@ from PIL import Image
 
 from captioner.config import CaptionJobConfig, DecodingConfig, ImageConfig, ModelConfig
 from captioner.decoding import Engine, EngineThread, Generation, Hypothesis, Request
+from captioner.errors import InputError
 from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.model.bundle import load
 from captioner.model.caption_model import CaptionModel
@@ -95,6 +96,8 @@ class Captioner:
 
         image_ids: what the draws of a sampled caption depend on besides the seed; by default the place in `images`.
         """
+        if isinstance(images, str | bytes | Path | Image.Image):
+            raise InputError(f"images is one {type(images).__name__}; expected a list of images: [image]")
         ids = [str(index) for index in range(len(images))] if image_ids is None else image_ids
         outcomes: list[Any] = [self._pixels(image) for image in images]
         readable = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, Decoded)]
@@ -110,9 +113,14 @@ class Captioner:
             return self._decoder.decode_image(image)
         if isinstance(image, bytes):
             return self._decoder.decode(image)
+        if not isinstance(image, str | Path):
+            raise InputError(f"an image is a {type(image).__name__}; expected a PIL image, bytes or a path")
         try:
-            return self._decoder.decode(Path(image).read_bytes())
-        except OSError as error:
+            path = Path(image)
+            if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+                return Reject(RejectReason.MISSING, f"{path} is not a file but a folder, a device or a pipe")
+            return self._decoder.decode(path.read_bytes())
+        except (OSError, ValueError) as error:  # the last for a name with a null byte
             return Reject(RejectReason.MISSING, f"{type(error).__name__}: {error}")
 
     def caption_pixels(self, pixels: torch.Tensor, image_ids: Sequence[str]) -> list[Caption]:

@@ -1,5 +1,6 @@
 """The two workers and the notebook's captioner, without Ray."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from captioner.config import CaptionJobConfig, DecodingConfig, ImageConfig, ModelConfig
 from captioner.decode_worker import DecodeWorker
+from captioner.errors import InputError
 from captioner.model.bundle import describe
 from captioner.rows import Reject, RejectReason, captioned_schema, decoded_schema, source_schema
 from captioner.worker import Caption, Captioner, CaptionWorker, image_seed
@@ -107,6 +109,21 @@ def test_a_notebook_captions_pil_images_bytes_and_paths(tmp_path: Path, captione
     captions = captioner.caption([picture(), encoded("PNG"), path, str(path)])
     assert all(isinstance(caption, Caption) for caption in captions)
     assert len({str(caption) for caption in captions}) == 1
+
+
+def test_a_notebook_does_not_wait_for_a_pipe(tmp_path: Path, captioner: Captioner) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    pipe, strange = captioner.caption([tmp_path / "pipe.jpg", "a\0b"])
+    assert isinstance(pipe, Reject)
+    assert isinstance(strange, Reject)
+    assert "is not a file but a folder, a device or a pipe" in pipe.detail
+
+
+def test_a_notebook_that_passes_no_list_or_no_image_is_told_what_to_pass(captioner: Captioner) -> None:
+    with pytest.raises(InputError, match=r"images is one str; expected a list of images: \[image\]"):
+        captioner.caption("a.jpg")
+    with pytest.raises(InputError, match="an image is a NoneType; expected a PIL image, bytes or a path"):
+        captioner.caption([None])  # type: ignore[list-item]
 
 
 def test_a_notebook_is_told_why_an_image_has_no_caption(tmp_path: Path, captioner: Captioner) -> None:
