@@ -73,7 +73,9 @@ def is_struct(kind: pa.DataType) -> bool:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type that stands in the table once dictionaries and extension types are resolved."""
+    """Return the type that stands in the table once dictionaries, extension types and views are resolved."""
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):  # Arrow cannot take rows of views
+        return pa.string() if pa.types.is_string_view(kind) else pa.binary()
     if isinstance(kind, pa.BaseExtensionType):
         return plain_type(kind.storage_type)
     return plain_type(kind.value_type) if pa.types.is_dictionary(kind) else kind

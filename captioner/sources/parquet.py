@@ -117,6 +117,7 @@ class _Reader:
         ):
             stop = self._next + batch.num_rows
             positions = wanted[(wanted >= self._next) & (wanted < stop)]
+            batch = batch.cast(pa.schema([field.with_type(_without_view(field.type)) for field in batch.schema]))
             taken = batch if len(positions) == batch.num_rows else batch.take(pa.array(positions - self._next))
             if len(positions):
                 yield self._table(taken, positions)
@@ -171,6 +172,10 @@ class _Reader:
             name if name is not None else urls.shown(uri) if uri else f"{self._unit.name}#{position}"
             for name, uri, position in zip(given, uris, positions, strict=True)
         ]
+
+
+def _without_view(kind: pa.DataType) -> pa.DataType:
+    return plain_type(kind) if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind) else kind
 
 
 def _plain(values: pa.Array) -> pa.Array:

@@ -46,6 +46,14 @@ def test_a_column_of_bytes_is_the_image_whatever_its_layout(tmp_path, run, kind)
     assert (rows[2]["reason"], rows[2]["detail"]) == ("empty", "null in column image")
 
 
+def test_views_are_kept_as_plain_strings_and_continued_as_any_column(tmp_path, run):
+    columns = {"image": pa.array([b"aa", b"bb"], pa.binary_view()), "text": pa.array(["x", "y"], pa.string_view())}
+    path = _write(tmp_path / "t.parquet", columns)
+    (table,) = _tables(path, run, config=InputConfig(keep_columns=("text",)), done=np.array([True, False]))
+    assert (table["data"].to_pylist(), table["text"].to_pylist()) == ([b"bb"], ["y"])
+    assert table.schema.field("text").type == pa.string()
+
+
 def test_hugging_faces_struct_gives_its_bytes_or_else_its_path(tmp_path, run):
     images = [
         {"bytes": b"a", "path": "a.jpg"},
