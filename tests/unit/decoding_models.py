@@ -1,5 +1,6 @@
 """Small random LLaMAs, image prefixes, and the captions that the engine and transformers give them."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -53,6 +54,49 @@ def captions(
 
 def token_ids(generations: Sequence[Generation]) -> list[list[tuple[int, ...]]]:
     return [[hypothesis.token_ids for hypothesis in generation.hypotheses] for generation in generations]
+
+
+def assert_same_or_tied(
+    llama: LlamaForCausalLM,
+    prefixes: Sequence[torch.Tensor],
+    ours: Sequence[Generation],
+    theirs: Sequence[Sequence[tuple[int, ...]]],
+    *,
+    eos_token_ids: Sequence[int] = EOS,
+    repetition_penalty: float = 1.0,
+) -> None:
+    """Hold greedy captions equal; two may part only at a tie that float32 cannot see, and no more than one in fifty.
+
+    prefixes: float[S + P, D], all that the model reads before each caption."""
+    pairs = [(mine[0], other[0]) for mine, other in zip(token_ids(ours), theirs, strict=True)]
+    parted = [place for place, (mine, other) in enumerate(pairs) if mine != other]
+    assert len(parted) <= len(pairs) // 50
+    for place in parted:
+        gap = _gap_where_they_part(llama, prefixes[place], *pairs[place], eos_token_ids, repetition_penalty)
+        assert gap < 1e-5, f"caption {place}: {pairs[place]} part where the logits are {gap} apart"
+
+
+def _gap_where_they_part(
+    llama: LlamaForCausalLM,
+    prefix: torch.Tensor,
+    mine: tuple[int, ...],
+    other: tuple[int, ...],
+    eos: Sequence[int],
+    penalty: float,
+) -> float:
+    """The distance of the two choices' logits in float64, at the first token where the captions differ."""
+    common = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other)))
+    exact = copy.deepcopy(llama).double()
+    written = torch.tensor(mine[:common], dtype=torch.long)
+    embeds = torch.cat([prefix.double(), exact.get_input_embeddings()(written)])
+    with torch.no_grad():
+        logits = exact(inputs_embeds=embeds[None]).logits[0, -1]
+    seen = logits[written]
+    logits[written] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    first, second = (
+        logits[caption[common]] if common < len(caption) else logits[list(eos)].max() for caption in (mine, other)
+    )
+    return abs(float(first - second))
 
 
 def transformers_captions(
