@@ -34,7 +34,7 @@ from tqdm import tqdm
 from captioner import __version__, errors
 from captioner.config import CaptionJobConfig
 from captioner.decode_worker import DecodeWorker
-from captioner.errors import CaptionerError, JobError
+from captioner.errors import CaptionerError, ConfigError, JobError
 from captioner.resources import Allocation, Cluster, allocate
 from captioner.slices import BLOCK_ROWS, Slice, SliceReader
 from captioner.sources.faults import output_errors
@@ -81,6 +81,7 @@ def _run(plan: "Plan") -> dict[str, Any]:
     run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
     with _cluster() as cluster:
         allocation = allocate(plan.config.resources, cluster)
+        _check_device(plan.config.model.device, allocation)
         facts = _facts(plan, allocation)
         plan.table.record(run_id, facts)
         _announce(allocation, cluster)
@@ -91,6 +92,14 @@ def _run(plan: "Plan") -> dict[str, Any]:
         summary = _summary(plan, sink.parts, time.monotonic() - start)
         plan.table.record(run_id, facts | {"summary": summary})
     return summary
+
+
+def _check_device(device: str, allocation: Allocation) -> None:
+    if device.startswith("cuda") and not allocation.worker_gpus:
+        raise ConfigError(
+            f"--device is {device}, but the workers get no GPU: there is none in the cluster, or --gpus-per-worker is 0;"
+            " expected auto or cpu"
+        )
 
 
 def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
@@ -244,7 +253,8 @@ def _error_of_ours(text: str) -> CaptionerError:
     if found:
         kind: type[CaptionerError] = getattr(errors, found.group(1))
         return kind(found.group(2).strip())
-    lines = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    # Ray wraps what a stage raised in an exception of its own, which says nothing and stands last.
+    lines = [line for line in text.splitlines() if re.match(r"(?!ray\.)[\w.]+(Error|Exception|Interrupt)\b", line)]
     return JobError(f"the job stopped: {lines[-1] if lines else text.strip()}")
 
 

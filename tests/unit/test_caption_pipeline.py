@@ -5,9 +5,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from captioner.caption_pipeline import _error_of_ours, caption_images
+from captioner.caption_pipeline import _check_device, _error_of_ours
+from captioner.config import ResourceConfig, caption_images
 from captioner.config import CaptionJobConfig, VerifyConfig
 from captioner.errors import ConfigError, JobError, OutputError
+from captioner.resources import Cluster, allocate
 from captioner.rows import RejectReason
 from captioner.sources.faults import Fault, StoreError
 from captioner.tables import CaptionTable
@@ -39,6 +41,20 @@ def test_any_other_error_becomes_a_job_error_that_names_it(last: str) -> None:
     error = _error_of_ours(TRACEBACK + last)
     assert isinstance(error, JobError)
     assert str(error) == f"the job stopped: {last}"
+
+
+def test_the_wrapper_that_ray_puts_around_a_stage_does_not_hide_the_cause() -> None:
+    cause = "pyarrow.lib.ArrowNotImplementedError: no kernel\n\nThe above exception was the direct cause of this:\n\n"
+    error = _error_of_ours(TRACEBACK + cause + "ray.exceptions.UserCodeException: UDF failed to process a data block.")
+    assert str(error) == "the job stopped: pyarrow.lib.ArrowNotImplementedError: no kernel"
+
+
+def test_a_device_that_no_worker_gets_is_refused_before_a_worker_starts() -> None:
+    without = allocate(ResourceConfig(), Cluster(cpus=2, gpus=0))
+    with pytest.raises(ConfigError, match="--device is cuda:0, but the workers get no GPU"):
+        _check_device("cuda:0", without)
+    _check_device("cuda", allocate(ResourceConfig(), Cluster(cpus=2, gpus=1)))
+    _check_device("auto", without)
 
 
 def test_an_error_without_a_name_is_still_told() -> None:
