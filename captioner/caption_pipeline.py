@@ -97,8 +97,8 @@ def _run(plan: "Plan") -> dict[str, Any]:
 def _check_device(device: str, allocation: Allocation) -> None:
     if device.startswith("cuda") and not allocation.worker_gpus:
         raise ConfigError(
-            f"--device is {device}, but the workers get no GPU: there is none in the cluster, or --gpus-per-worker is 0;"
-            " expected auto or cpu"
+            f"--device is {device}, but the workers get no GPU: there is none in the cluster, or --gpus-per-worker is"
+            " 0; expected auto or cpu"
         )
 
 

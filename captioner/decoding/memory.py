@@ -54,7 +54,7 @@ def auto_slots(
     prefix_len: int,
     group_size: int,
 ) -> int:
-    """Return the slots for `--slots auto`: what a GPU's free memory holds, or on a CPU a number that fills its products."""
+    """Return the slots for `--slots auto`: what a GPU's free memory holds, on a CPU what fills its matrix products."""
     if device.type != "cuda":
         return max(_CPU_SLOTS // group_size, 1) * group_size
     columns = shared_len + prefix_len + decoding.max_new_tokens

@@ -5,9 +5,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from captioner.caption_pipeline import _check_device, _error_of_ours
-from captioner.config import ResourceConfig, caption_images
-from captioner.config import CaptionJobConfig, VerifyConfig
+from captioner.caption_pipeline import _check_device, _error_of_ours, caption_images
+from captioner.config import CaptionJobConfig, ResourceConfig, VerifyConfig
 from captioner.errors import ConfigError, JobError, OutputError
 from captioner.resources import Cluster, allocate
 from captioner.rows import RejectReason
