@@ -62,14 +62,16 @@ def sample(
     scores: float32[R, V]. uniforms: float64[R] in (0, 1). Cuts are made in transformers' order: temperature, top_k,
     top_p, min_p. With top_k off, top_p and min_p are looked for among the best candidates first; where those do not
     suffice, the second result is false and `looks_at_all` sorts the whole vocabulary."""
-    scores = scores / decoding.temperature
     vocabulary = scores.shape[-1]
-    if not decoding.top_k and decoding.top_p == 1 and decoding.min_p == 0:
-        return _draw_from_all(scores, uniforms), torch.ones_like(uniforms, dtype=torch.bool)
     limit = decoding.top_k or (vocabulary if looks_at_all else _NUCLEUS_CANDIDATES)
-    if not decoding.top_k:
-        scores = torch.log_softmax(scores, -1)
-    values, token_ids = top_candidates(scores, min(limit, vocabulary))
+    if decoding.top_k:  # dividing keeps the order, so that only the candidates need it
+        values, token_ids = top_candidates(scores, min(limit, vocabulary))
+        values = values / decoding.temperature
+    elif decoding.top_p == 1 and decoding.min_p == 0:
+        return _draw_from_all(scores / decoding.temperature, uniforms), torch.ones_like(uniforms, dtype=torch.bool)
+    else:
+        scores = torch.log_softmax(scores / decoding.temperature, -1)
+        values, token_ids = top_candidates(scores, min(limit, vocabulary))
     probabilities = _cut(values, decoding)
     drawn, _ = _invert(probabilities, uniforms)
     is_complete = decoding.top_k > 0 or limit >= vocabulary
