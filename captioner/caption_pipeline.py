@@ -8,19 +8,15 @@ One of the two modules that import ray. Knows how rows move and what each stage 
 
 import logging
 import os
-import platform
-import re
 import secrets
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -29,17 +25,17 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 from ray.util.annotations import RayDeprecationWarning
-from tqdm import tqdm
 
-from captioner import __version__, errors
 from captioner.config import CaptionJobConfig
 from captioner.decode_worker import DecodeWorker
-from captioner.errors import CaptionerError, ConfigError, JobError
+from captioner.errors import ConfigError
+from captioner.progress import progress
 from captioner.resources import Allocation, Cluster, allocate
 from captioner.slices import BLOCK_ROWS, Slice, SliceReader
 from captioner.sources.faults import output_errors
-from captioner.sources.urls import redact, scheme
+from captioner.summary import facts, farewell, planned, summarize
 from captioner.tables import CaptionTable, PartSummary, Stamp
+from captioner.tracebacks import error_in
 
 if TYPE_CHECKING:
     from captioner.plan import Plan
@@ -67,10 +63,10 @@ def caption_images(config: CaptionJobConfig) -> Mapping[str, Any]:
         for line in plan.lines():
             print(line, file=sys.stderr if not config.dry_run else sys.stdout)
         if config.dry_run:
-            return _planned(plan)
+            return planned(plan)
         with redirect_stdout(sys.stderr):  # Ray prints what happens to workers on stdout
-            summary = _run(plan) if plan.slices else _summary(plan, [], 0.0)
-        for line in _farewell(plan, summary):
+            summary = _run(plan) if plan.slices else summarize(plan, [], 0.0)
+        for line in farewell(plan, summary):
             print(line, file=sys.stderr)
     return summary
 
@@ -82,15 +78,15 @@ def _run(plan: "Plan") -> dict[str, Any]:
     with _cluster() as cluster:
         allocation = allocate(plan.config.resources, cluster)
         _check_device(plan.config.model.device, allocation)
-        facts = _facts(plan, allocation)
-        plan.table.record(run_id, facts)
+        known = facts(plan, allocation)
+        plan.table.record(run_id, known)
         _announce(allocation, cluster)
         sink = WriteParts(plan.table, Stamp(run_id, plan.table.digest), plan.frozen.columns.kept, plan.rows_per_part)
-        with _progress(plan, run_id), _job_errors():
+        with progress(plan, run_id), _job_errors():
             captioned = _captioned(plan, allocation)
             captioned.write_datasink(sink, ray_remote_args={"num_cpus": allocation.task_cpus})
-        summary = _summary(plan, sink.parts, time.monotonic() - start)
-        plan.table.record(run_id, facts | {"summary": summary})
+        summary = summarize(plan, sink.parts, time.monotonic() - start)
+        plan.table.record(run_id, known | {"summary": summary})
     return summary
 
 
@@ -244,55 +240,7 @@ def _job_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        raise _error_of_ours(str(error)) from error
-
-
-def _error_of_ours(text: str) -> CaptionerError:
-    """Return what a worker raised: Ray hands on its traceback, but of its type only the name."""
-    found = re.search(r"^captioner\.errors\.(\w+): (.+?)(?=^\S+Error|^ray\.|\Z)", text, re.MULTILINE | re.DOTALL)
-    if found:
-        kind: type[CaptionerError] = getattr(errors, found.group(1))
-        return kind(found.group(2).strip())
-    # Ray wraps what a stage raised in an exception of its own, which says nothing and stands last.
-    lines = [line for line in text.splitlines() if re.match(r"(?!ray\.)[\w.]+(Error|Exception|Interrupt)\b", line)]
-    return JobError(f"the job stopped: {lines[-1] if lines else text.strip()}")
-
-
-@contextmanager
-def _progress(plan: "Plan", run_id: str) -> Iterator[None]:
-    """Show on stderr how many rows are on disk: a bar on a terminal, a line a minute elsewhere."""
-    finished = threading.Event()
-    show = _bar if sys.stderr.isatty() else _lines
-    thread = threading.Thread(target=show, args=(plan, run_id, finished), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
-
-
-def _bar(plan: "Plan", run_id: str, finished: threading.Event) -> None:
-    is_local = scheme(plan.table.url) == "file"
-    with tqdm(total=plan.num_left, unit="image", smoothing=0.1, file=sys.stderr) as bar:
-        while not finished.wait(1 if is_local else 10):
-            bar.update(plan.table.num_written(run_id) - bar.n)
-        bar.update(plan.table.num_written(run_id) - bar.n)
-
-
-def _lines(plan: "Plan", run_id: str, finished: threading.Event) -> None:
-    start = time.monotonic()
-    while not finished.wait(60):
-        written, seconds = plan.table.num_written(run_id), time.monotonic() - start
-        log.info("written=%d left=%s images_per_s=%.1f", written, _left(plan, written), written / seconds)
-
-
-def _left(plan: "Plan", written: int) -> str:
-    return "unknown" if plan.num_left is None else str(plan.num_left - written)
-
-
-def _report_listing(num_images: int) -> None:
-    log.info("listed=%d", num_images)
+        raise error_in(str(error)) from error
 
 
 def _announce(allocation: Allocation, cluster: Cluster) -> None:
@@ -308,62 +256,5 @@ def _announce(allocation: Allocation, cluster: Cluster) -> None:
     )
 
 
-def _facts(plan: "Plan", allocation: Allocation) -> dict[str, Any]:
-    """Return what `_run/runs/` keeps of this invocation; options of stores may hold secrets and are left out."""
-    config = asdict(plan.config)
-    for name in ("storage_options", "output_storage_options"):
-        config["input"][name] = sorted(config["input"][name] or {})
-    config["input_path"], config["output"] = redact(plan.config.input_path), redact(plan.config.output)
-    packages = ("ray", "torch", "transformers", "pyarrow", "pillow")
-    return {
-        "config": config,
-        "model": {"name": plan.model.name, "fingerprint": plan.model.fingerprint},
-        "allocation": asdict(allocation),
-        "versions": {"captioner": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in packages},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _planned(plan: "Plan") -> dict[str, Any]:
-    """Return the summary of a dry run."""
-    return {
-        "dry_run": True,
-        "images": plan.frozen.num_images,
-        "units": len(plan.frozen.units),
-        "left": plan.num_left,
-        "skipped_done": plan.num_skipped,
-        "model": plan.model.name,
-        "output": redact(plan.table.url),
-    }
-
-
-def _farewell(plan: "Plan", summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a person wants to see at the end: some captions, and what to type next."""
-    output = redact(plan.table.url)
-    if not summary["read"]:
-        yield f"nothing was left to do: {plan.num_skipped:,} images were done already"
-    for row in plan.table.sample(5):
-        yield f"  {row['image_id'].rpartition('/')[2]:24} {row['caption']}"
-    yield f"table     {output}/captions (read it with pandas.read_parquet), failures beside it"
-    yield f"next      python jobs/verify.py {output}"
-    if plan.config.model.model == "demo":
-        yield "          python jobs/caption.py IMAGES OUTPUT --model BUNDLE"
-
-
-def _summary(plan: "Plan", parts: list[PartSummary], seconds: float) -> dict[str, Any]:
-    captioned = sum(part.captioned for part in parts)
-    failed = sum((Counter(part.failed_by_reason) for part in parts), Counter[str]())
-    num_tokens = sum(part.num_tokens for part in parts)
-    read = captioned + failed.total()
-    return {
-        "read": read,
-        "captioned": captioned,
-        "failed": failed.total(),
-        "failed_by_reason": dict(failed),
-        "skipped_done": plan.num_skipped,
-        "seconds": round(seconds, 2),
-        "images_per_s": round(read / seconds, 2) if seconds else 0.0,
-        "tokens_per_s": round(num_tokens / seconds, 2) if seconds else 0.0,
-        "output": redact(plan.table.url),
-    }
+def _report_listing(num_images: int) -> None:
+    log.info("listed=%d", num_images)

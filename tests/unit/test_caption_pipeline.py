@@ -5,13 +5,14 @@ from unittest.mock import Mock
 
 import pytest
 
-from captioner.caption_pipeline import _check_device, _error_of_ours, caption_images
+from captioner.caption_pipeline import _check_device, caption_images
 from captioner.config import CaptionJobConfig, ResourceConfig, VerifyConfig
 from captioner.errors import ConfigError, JobError, OutputError
 from captioner.resources import Cluster, allocate
 from captioner.rows import RejectReason
 from captioner.sources.faults import Fault, StoreError
 from captioner.tables import CaptionTable
+from captioner.tracebacks import error_in
 from captioner.verification import verify
 
 TRACEBACK = """ray::MapWorker(MapBatches(CaptionWorker)).__init__() (pid=29611, ip=192.0.2.2)
@@ -20,8 +21,8 @@ TRACEBACK = """ray::MapWorker(MapBatches(CaptionWorker)).__init__() (pid=29611, 
 """
 
 
-def test_an_error_of_ours_keeps_its_kind_and_its_words_across_ray() -> None:
-    error = _error_of_ours(TRACEBACK + "captioner.errors.ConfigError: --slots is 2; expected at least 4")
+def test_anerror_in_keeps_its_kind_and_its_words_across_ray() -> None:
+    error = error_in(TRACEBACK + "captioner.errors.ConfigError: --slots is 2; expected at least 4")
     assert isinstance(error, ConfigError)
     assert str(error) == "--slots is 2; expected at least 4"
 
@@ -30,21 +31,21 @@ def test_an_error_of_several_lines_keeps_them_and_leaves_rays_own_words_behind()
     text = (
         TRACEBACK + "captioner.errors.OutputError: these differ:\n  model: a there, b now\n\nray.exceptions.UserCode: x"
     )
-    error = _error_of_ours(text)
+    error = error_in(text)
     assert isinstance(error, OutputError)
     assert str(error) == "these differ:\n  model: a there, b now"
 
 
 @pytest.mark.parametrize("last", ["torch.OutOfMemoryError: CUDA out of memory", "OSError: disk full"])
 def test_any_other_error_becomes_a_job_error_that_names_it(last: str) -> None:
-    error = _error_of_ours(TRACEBACK + last)
+    error = error_in(TRACEBACK + last)
     assert isinstance(error, JobError)
     assert str(error) == f"the job stopped: {last}"
 
 
 def test_the_wrapper_that_ray_puts_around_a_stage_does_not_hide_the_cause() -> None:
     cause = "pyarrow.lib.ArrowNotImplementedError: no kernel\n\nThe above exception was the direct cause of this:\n\n"
-    error = _error_of_ours(TRACEBACK + cause + "ray.exceptions.UserCodeException: UDF failed to process a data block.")
+    error = error_in(TRACEBACK + cause + "ray.exceptions.UserCodeException: UDF failed to process a data block.")
     assert str(error) == "the job stopped: pyarrow.lib.ArrowNotImplementedError: no kernel"
 
 
@@ -57,7 +58,7 @@ def test_a_device_that_no_worker_gets_is_refused_before_a_worker_starts() -> Non
 
 
 def test_an_error_without_a_name_is_still_told() -> None:
-    assert str(_error_of_ours("The node died.")) == "the job stopped: The node died."
+    assert str(error_in("The node died.")) == "the job stopped: The node died."
 
 
 def test_an_output_that_cannot_be_reached_is_wrong_use_that_names_it(

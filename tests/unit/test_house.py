@@ -15,11 +15,12 @@ PACKAGE = Path(captioner.__file__).parent
 ORDER = [
     {"errors"},
     {"config", "rows"},
-    {"command_line", "demo"},
+    {"command_line", "demo", "tracebacks"},
     {"keys", "resources", "sources", "images", "model"},
     {"decoding", "fitting", "metrics", "tables", "slices", "decode_worker", "caption_files"},
     {"evaluation", "verification", "demo.train"},
     {"plan", "worker"},
+    {"progress", "summary"},
     {"caption_pipeline", "projector_training"},
 ]
 """Rooms from left to right: a module imports only its own room and those that stand further left."""
