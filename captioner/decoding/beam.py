@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from captioner.config import DecodingConfig
 from captioner.decoding.draft import Draft, Endings
-from captioner.decoding.request import FinishReason, Hypothesis
+from captioner.decoding.request import Hypothesis
+from captioner.rows import FinishReason
 
 _NEVER = -1.0e9
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from captioner.decoding.request import FinishReason, Hypothesis
+from captioner.decoding.request import Hypothesis
+from captioner.rows import FinishReason
 
 
 class Draft(NamedTuple):
@@ -28,10 +29,10 @@ class Endings:
     def reason(self, draft: Draft, max_new_tokens: int) -> FinishReason | None:
         """Return why the draft ends with its newest token, or None if it goes on."""
         if draft.token_ids[-1] in self._eos_token_ids:
-            return "stop"
+            return FinishReason.STOP
         if self._is_stopped is not None and self._is_stopped(draft.token_ids):
-            return "stop"
-        return "length" if len(draft.token_ids) >= max_new_tokens else None
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(draft.token_ids) >= max_new_tokens else None
 
     def hypothesis(self, draft: Draft, reason: FinishReason, score: float | None = None) -> Hypothesis:
         """Return the finished caption; its score is the mean log-probability unless given."""

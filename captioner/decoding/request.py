@@ -2,11 +2,10 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-FinishReason = Literal["stop", "length"]
+from captioner.rows import FinishReason
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +33,7 @@ class Hypothesis:
     """Without the end token."""
 
     finish_reason: FinishReason
-    """`stop`: the model ended it (end token or stop string). `length`: the limit did."""
+    """Why it ended."""
 
     mean_logprob: float
     """Mean natural log-probability of the tokens, the end token included, under the model's own softmax: before
