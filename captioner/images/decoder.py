@@ -49,6 +49,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
+_MAX_STARTS = 3  # one may fall to a machine short of memory
 _DESK_BYTES = 4 << 20  # what the file in memory may keep after a large image
 
 
@@ -183,6 +184,18 @@ class _Child:
         return status
 
     def _start(self) -> _Running:
+        """Return a child that has answered. Raises JobError for one that dies before, however often it is started."""
+        for _ in range(_MAX_STARTS):
+            running = self._running = self._spawn()
+            try:
+                running.connection.send(self._task)
+                running.connection.recv()
+                return running
+            except (EOFError, ConnectionError):
+                status = self._status_of_death(running)
+        raise JobError(f"the process that decodes images did not start ({_cause(status)}); its stderr says why")
+
+    def _spawn(self) -> _Running:
         ours, theirs = Pipe()
         desk = _memory_file()
         files = theirs.fileno(), desk.fileno()
@@ -195,14 +208,7 @@ class _Child:
             stdout=subprocess.DEVNULL,
         )
         theirs.close()
-        running = self._running = _Running(process, ours, desk)
-        try:
-            ours.send(self._task)
-            ours.recv()
-        except (EOFError, ConnectionError) as error:
-            cause = _cause(self._status_of_death(running))
-            raise JobError(f"the process that decodes images did not start ({cause}); its stderr says why") from error
-        return running
+        return _Running(process, ours, desk)
 
 
 def serve(connection_fileno: int, desk: int) -> None:

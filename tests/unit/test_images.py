@@ -7,6 +7,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from captioner.config import ImageConfig
 from captioner.errors import BundleError, JobError
 from captioner.images import Decoded, Decoder, Preprocessing, decode, pixels_of
+from captioner.images import decoder as decoder_module
 from captioner.images.resampling import axes, resample
 from captioner.rows import Reject, RejectReason
 
@@ -648,3 +650,20 @@ def test_a_decoder_whose_process_cannot_start_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(JobError, match=r"the process that decodes images did not start \(exit status 1\)"):
         Decoder(CLIP, CONFIG).decode(b"any")
+
+
+def test_a_child_that_is_killed_while_it_starts_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    was_killed = tmp_path / "killed"
+    killed_once = (
+        "import os, pathlib\n"
+        f"path = pathlib.Path({str(was_killed)!r})\n"
+        "if not path.exists():\n"
+        "    path.touch()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setattr("captioner.images.decoder._BOOT", killed_once + decoder_module._BOOT)
+    with Decoder(CLIP, CONFIG) as decoder:
+        assert isinstance(decoder.decode(saved(scene(64, 48))), Decoded)
+    assert was_killed.exists(), "the injector did nothing"
