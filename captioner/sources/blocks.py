@@ -53,7 +53,7 @@ class Row(NamedTuple):
     uri: str | None = None
     data: bytes | None = None
     reject: Reject | None = None
-    kept: tuple[object, ...] = ()
+    kept: tuple[str | None, ...] = ()
 
 
 def too_large(size_bytes: int, max_bytes: int) -> Reject | None:
@@ -99,7 +99,7 @@ def tabulate(rows: Iterable[Row], ordinal: int, kept: Sequence[pa.Field], rows_p
     held: list[Row] = []
     held_bytes = 0
     for row in rows:
-        size_bytes = len(row.data or b"")
+        size_bytes = len(row.data or b"") + len(row.image_id) + sum(len(text) for text in row.kept if text)
         if held and (len(held) == rows_per_block or held_bytes + size_bytes > MAX_BLOCK_BYTES):
             yield _table(held, ordinal, kept)
             held, held_bytes = [], 0

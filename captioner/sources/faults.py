@@ -18,6 +18,7 @@ from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 from captioner.errors import JobError, OutputError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
+from captioner.sources.hosts import UNSAFE
 
 __all__ = ["Fault", "StoreError", "diagnose", "output_errors"]
 
@@ -81,6 +82,8 @@ def diagnose(error: BaseException) -> Fault:
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError | TimeoutError):
         error = error.__cause__  # fsspec calls whatever a web server does when asked for a file's size "not found"
     detail = _detail(error)
+    if UNSAFE in detail:
+        return Fault(RejectReason.UNSAFE_URI, detail)
     if (code := _code(error)) in _EXPIRED | _SLOW:
         return Fault(RejectReason.FETCH_FAILED, f"{code}: {detail}"[:_MAX_DETAIL], is_transient=True)
     if status := _status(error):

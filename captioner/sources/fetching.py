@@ -7,11 +7,8 @@ Knows retries, deadlines, the size guard and which URIs a list may point to; doe
 """
 
 import asyncio
-import errno
 import functools
-import ipaddress
 import os
-import socket
 import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +19,7 @@ import fsspec.asyn
 from captioner.config import ImageConfig, InputConfig
 from captioner.errors import InputError
 from captioner.rows import Reject, RejectReason
-from captioner.sources import urls
+from captioner.sources import hosts, urls
 from captioner.sources.blocks import too_large
 from captioner.sources.faults import diagnose
 from captioner.sources.store import S3Store, Store, http_client, open_store, pause_s
@@ -30,7 +27,8 @@ from captioner.sources.store import S3Store, Store, http_client, open_store, pau
 __all__ = ["Fetcher"]
 
 _CHUNK_BYTES = 1 << 20
-_UNSAFE = "address is loopback or link-local"
+_SCHEMES_OF_HOSTS = frozenset({"http", "https", "hdfs"})
+_SECRETS = frozenset({"headers", "auth", "cookies", "cookie_jar"})
 _LIST_SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https", "hf", "oss", "oci", "hdfs", "memory"})
 
 
@@ -82,8 +80,6 @@ class Fetcher:
                 return Reject(RejectReason.FETCH_FAILED, str(error))
             except Exception as error:  # each store raises its own kinds; diagnose() keeps type and text
                 fault = diagnose(error)
-            if _UNSAFE in fault.detail:
-                return Reject(RejectReason.UNSAFE_URI, fault.detail)
             if not fault.is_transient:
                 return fault.reject
             seen.append(fault.detail)
@@ -98,8 +94,8 @@ class Fetcher:
         scheme = urls.scheme(uri)
         if scheme not in _LIST_SCHEMES:
             return f"{scheme} URIs are not followed in a remote list (--allow-local-uris)"
-        if scheme in ("http", "https") and _is_inner(urls.host(uri)) and urls.host(uri) != urls.host(self._input):
-            return f"{_UNSAFE} (--allow-local-uris)"
+        if scheme in _SCHEMES_OF_HOSTS and hosts.is_inner(urls.host(uri)) and not hosts.is_same(uri, self._input):
+            return f"{hosts.UNSAFE} (--allow-local-uris)"
         return None
 
     @property
@@ -108,17 +104,19 @@ class Fetcher:
 
     def _reader(self, uri: str) -> "_Reader":
         scheme = urls.scheme(uri)
-        if scheme not in self._stores:
-            self._stores[scheme] = self._open_reader(uri, scheme)
-        return self._stores[scheme]
+        place = f"{scheme}, own server" if hosts.is_same(uri, self._input) else scheme
+        if place not in self._stores:
+            self._stores[place] = self._open_reader(uri, scheme)
+        return self._stores[place]
 
     def _open_reader(self, uri: str, scheme: str) -> "_Reader":
         options = self._options(scheme)
         if scheme == "file":
             return _LocalReader(self._threads)
         if scheme in ("http", "https"):
-            socket_factory = None if self._is_trusted else functools.partial(_guarded_socket, self._own_addresses())
-            return _HttpReader(uri, options, self._image.fetch_concurrency, socket_factory)
+            guard = None if self._is_trusted else hosts.socket_guard(self._input)
+            options = options if hosts.is_same(uri, self._input) else _without_secrets(options)
+            return _HttpReader(uri, options, self._image.fetch_concurrency, guard)
         if scheme == "s3":
             return _S3Reader(uri, options, self._image.fetch_concurrency)
         return _StoreReader(uri, options, self._threads)
@@ -130,12 +128,12 @@ class Fetcher:
         is_store_behind_local_list = own == "file" and not scheme.startswith("http")
         return dict(self._access.storage_options) if same or is_store_behind_local_list else {}
 
-    def _own_addresses(self) -> frozenset[str]:
-        """Return the inner addresses of the server that the list itself came from: it may point to itself."""
-        host = urls.host(self._input) if urls.scheme(self._input).startswith("http") else ""
-        if not host:
-            return frozenset()
-        return frozenset(str(info[4][0]) for info in socket.getaddrinfo(host, None) if _is_inner(str(info[4][0])))
+
+def _without_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options for a web server that is not the input's own: it is not to learn who we are there."""
+    client = {name: value for name, value in options.get("client_kwargs", {}).items() if name not in _SECRETS}
+    kept = {name: value for name, value in options.items() if name not in _SECRETS}
+    return {**kept, "client_kwargs": client} if client else {k: v for k, v in kept.items() if k != "client_kwargs"}
 
 
 class _Reader:
@@ -179,25 +177,6 @@ class _HttpReader(_Reader):
         async with session.get(self._fs.encode_url(uri), **self._fs.kwargs) as response:
             response.raise_for_status()
             return await _read_body(response.content, response.content_length, max_bytes)
-
-
-def _guarded_socket(exempt: frozenset[str], address: Any) -> socket.socket:
-    """Return a socket for one resolved address, after every redirect and name look-up; refuse inner ones."""
-    family, kind, protocol, _, target = address
-    if _is_inner(target[0]) and target[0] not in exempt:
-        raise PermissionError(errno.EACCES, f"{_UNSAFE}: {target[0]} (--allow-local-uris)")
-    return socket.socket(family=family, type=kind, proto=protocol)
-
-
-def _is_inner(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast
 
 
 class _S3Reader(_Reader):

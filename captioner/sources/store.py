@@ -10,6 +10,7 @@ nothing of images, units or tables.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import itertools
@@ -31,6 +32,7 @@ from captioner.errors import InputError
 from captioner.rows import RejectReason
 from captioner.sources import urls
 from captioner.sources.faults import StoreError, diagnose
+from captioner.sources.hosts import socket_guard
 
 __all__ = ["PAGE_SIZE", "Entry", "S3Store", "Store", "http_client", "open_store", "pause_s"]
 
@@ -331,7 +333,8 @@ class HttpStore(Store):
     """A web server: folders are pages of links."""
 
     def _url_options(self) -> dict[str, Any]:
-        return {"get_client": http_client}
+        """Return what makes a session that no redirect leads inside, unless this server is there itself."""
+        return {"get_client": functools.partial(http_client, socket_factory=socket_guard(self._url))}
 
     def url(self, path: str) -> str:
         """A path is a URL here."""

@@ -47,6 +47,7 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file"}
 _BYTES_SCHEME = "file+percent://"  # a local name that is not UTF-8 and so cannot stand in a table as it is
 _SUFFIX = re.compile(r"\.(?=[a-z0-9]*[a-z])[a-z0-9]{1,8}\Z")
+_HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)\Z")
 _SECRET_NAME = re.compile(
     r"x-(amz|goog|ms)-.*|sig|signature|.*token.*|.*secret.*|passw.*|pwd|(api|access)?[-_]?key(-pair-id|id)?|policy|auth.*|credential.*"
@@ -182,7 +183,8 @@ def glob_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with whatever is not UTF-8 in it written as `\xNN`."""
+    r"""Return `text` with whatever is not UTF-8 in it written as `\xNN`, half a surrogate pair as `\uNNNN`."""
+    text = _HALF_PAIR.sub(lambda half: f"\\u{ord(half.group()):04x}", text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

@@ -31,6 +31,9 @@ _BLOCK = 512
 _NO_ENDING = "(none)"
 _GZIP_MAGIC = b"\x1f\x8b"
 _MAX_HEADER_BYTES = 1 << 20  # of a long name or of pax records
+_MAX_BODY_BYTES = 1 << 60  # beyond it no store can seek
+_MAX_DIGITS = 19
+_MAX_MEMBERS = 10_000  # of one sample
 _MAX_SIDECAR_BYTES = 16 << 20  # a larger text beside an image is a null in its kept column
 _DESCRIBING = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -40,6 +43,8 @@ _WITHOUT_BODY = (
     *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE),
     *(tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE),
 )
+_PAX_KEYS = ("path", "linkpath", "size")
+_SPARSE = "GNU.sparse."
 _DATA_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -154,6 +159,8 @@ def _broken(current: _Sample | None, num_seen: int, reject: Reject, *, is_whole:
 
 
 def _add(sample: _Sample, member: "_Member", ending: str, columns: Columns, limits: Limits, *, is_wanted: bool) -> None:
+    if len(sample.endings) == _MAX_MEMBERS:
+        raise _BrokenTarError(f"more than {_MAX_MEMBERS:,} members share the key {sample.key[:100]}")
     sample.endings.append(ending or _NO_ENDING)
     if sample.image_name is None and _is_image(ending, columns.image):
         if is_wanted:
@@ -273,8 +280,8 @@ def _header(file: BinaryIO) -> tarfile.TarInfo | None:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise _BrokenTarError(f"no tar header at byte {start:,}: {error}") from error
-    if info.size < 0:
-        raise _BrokenTarError(f"a size below zero at byte {start:,}")
+    if not 0 <= info.size <= _MAX_BODY_BYTES:
+        raise _BrokenTarError(f"a size of {info.size:,} bytes at byte {start:,}")
     if info.type == tarfile.GNUTYPE_SPARSE and block[482]:
         _skip_sparse_map(file)
     return info
@@ -295,15 +302,17 @@ def _description(file: BinaryIO, info: tarfile.TarInfo) -> dict[str, str]:
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
-    """Return the records of a pax header, each written as `LENGTH KEY=VALUE` and a line feed."""
+    """Return the records of a pax header that matter here, each written as `LENGTH KEY=VALUE` and a line feed."""
     records = {}
     while data.strip(b"\0"):
         length, space, _ = data.partition(b" ")
-        if not space or not length.isdigit() or not len(length) + 2 < int(length) <= len(data):
+        is_length = space and length.isdigit() and len(length) <= _MAX_DIGITS
+        if not is_length or not len(length) + 2 < int(length) <= len(data):
             raise _BrokenTarError("a pax header that is none")
         record, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
         key, _, value = record.decode("utf-8", "surrogateescape").partition("=")
-        records[key] = value
+        if key in _PAX_KEYS or key.startswith(_SPARSE):
+            records[key] = value
     return records
 
 
@@ -311,7 +320,7 @@ def _body_size(info: tarfile.TarInfo, overrides: dict[str, str]) -> int:
     if info.type in _WITHOUT_BODY:
         return 0
     size = overrides.get("size", str(info.size))
-    if not size.isdecimal():
+    if not size.isdecimal() or len(size) > _MAX_DIGITS or int(size) > _MAX_BODY_BYTES:
         raise _BrokenTarError(f"a size of {urls.printable(size)[:40]}")
     return int(size)
 
@@ -319,7 +328,7 @@ def _body_size(info: tarfile.TarInfo, overrides: dict[str, str]) -> int:
 def _refusal(info: tarfile.TarInfo, overrides: dict[str, str]) -> str | None:
     if info.islnk() or info.issym():
         return f"a link to {urls.printable(overrides.get('linkpath', info.linkname))[:200]}; links are not followed"
-    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in overrides):
+    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(_SPARSE) for key in overrides):
         return "a sparse member"
     return "a device or a pipe" if info.isdev() else None
 

@@ -314,7 +314,7 @@ def test_an_address_in_disguise_is_a_reject(server, uri):
 
 def test_a_redirect_may_not_lead_inside_either(server, monkeypatch):
     """The first address is let through as if it were public; the one it leads to is not."""
-    monkeypatch.setattr("captioner.sources.fetching._is_inner", lambda host: host == "127.0.0.3")
+    monkeypatch.setattr("captioner.sources.hosts.is_inner", lambda host: host == "127.0.0.3")
     [outcome] = _fetch([f"{server.url}/moved"], input_path="s3://bucket/list.txt")
     assert outcome.reason == RejectReason.UNSAFE_URI, outcome
     assert server.seen["moved"] == 1

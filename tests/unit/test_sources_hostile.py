@@ -1,0 +1,285 @@
+"""What an input made by an enemy must not do: end the job, read what is not its own, or learn our credentials."""
+
+import base64
+import contextlib
+import gzip
+import pickle
+import tarfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray.data  # noqa: F401 - brings Ray's own column types, some of which hold pickles
+
+from captioner.config import ImageConfig, InputConfig
+from captioner.errors import InputError
+from captioner.rows import Reject, RejectReason
+from captioner.sources import Columns, Fetcher, Limits, Unit, freeze, hosts, open_store, read_unit, urls
+
+JPEG = b"j" * 100
+END = b"\0" * 1024
+
+
+def header(name: str, size: int, kind: bytes = b"0") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def member(name: str, body: bytes, size: int | None = None, kind: bytes = b"0") -> bytes:
+    return header(name, len(body) if size is None else size, kind) + body + b"\0" * (-len(body) % 512)
+
+
+def pax(*records: bytes) -> bytes:
+    return member("pax", b"".join(records), kind=b"x")
+
+
+def read_tar(data: bytes, limits: Limits = Limits()) -> list[pa.Table]:  # noqa: B008
+    folder = f"memory://{uuid.uuid4().hex}"
+    open_store(folder).write_atomic(f"{folder}/s.tar", data)
+    unit = Unit(ordinal=0, kind="webdataset", path=f"{folder}/s.tar", name="s.tar", num_rows=None, size_bytes=None)
+    columns = Columns(kept=(pa.field("text", pa.string()),), kept_from=("text",))
+    return list(read_unit(unit, columns, InputConfig(), run_folder=folder, limits=limits))
+
+
+def rows_of(tables: list[pa.Table]) -> list[dict[str, Any]]:
+    return [row for table in tables for row in table.to_pylist()]
+
+
+# -- tars
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pax(b"38 size=" + b"9" * 29 + b"\n"),
+        pax(b"5011 size=" + b"9" * 5000 + b"\n"),
+        pax(b"9" * 5000 + b" size=1\n"),
+        header("a.jpg", 1 << 80),
+        header("a.txt", (1 << 63) - 1),
+        header("a.jpg", (1 << 60) + 1),
+    ],
+    ids=["30 digits", "5,000 digits", "a length of 5,000 digits", "2^80", "2^63", "2^60"],
+)
+def test_a_size_that_no_number_can_hold_is_one_reject(damage: bytes, compress: Callable[[bytes], bytes]) -> None:
+    rows = rows_of(read_tar(compress(member("0.jpg", JPEG) + damage + member("1.jpg", JPEG) + END)))
+    assert [(row["image_id"], row["reason"]) for row in rows] == [("s.tar/0.jpg", None), ("s.tar", "corrupt")]
+    assert len(rows[1]["detail"]) < 300
+
+
+def test_half_a_surrogate_pair_in_a_sidecar_is_text_that_a_table_can_hold() -> None:
+    [row] = rows_of(read_tar(member("0.jpg", JPEG) + member("0.json", rb'{"text": "a\ud800b"}') + END))
+    assert row["text"] == r"a\ud800b"
+
+
+def test_heavy_texts_beside_images_make_short_blocks() -> None:
+    samples = (member(f"{number}.jpg", JPEG) + member(f"{number}.text", b"x" * (10 << 20)) for number in range(8))
+    tables = read_tar(b"".join(samples) + END)
+    assert [table.num_rows for table in tables] == [3, 3, 2]
+
+
+def test_a_sample_without_end_is_one_reject() -> None:
+    rows = rows_of(read_tar(b"".join(member(f"0.{number}x", b"") for number in range(10_001)) + END))
+    assert [row["reason"] for row in rows] == ["corrupt"]
+    assert "more than 10,000 members share the key 0" in rows[0]["detail"]
+
+
+def test_no_member_of_a_tar_touches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["../out.jpg", "/tmp/out.jpg", "a/../../out.jpg", "~/out.jpg"]
+    links = [member(f"{kind!r}.jpg", b"", kind=kind) for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)]
+    rows = rows_of(read_tar(b"".join(member(name, JPEG) for name in names) + b"".join(links) + END))
+    assert [row["reason"] for row in rows] == [None] * 4 + ["unsupported"] * 3
+    assert not list(tmp_path.parent.glob("**/out.jpg"))
+    assert not Path("/tmp/out.jpg").exists()
+
+
+# -- tables
+
+
+class _Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["ray.data.arrow_pickled_object", "ray.data.arrow_tensor", "arrow.py_extension_type"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_no_pickle_in_a_table_is_loaded(tmp_path: Path, kind: str, nested: bool) -> None:
+    bomb = pickle.dumps(_Bomb(tmp_path / "exploded"))
+    marked = {"ARROW:extension:name": kind, "ARROW:extension:metadata": bomb}
+    inner = pa.list_(pa.int64()) if kind == "ray.data.arrow_tensor" else pa.large_binary()
+    value: Any = [1] if kind == "ray.data.arrow_tensor" else bomb
+    odd = pa.field("odd", inner, metadata=marked)
+    odd = pa.field("odd", pa.struct([odd.with_name("in")])) if nested else odd
+    schema = pa.schema([pa.field("image", pa.binary()), odd])
+    columns = [pa.array([JPEG]), pa.array([{"in": value} if nested else value], schema.field("odd").type)]
+    path = tmp_path / "t.parquet"
+    _write_with_schema(path, columns, schema)
+    config, run = InputConfig(image_column="image", keep_columns=("odd",)), str(tmp_path / "run")
+    with contextlib.suppress(InputError):  # a type that Ray cannot make of it is a table that cannot be read
+        frozen = freeze(str(path), config, run)
+        rows = rows_of(list(read_unit(frozen.units[0], frozen.columns, config, run_folder=run)))
+        assert [row["data"] for row in rows] == [JPEG]
+    assert not (tmp_path / "exploded").exists()
+
+
+def _write_with_schema(path: Path, columns: list[pa.Array], schema: pa.Schema) -> None:
+    """Write a table whose footer claims `schema`, extension types and all, without making these types here."""
+    claimed = {b"ARROW:schema": base64.b64encode(schema.serialize().to_pybytes())}
+    plain = pa.schema([pa.field(f.name, c.type) for f, c in zip(schema, columns, strict=True)], claimed)
+    with pq.ParquetWriter(path, plain, store_schema=False) as writer:
+        writer.write_table(pa.table(columns, plain))
+
+
+# -- addresses
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "127.9.9.9", "0.0.0.0", "169.254.169.254", "::1", "::", "fe80::1%eth0", "ff02::1"),
+        *("::ffff:127.0.0.1", "::ffff:a9fe:a9fe", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"),
+        *("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "localhost", "x.localhost"),
+    ],
+)
+def test_an_inner_address_is_known_in_any_notation(host: str) -> None:
+    assert hosts.is_inner(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["8.8.8.8", "10.0.0.1", "192.168.1.1", "2001:4860::8888", "example.com", "", "::2:0:1"]
+)
+def test_what_lies_outside_or_in_a_private_net_is_no_inner_address(host: str) -> None:
+    assert not hosts.is_inner(host)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("http://127.1:PORT/", "http://2130706433:PORT/", "http://0x7f000001:PORT/", "http://0177.0.0.1:PORT/"),
+        *("http://127.0.0.1.:PORT/", "http://[::ffff:7f00:1]:PORT/", "HTTP://127.0.0.1:PORT/", "http://0:PORT/"),
+        *("http://user@127.0.0.1:PORT/", "http://a:b@127.0.0.1:PORT/", "http://example.com@127.0.0.1:PORT/"),
+        *("http:\\\\127.0.0.1:PORT/", "http://127.0.0.1:PORT\\@example.com/", "http://127.0.0.1:PORT#@example.com/"),
+        *(
+            "http://%6c%6fcalhost:PORT/",
+            "http://①②⑦.0.0.1:PORT/",
+            "http://127。0。0。1:PORT/",
+            "http://\uff4cocalhost:PORT/",
+        ),
+        *("hdfs://127.0.0.1:PORT/", "http://127.0.0.1:PORT/../x", "ftp://127.0.0.1:PORT/", "ws://127.0.0.1:PORT/"),
+        *("blockcache::http://127.0.0.1:PORT/", "tar://x::http://127.0.0.1:PORT/", "github://127.0.0.1:PORT/"),
+    ],
+)
+def test_no_way_of_writing_it_leads_a_remote_list_inside(uri: str, enemy: "_Enemy") -> None:
+    uri = uri.replace("PORT", str(enemy.server_port))
+    [outcome] = Fetcher("s3://bucket/list.txt", InputConfig(), ImageConfig(fetch_retries=0)).fetch([uri])
+    assert isinstance(outcome, Reject)
+    assert not enemy.seen
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("SECRET", "file://SECRET", "file:SECRET", "FILE://SECRET", "local://SECRET", "file+percent://SECRET"),
+        *("../../../../../../../../../../SECRET", "s3://../../../../SECRET", "~/../../../../SECRET", "\tfile://SECRET"),
+        *("simplecache::file://SECRET", "zip://x::file://SECRET", "reference://SECRET", "dir::SECRET", "dask://SECRET"),
+        *(
+            "s3:///../SECRET",
+            "file://localhostSECRET",
+            "data:SECRET",
+            "memory://../../../SECRET",
+            "libarchive://SECRET",
+        ),
+    ],
+)
+def test_no_way_of_writing_it_leads_a_remote_list_to_a_local_file(uri: str, tmp_path: Path, enemy: "_Enemy") -> None:
+    """The list is taken the whole way: its URIs are resolved before they are fetched."""
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(b"local")
+    fetcher = Fetcher(f"{enemy.url}/lists/list.txt", InputConfig(), ImageConfig(fetch_retries=0, fetch_timeout_s=5))
+    [outcome] = fetcher.fetch([urls.resolve(uri.replace("SECRET", str(secret)), f"{enemy.url}/lists")])
+    assert outcome != b"local"
+
+
+class _Enemy(ThreadingHTTPServer):
+    """A server of lists and images that sends whoever asks elsewhere, and notes what was asked with which headers."""
+
+    daemon_threads = True
+    location = ""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.seen: list[tuple[str, dict[str, str]]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, _Enemy)
+        self.server.seen.append((self.path, dict(self.headers)))
+        is_moved = self.path.startswith("/moved")
+        body = b"" if is_moved else b"secret"
+        self.send_response(302 if is_moved else 200)
+        if is_moved:
+            self.send_header("Location", self.server.location)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815 - the name that the standard library looks for
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def enemy() -> Iterator[_Enemy]:
+    server = _Enemy()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_input_on_a_web_server_is_not_followed_inside(
+    enemy: _Enemy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server itself is let through as if it were public; the address it sends to is not."""
+    monkeypatch.setattr(hosts, "is_inner", lambda host: host == "127.0.0.3")
+    enemy.location = f"http://127.0.0.3:{enemy.server_port}/credentials"
+    for name in ("list.txt", "images.parquet", "shard.tar"):
+        with pytest.raises(InputError, match=r"cannot be listed: .*loopback or link-local"):
+            freeze(f"{enemy.url}/moved-{name}", InputConfig(), str(tmp_path / "run"))
+    assert {path for path, _ in enemy.seen} == {"/moved-list.txt", "/moved-images.parquet", "/moved-shard.tar"}
+
+
+def test_a_list_may_point_to_its_own_server_but_to_no_other_port_of_it(enemy: _Enemy) -> None:
+    other = f"http://127.0.0.1:{enemy.server_port + 1}/x"
+    outcomes = Fetcher(f"{enemy.url}/list.txt", InputConfig(), ImageConfig()).fetch([f"{enemy.url}/x", other])
+    assert outcomes[0] == b"secret"
+    assert isinstance(outcomes[1], Reject)
+    assert outcomes[1].reason == RejectReason.UNSAFE_URI
+
+
+def test_headers_for_the_server_of_a_list_are_sent_to_no_other(enemy: _Enemy) -> None:
+    login = {"headers": {"X-Api-Key": "s3cr3t"}, "client_kwargs": {"headers": {"Authorization": "s3cr3t"}}}
+    access = InputConfig(storage_options=login, allow_local_uris=True)
+    uris = [f"{enemy.url}/own", f"http://localhost:{enemy.server_port}/other"]
+    assert Fetcher(f"{enemy.url}/list.txt", access, ImageConfig()).fetch(uris) == [b"secret"] * 2
+    sent = {path: "s3cr3t" in str(headers) for path, headers in enemy.seen}
+    assert sent == {"/own": True, "/other": False}
