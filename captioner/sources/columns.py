@@ -78,7 +78,22 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.string() if pa.types.is_string_view(kind) else pa.binary()
     if isinstance(kind, pa.BaseExtensionType):
         return plain_type(kind.storage_type)
-    return plain_type(kind.value_type) if pa.types.is_dictionary(kind) else kind
+    return plain_type(kind.value_type) if pa.types.is_dictionary(kind) else _without_extensions(kind)
+
+
+def _without_extensions(kind: pa.DataType) -> pa.DataType:
+    """Return the type with the storage of each extension type inside it: some of Ray's unpickle what they hold."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _without_extensions(kind.storage_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([child.with_type(_without_extensions(child.type)) for child in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_without_extensions(kind.key_type), _without_extensions(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_without_extensions(kind.value_type), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_without_extensions(kind.value_type))
+    return pa.list_(_without_extensions(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
 def _kept_type(kind: pa.DataType) -> pa.DataType:

@@ -25,6 +25,8 @@ __all__ = ["open_parquet", "read_parquet"]
 
 _PIECE_BYTES = 4 << 20  # of a column that is asked for at once
 _DATA_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)  # what Arrow raises for bytes that are not as promised
+_OPEN_ERRORS = (*_DATA_ERRORS, ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
+"""Beyond these, what the column types that Ray registers in every process raise for a schema made up to break them."""
 
 Positions = npt.NDArray[np.int64]
 
@@ -36,7 +38,7 @@ def open_parquet(store: Store, url: str) -> tuple[pq.ParquetFile, int]:
         return pq.ParquetFile(source, buffer_size=_PIECE_BYTES, pre_buffer=False), source.size_bytes
     except StoreError:
         raise
-    except _DATA_ERRORS as error:
+    except _OPEN_ERRORS as error:
         raise StoreError(Fault(RejectReason.CORRUPT, f"not a Parquet file: {error}"[:300])) from error
 
 

@@ -1,7 +1,5 @@
 """What an input made by an enemy must not do: end the job, read what is not its own, or learn our credentials."""
 
-import base64
-import contextlib
 import gzip
 import pickle
 import tarfile
@@ -112,33 +110,61 @@ class _Bomb:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("kind", ["ray.data.arrow_pickled_object", "ray.data.arrow_tensor", "arrow.py_extension_type"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_no_pickle_in_a_table_is_loaded(tmp_path: Path, kind: str, nested: bool) -> None:
-    bomb = pickle.dumps(_Bomb(tmp_path / "exploded"))
-    marked = {"ARROW:extension:name": kind, "ARROW:extension:metadata": bomb}
-    inner = pa.list_(pa.int64()) if kind == "ray.data.arrow_tensor" else pa.large_binary()
-    value: Any = [1] if kind == "ray.data.arrow_tensor" else bomb
-    odd = pa.field("odd", inner, metadata=marked)
-    odd = pa.field("odd", pa.struct([odd.with_name("in")])) if nested else odd
-    schema = pa.schema([pa.field("image", pa.binary()), odd])
-    columns = [pa.array([JPEG]), pa.array([{"in": value} if nested else value], schema.field("odd").type)]
-    path = tmp_path / "t.parquet"
-    _write_with_schema(path, columns, schema)
-    config, run = InputConfig(image_column="image", keep_columns=("odd",)), str(tmp_path / "run")
-    with contextlib.suppress(InputError):  # a type that Ray cannot make of it is a table that cannot be read
-        frozen = freeze(str(path), config, run)
-        rows = rows_of(list(read_unit(frozen.units[0], frozen.columns, config, run_folder=run)))
-        assert [row["data"] for row in rows] == [JPEG]
+class _Claimed(pa.ExtensionType):
+    """A column type that a file says it has: a name that Ray or Arrow knows, with metadata of the enemy's own."""
+
+    def __init__(self, storage: pa.DataType, name: str, metadata: bytes) -> None:
+        self._metadata = metadata
+        super().__init__(storage, name)
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return self._metadata
+
+
+def _odd(value: object, kind: _Claimed) -> pa.Array:
+    return pa.ExtensionArray.from_storage(kind, pa.array([value], kind.storage_type))
+
+
+def _read_table(path: Path, odd: pa.Array) -> pa.Table:
+    """Write a table with an odd column beside its image, and return what reading both gives."""
+    pq.write_table(pa.table({"image": pa.array([JPEG]), "odd": odd}), path / "t.parquet")
+    config, run = InputConfig(image_column="image", keep_columns=("odd",)), str(path / "run")
+    frozen = freeze(str(path / "t.parquet"), config, run)
+    return pa.concat_tables(read_unit(frozen.units[0], frozen.columns, config, run_folder=run))
+
+
+@pytest.mark.parametrize(
+    "name", ["ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "ray.data.arrow_variable_shaped_tensor"]
+)
+@pytest.mark.parametrize("metadata", [b"5", b"null", b"\x80", b"[" * 100_000, b"pickle"])
+def test_a_column_type_made_up_to_break_ray_is_a_table_that_cannot_be_read(
+    tmp_path: Path, name: str, metadata: bytes
+) -> None:
+    metadata = pickle.dumps(_Bomb(tmp_path / "exploded")) if metadata == b"pickle" else metadata
+    with pytest.raises(InputError, match="none of its 1 files can be read; the first is corrupt"):
+        _read_table(tmp_path, _odd([1], _Claimed(pa.list_(pa.int64()), name, metadata)))
     assert not (tmp_path / "exploded").exists()
 
 
-def _write_with_schema(path: Path, columns: list[pa.Array], schema: pa.Schema) -> None:
-    """Write a table whose footer claims `schema`, extension types and all, without making these types here."""
-    claimed = {b"ARROW:schema": base64.b64encode(schema.serialize().to_pybytes())}
-    plain = pa.schema([pa.field(f.name, c.type) for f, c in zip(schema, columns, strict=True)], claimed)
-    with pq.ParquetWriter(path, plain, store_schema=False) as writer:
-        writer.write_table(pa.table(columns, plain))
+@pytest.mark.parametrize("name", ["ray.data.arrow_pickled_object", "arrow.py_extension_type"])
+@pytest.mark.parametrize("nesting", ["plain", "struct", "list", "large list", "fixed list", "map"])
+def test_a_pickle_in_a_column_stays_bytes(tmp_path: Path, name: str, nesting: str) -> None:
+    bomb = pickle.dumps(_Bomb(tmp_path / "exploded"))
+    plain = _odd(bomb, _Claimed(pa.large_binary(), name, bomb))
+    wrapped = {
+        "plain": (plain, bomb),
+        "struct": (pa.StructArray.from_arrays([plain], ["in"]), {"in": bomb}),
+        "list": (pa.ListArray.from_arrays([0, 1], plain), [bomb]),
+        "large list": (pa.LargeListArray.from_arrays([0, 1], plain), [bomb]),
+        "fixed list": (pa.FixedSizeListArray.from_arrays(plain, 1), [bomb]),
+        "map": (pa.MapArray.from_arrays([0, 1], pa.array(["key"]), plain), [("key", bomb)]),
+    }
+    odd, expected = wrapped[nesting]
+    read = _read_table(tmp_path, odd)
+    assert "extension" not in str(read.schema.field("odd").type)
+    [row] = read.to_pylist()
+    assert (row["data"], row["odd"]) == (JPEG, expected)
+    assert not (tmp_path / "exploded").exists()
 
 
 # -- addresses
