@@ -22,7 +22,7 @@ from captioner.errors import CaptionerError, ConfigError, UsageError
 __all__ = ["parse", "run"]
 
 Config = TypeVar("Config")
-_POSITIONALS = ("input_path", "output", "table", "captions", "references")
+_POSITIONALS = ("input_path", "table", "output", "captions", "references")
 
 
 def run(

@@ -18,6 +18,7 @@ __all__ = [
     "CaptionJobConfig",
     "DecodingConfig",
     "EvaluateConfig",
+    "GalleryConfig",
     "ImageConfig",
     "InputConfig",
     "ModelConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "VerifyConfig",
 ]
 
+_MAX_CARDS = 5_000  # a page of more is one that no browser likes
 _DAY_S = 86_400  # no timer of the system takes any number, and infinity least of all
 
 InputFormat = Literal["auto", "files", "list", "parquet", "webdataset"]
@@ -347,6 +349,43 @@ class EvaluateConfig:
             lowest = getattr(self, name)
             _check(lowest is None or 0 <= lowest <= best, _flag(name), lowest, f"0 to {best}")
         _check(self.num_resamples >= 1, "--num-resamples", self.num_resamples, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryConfig:
+    """Captions beside their pictures, on one page that needs no server and loads nothing."""
+
+    table: Annotated[Positional[str], arg(metavar="TABLE")] = "captions-demo"
+    """The OUTPUT of a caption job, on any fsspec store; it may still be running."""
+
+    output: Annotated[Positional[str], arg(metavar="OUT.html")] = ""
+    """The page to write, on any fsspec store. By default the table's name with .html, in this folder."""
+
+    sample: int = 200
+    """Images on the page: drawn at random, or with --compare the largest changes."""
+
+    seed: int = 0
+    """Seed of the draw."""
+
+    compare: str | None = None
+    """Another table of the same images, whose captions to set beside these, the largest changes first."""
+
+    storage_options: dict[str, object] = field(default_factory=dict)
+    """fsspec options of the tables' store, as JSON. By default the usual environment variables."""
+
+    image_storage_options: dict[str, object] | None = None
+    """fsspec options of the images' store, as JSON.
+    By default those of the table, when both are on the same kind of store or the table is local."""
+
+    allow_local_uris: bool = False
+    """Follow local paths, and loopback or link-local hosts, that a remote list of images points to."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            object.__setattr__(self, "output", re.split(r"[/\\]", self.table.rstrip("/"))[-1] + ".html")
+        is_page = self.output.lower().endswith((".html", ".htm"))
+        _check(is_page, "OUT.html", self.output, "a name that ends in .html")
+        _check(1 <= self.sample <= _MAX_CARDS, "--sample", self.sample, f"1 to {_MAX_CARDS:,}")
 
 
 def worker_range(text: str, flag: str) -> tuple[int, int] | None:

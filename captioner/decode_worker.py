@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from captioner.config import CaptionJobConfig
 from captioner.images import Decoded, Decoder, Preprocessing
-from captioner.rows import Reject, RejectReason, build_table, decoded_schema
+from captioner.rows import Reject, build_table, decoded_schema
 from captioner.sources import Fetcher
 
 __all__ = ["DecodeWorker"]
@@ -29,7 +29,7 @@ class DecodeWorker:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Return rows of `rows.decoded_schema` for rows of `rows.source_schema`. Never raises for an image."""
-        sources = self._sources(rows)
+        sources = self._fetcher.fetch_rows(rows)
         outcomes = [source if isinstance(source, Reject) else self._decoder.decode(source) for source in sources]
         sizes = [None if isinstance(source, Reject) else len(source) for source in sources]
         made = {
@@ -41,19 +41,6 @@ class DecodeWorker:
             "size_bytes": sizes,
         }
         return build_table(self._schema, rows, made)
-
-    def _sources(self, rows: pa.Table) -> list[bytes | Reject]:
-        """Return each row's bytes, fetched if it has only a URI, or why there are none."""
-        uris = rows.column("uri").to_pylist()
-        fetched = iter(self._fetcher.fetch([uri for uri in uris if uri is not None]))
-        columns = (rows.column(name) for name in ("data", "reason", "detail"))
-        found: list[bytes | Reject] = []
-        for uri, data, reason, detail in zip(uris, *columns, strict=True):
-            if reason.is_valid:
-                found.append(Reject(RejectReason(reason.as_py()), detail.as_py()))
-            else:
-                found.append(data.as_py() if uri is None else next(fetched))
-        return found
 
 
 def _if_reject(outcome: Decoded | Reject, name: str) -> str | None:

@@ -1,7 +1,8 @@
 """Bytes of many images at once, from any store: each URI gives its bytes or a typed reason, always in time.
 
     fetcher = Fetcher(config.input_path, config.input, config.image)
-    for outcome in fetcher.fetch(uris): ...    # bytes | Reject, in the order of the URIs
+    for outcome in fetcher.fetch(uris): ...         # bytes | Reject, in the order of the URIs
+    for outcome in fetcher.fetch_rows(table): ...   # the same for rows as `read_unit` gives them
 
 Knows retries, deadlines, the size guard and which URIs a list may point to; does not know what an image is.
 """
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec.asyn
+import pyarrow as pa
 
 from captioner.config import ImageConfig, InputConfig
 from captioner.errors import InputError
@@ -53,6 +55,19 @@ class Fetcher:
         """Return the bytes behind each URI, or why there are none. Never raises for a URI or its store."""
         loop = fsspec.asyn.get_loop()
         return asyncio.run_coroutine_threadsafe(self._fetch_all(uris), loop).result()
+
+    def fetch_rows(self, rows: pa.Table) -> list[bytes | Reject]:
+        """Return the bytes of each row of `rows.source_schema`, fetched if it has only a URI, or why there are none."""
+        uris = rows.column("uri").to_pylist()
+        fetched = iter(self.fetch([uri for uri in uris if uri is not None]))
+        columns = (rows.column(name) for name in ("data", "reason", "detail"))
+        found: list[bytes | Reject] = []
+        for uri, data, reason, detail in zip(uris, *columns, strict=True):
+            if reason.is_valid:
+                found.append(Reject(RejectReason(reason.as_py()), detail.as_py()))
+            else:
+                found.append(data.as_py() if uri is None else next(fetched))
+        return found
 
     async def _fetch_all(self, uris: Sequence[str]) -> list[bytes | Reject]:
         return list(await asyncio.gather(*(self._fetch_one(uri) for uri in uris)))

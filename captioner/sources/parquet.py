@@ -124,6 +124,8 @@ class _Reader:
             if len(positions):
                 yield self._table(taken, positions)
             self._next = stop
+            if stop > wanted[-1]:
+                return  # who wants one row does not wait for the rest of its group
 
     def _batch_size(self, group: int, names: set[str]) -> int:
         """Return as many rows as make a block on average: those of one file are of like size."""

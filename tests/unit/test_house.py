@@ -18,7 +18,7 @@ ORDER = [
     {"command_line", "demo", "tracebacks"},
     {"keys", "resources", "sources", "images", "model"},
     {"decoding", "fitting", "metrics", "tables", "slices", "decode_worker", "caption_files"},
-    {"evaluation", "verification", "demo.train"},
+    {"evaluation", "gallery", "verification", "demo.train"},
     {"plan", "worker"},
     {"progress", "summary"},
     {"caption_pipeline", "projector_training"},
@@ -80,6 +80,7 @@ def test_no_file_has_a_name_that_says_nothing() -> None:
         ("captioner.sources", {"torch", "ray", "PIL"}),
         ("captioner.decode_worker", {"torch", "ray"}),
         ("captioner.evaluation", {"torch", "ray"}),
+        ("captioner.gallery", {"torch", "ray"}),
         ("captioner.caption_pipeline", {"torch"}),  # read and write tasks import it
     ],
 )

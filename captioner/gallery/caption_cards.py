@@ -1,0 +1,100 @@
+"""Rows of a caption table as cards: a caption below its picture, or those of two tables beside each other.
+
+Knows the columns of the table; reads and writes nothing. A row is a mapping from column to value, as Arrow gives it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from captioner.gallery.cards import Card, Fact, Text
+from captioner.gallery.differences import difference
+from captioner.gallery.pictures import Picture
+from captioner.rows import Reject, RejectReason
+
+__all__ = ["SCORES", "Row", "caption_card", "pair_card"]
+
+Row = Mapping[str, Any]
+
+SCORES = ("clip_score", "mean_logprob", "min_logprob")
+"""Columns that say how good a caption is, the most telling first."""
+
+_SHOWN_ELSEWHERE = {"image_id", "caption", "candidates"}
+
+
+def caption_card(row: Row, picture: Picture, references: Sequence[str] = ()) -> Card:
+    """Return the card of one image: its caption, or why there is none."""
+    caption, is_failed = row.get("caption"), row.get("reason") is not None
+    texts = [] if is_failed else [Text.of("" if caption is None else str(caption))]
+    return Card(
+        image_id=_name(row),
+        picture=_refusal(row) if is_failed else picture,
+        texts=[*texts, *(Text.of(text, "reference") for text in references)],
+        facts=dict(_facts(row)),
+        tags=list(_tags(row)),
+    )
+
+
+def pair_card(rows: tuple[Row, Row], labels: tuple[str, str], picture: Picture, change: float) -> Card:
+    """Return the card of one image in two tables: both captions, with what differs marked."""
+    before, after = rows
+    facts: dict[str, Fact] = {"change": change}
+    for name in SCORES:
+        for row, label in zip(rows, labels, strict=True):
+            if row.get(name) is not None:
+                facts[f"{name}, {label}"] = row[name]
+    return Card(
+        image_id=_name(before),
+        picture=picture,
+        texts=_pair_texts(rows, labels),
+        facts={**facts, **{f"{name}, {labels[0]}": value for name, value in _facts(before) if name not in SCORES}},
+        tags=["changed" if change else "same", *dict.fromkeys([*_tags(before), *_tags(after)])],
+    )
+
+
+def _pair_texts(rows: tuple[Row, Row], labels: tuple[str, str]) -> list[Text]:
+    failures = [row for row in rows if row.get("reason") is not None]
+    if failures:
+        return [_plain_text(row, label) for row, label in zip(rows, labels, strict=True)]
+    found = difference(*(row["caption"] or "" for row in rows))
+    return [Text(found.first, labels[0]), Text(found.second, labels[1])]
+
+
+def _plain_text(row: Row, label: str) -> Text:
+    if row.get("reason") is None:
+        return Text.of(row["caption"] or "", label)
+    return Text([("same", f"{row['reason']}: {row.get('detail') or ''}")], label, is_missing=True)
+
+
+def _refusal(row: Row) -> Reject:
+    try:
+        reason = RejectReason(row["reason"])
+    except ValueError:  # a query may call anything a reason
+        reason = RejectReason.MISSING
+    return Reject(reason, str(row.get("detail") or ""))
+
+
+def _name(row: Row) -> str:
+    return str(row.get("image_id") or row.get("key") or "")
+
+
+def _tags(row: Row) -> Iterator[str]:
+    yield from (str(row[name]) for name in ("reason", "finish_reason") if row.get(name) is not None)
+    if row.get("is_repetitive"):
+        yield "repetitive"
+
+
+def _facts(row: Row) -> Iterator[tuple[str, Fact]]:
+    first = [name for name in SCORES if name in row]
+    for name in (*first, *(name for name in row if name not in {*first, *_SHOWN_ELSEWHERE})):
+        yield name, str(row[name]) if name == "key" else _fact(row[name])
+    for number, candidate in enumerate((row.get("candidates") or [])[1:], 2):
+        yield f"caption {number}", f"{candidate['caption']} ({candidate['mean_logprob']:.3f})"
+
+
+def _fact(value: Any) -> Fact:
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

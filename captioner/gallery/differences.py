@@ -1,0 +1,49 @@
+"""What two captions of one image have in common, word by word.
+
+Knows texts only. Words are what stands between spaces; of scripts that write none, single characters.
+"""
+
+import re
+from difflib import SequenceMatcher
+from typing import NamedTuple
+
+from captioner.gallery.cards import Run
+
+__all__ = ["Difference", "change", "difference"]
+
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u0e00-\u0eff]\s*"  # kana, Han, Thai
+    r"|\w+(?:['\u2019-]\w+)*\s*|[^\w\s]\s*|\s+"
+)
+
+
+class Difference(NamedTuple):
+    """Two texts as runs of words: those of the first alone `removed`, those of the second alone `added`."""
+
+    first: list[Run]
+    second: list[Run]
+
+
+def difference(first: str, second: str) -> Difference:
+    """Return what differs between two texts; spaces and their number do not count."""
+    words, others = _WORD.findall(first.strip()), _WORD.findall(second.strip())
+    matcher = _matcher(words, others)
+    before: list[Run] = []
+    after: list[Run] = []
+    for kind, start, stop, other_start, other_stop in matcher.get_opcodes():
+        if start < stop:
+            before.append(("same" if kind == "equal" else "removed", "".join(words[start:stop])))
+        if other_start < other_stop:
+            after.append(("same" if kind == "equal" else "added", "".join(others[other_start:other_stop])))
+    return Difference(before, after)
+
+
+def change(first: str, second: str) -> float:
+    """Return how much of two texts differs: 0 for equal words, 1 for none in common."""
+    if first == second:
+        return 0.0
+    return 1 - _matcher(_WORD.findall(first.strip()), _WORD.findall(second.strip())).ratio()
+
+
+def _matcher(words: list[str], others: list[str]) -> SequenceMatcher[str]:
+    return SequenceMatcher(None, [word.strip() for word in words], [word.strip() for word in others], autojunk=False)

@@ -1,0 +1,139 @@
+"""One self-contained HTML file of cards: pictures inside, no request to anywhere, works from `file://`.
+
+    write_page(Page(title="Validation images", cards=cards), "out.html")
+
+What the cards say is data: it stands in the file as JSON and reaches the screen as text. That none of it can run, and
+that nothing is loaded or sent, the page's Content-Security-Policy says: hashes of its own one style and one script,
+pictures from `data:` only, no other source of anything, and no string is ever parsed as HTML (trusted types).
+"""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Literal
+
+from captioner.gallery.cards import Card, Fact
+from captioner.images.thumbnails import Thumbnail
+from captioner.sources.faults import output_errors
+from captioner.sources.store import open_store
+from captioner.sources.urls import absolute, redact
+
+__all__ = ["Page", "page_html", "write_page"]
+
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a page shows."""
+
+    title: str
+
+    cards: Sequence[Card]
+
+    lines: Sequence[str] = ()
+    """Sentences below the title: what this is, and how it was chosen."""
+
+    scores: Sequence[str] = ()
+    """Facts that stand on each card, not only in its large view."""
+
+    layout: Literal["grid", "pairs"] = "grid"
+    """`grid`: texts below pictures. `pairs`: a row an image, its texts beside each other."""
+
+
+def write_page(page: Page, output: str, storage_options: Mapping[str, Any] | None = None) -> int:
+    """Write the page to `output`, on any store, whole or not at all; return its size in bytes."""
+    data = page_html(page).encode()
+    url = absolute(output)
+    with output_errors(url):
+        open_store(url, storage_options).write_atomic(url, data)
+    return len(data)
+
+
+def page_html(page: Page) -> str:
+    """Return the page as one HTML document."""
+    style, script = _part("page.css"), _part("page.js")
+    parts = {
+        "policy": _policy(style, script),
+        "title": html.escape(_clean(page.title)),
+        "style": style,
+        "script": script,
+        "data": _json_in_html(_described(page)),
+    }
+    return _PLACE.sub(lambda place: parts[place.group(1)], _part("page.html"))
+
+
+def _part(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    return (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)};"
+        " base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+def _hash(source: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+def _json_in_html(value: Any) -> str:
+    """Return JSON that ends no script element and opens none: ASCII, without `<`, `>` and `&`."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _described(page: Page) -> dict[str, Any]:
+    return {
+        "title": _clean(page.title),
+        "lines": [_clean(line) for line in page.lines],
+        "layout": page.layout,
+        "scores": list(page.scores),
+        "cards": [_card(card) for card in page.cards],
+    }
+
+
+def _card(card: Card) -> dict[str, Any]:
+    return {
+        "id": _clean(card.image_id),
+        "picture": _picture(card),
+        "texts": [
+            {
+                "label": _clean(text.label),
+                "missing": text.is_missing,
+                "runs": [[kind, _readable(words)] for kind, words in text.runs],
+            }
+            for text in card.texts
+        ],
+        "facts": {_clean(name): _fact(value) for name, value in card.facts.items()},
+        "tags": [_clean(tag) for tag in card.tags],
+    }
+
+
+def _picture(card: Card) -> dict[str, Any]:
+    if isinstance(card.picture, Thumbnail):
+        data = base64.b64encode(card.picture.data).decode()
+        return {"data": data, "width": card.picture.width, "height": card.picture.height}
+    return {"reason": str(card.picture.reason), "detail": _clean(card.picture.detail)}
+
+
+def _fact(value: Fact) -> Fact:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return _clean(value) if isinstance(value, str) else value
+
+
+def _clean(text: str) -> str:
+    """Return text that holds no credentials of a URL, and that a browser can show."""
+    return _readable(redact(text))
+
+
+def _readable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
