@@ -22,9 +22,10 @@ from captioner.config import DecodingConfig
 from captioner.decoding.beam import BeamSearch
 from captioner.decoding.draft import Chain, Endings
 from captioner.decoding.memory import auto_slots, out_of_memory_named
+from captioner.decoding.recording import RecordedSteps, Recorder
 from captioner.decoding.request import Generation, Hypothesis, Request
 from captioner.decoding.sampling import candidate_seed
-from captioner.decoding.step import ROW_BUCKET, WINDOW_BUCKET, SlotLayout, SlotModel, StepShape, round_up
+from captioner.decoding.step import ROW_BUCKET, SlotLayout, SlotModel, StepShape, round_up
 from captioner.decoding.strategy import BeamStrategy, Strategy, TokenStrategy
 from captioner.errors import ConfigError, ShapeError
 
@@ -63,12 +64,14 @@ class Engine:
         prefix_len: int,
         slots: int | Literal["auto"] = "auto",
         is_stopped: Callable[[Sequence[int]], bool] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Make room for the slots and compute the shared prefix.
 
         shared_prefix: float[S, D], the prompt before the image, embedded; S may be 0. prefix_len: tokens P of every
         request's prefix. slots: captions (or beams) written at the same time; `auto`: what the device's memory
-        holds. is_stopped: says whether the tokens so far contain a stop string; asked after every token. Raises
+        holds. is_stopped: says whether the tokens so far contain a stop string; asked after every token. recorder: what
+        records steps to replay them, all slots in each (`recording.CudaGraphs`); none: steps run as they come. Raises
         ConfigError if a caption cannot fit the model's context, or one image's beams or captions the slots, and
         ResourceError if the device's memory cannot hold the slots."""
         group_size = decoding.num_captions if decoding.num_beams == 1 else decoding.num_beams
@@ -101,6 +104,11 @@ class Engine:
         eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=llama.device)
         make = BeamStrategy if decoding.num_beams > 1 else TokenStrategy
         self._strategy: Strategy[Any] = make(self._model, decoding, eos, Endings(eos_token_ids, is_stopped))
+        self._row_bucket = ROW_BUCKET
+        if recorder is not None:
+            self._row_bucket = layout.num_slots
+            with out_of_memory_named(slots, decoding.max_new_tokens):
+                self._strategy.run = RecordedSteps(self._strategy.propose, layout.full_shapes(), recorder)
         self._num_seats = slots // self._strategy.slots_per_seat
         self._seats_per_request = group_size // self._strategy.slots_per_seat
         self._seats: list[_Seat | None] = []
@@ -155,7 +163,7 @@ class Engine:
         window = self._window()
         self._close_gaps(window)
         shape = StepShape(
-            num_rows=round_up(len(self._seats) * self._strategy.slots_per_seat, ROW_BUCKET),
+            num_rows=round_up(len(self._seats) * self._strategy.slots_per_seat, self._row_bucket),
             window=window,
             num_prompts=self._fill_fresh(),
         )
@@ -199,13 +207,12 @@ class Engine:
         seeds = [[candidate_seed(request.seed, n) for n in range(len(groups[0]))] for request, _ in self._fresh]
         self._model.buffers.fill(groups, [request.prefix for request, _ in self._fresh], seeds)
         self._fresh.clear()
-        has_prompt_rows = self._model.layout.prefix_len > 1
-        return min(1 << (len(groups) - 1).bit_length(), self._model.layout.max_prompts) if has_prompt_rows else 0
+        return self._model.layout.prompt_rows(len(groups))
 
     def _window(self) -> int:
         """Columns that the longest running caption needs, rounded up."""
         longest = max(seat.num_steps for seat in self._seats if seat is not None)
-        return round_up(self._model.layout.first_column + longest + 1, WINDOW_BUCKET)
+        return self._model.layout.window(longest)
 
     def _collect(self) -> Iterator[Generation]:
         """Empty the seats whose search is done; yield the requests that were waiting for no other seat."""

@@ -57,6 +57,22 @@ class SlotLayout:
         """Columns of a slot, a whole number of windows; the last token generated is never read, so it needs none."""
         return round_up(self.first_column + self.max_new_tokens, WINDOW_BUCKET)
 
+    def window(self, num_steps: int) -> int:
+        """Columns W that a step reads when its longest caption has `num_steps` tokens."""
+        return round_up(self.first_column + num_steps + 1, WINDOW_BUCKET)
+
+    def prompt_rows(self, num_fresh: int) -> int:
+        """Fresh prefixes F that a step with `num_fresh` of them is shaped for: a power of two, or what there can be."""
+        if self.prefix_len == 1 or num_fresh == 0:
+            return 0
+        return min(1 << (num_fresh - 1).bit_length(), self.max_prompts)
+
+    def full_shapes(self) -> "set[StepShape]":
+        """Every shape of a step over all slots."""
+        windows = {self.window(num_steps) for num_steps in range(self.max_new_tokens)}
+        prompts = {self.prompt_rows(num_fresh) for num_fresh in range(self.max_prompts + 1)}
+        return {StepShape(self.num_slots, window, num_prompts) for window in windows for num_prompts in prompts}
+
 
 class StepShape(NamedTuple):
     """What the work of a step depends on. Each is rounded up, so that few shapes occur."""
@@ -165,6 +181,10 @@ class SlotModel:
                 inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, slots=view
             ).last_hidden_state
         return self._head(hidden[0, :num_rows])
+
+    def newest_logits(self, num_rows: int) -> Tensor:
+        """Return what the step that ran last said of the first rows, float32[R, V]."""
+        return self._logits[:num_rows]
 
     def remember(self, token_ids: Tensor) -> None:
         """Write the tokens, int64[R], that the first R slots have just chosen into their history."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from captioner.config import DecodingConfig
 from captioner.decoding.beam import Beam, BeamSearch, Continuation
 from captioner.decoding.draft import Chain, Endings
+from captioner.decoding.recording import Step
 from captioner.decoding.sampling import (
     LogitsProcessors,
     greedy,
@@ -28,12 +29,17 @@ class Strategy(Protocol[Search]):
     """What the engine asks of a way to decode."""
 
     slots_per_seat: int
+    run: Step
+    """The device half of a step: `propose`, or a recording of it."""
 
     def begin(self, max_new_tokens: int) -> Search:
         """Return the search of a new seat."""
 
     def advance(self, searches: Sequence[Search], shape: StepShape) -> None:
         """Run one step over the first seats and tell each search its outcome."""
+
+    def propose(self, shape: StepShape) -> Tensor:
+        """Choose for the first R rows, on the device alone; return what the host half reads."""
 
 
 class TokenStrategy:
@@ -46,6 +52,7 @@ class TokenStrategy:
         self._decoding = decoding
         self._endings = endings
         self._process = LogitsProcessors(decoding, eos_token_ids)
+        self.run: Step = self.propose
 
     def begin(self, max_new_tokens: int) -> Chain:
         """Return an empty chain."""
@@ -53,16 +60,15 @@ class TokenStrategy:
 
     def advance(self, searches: Sequence[Chain], shape: StepShape) -> None:
         """Run one step; where the candidates looked at did not suffice for a draw, draw again from all."""
-        rows = self.propose(shape).tolist()
+        rows = self.run(shape).tolist()
         if not all(is_exact for _, _, is_exact in rows):
-            rows = self._choose(self._logits, looks_at_all=True).tolist()
+            rows = self._choose(self._model.newest_logits(shape.num_rows), looks_at_all=True).tolist()
         for chain, (token_id, logprob, _) in zip(searches, rows, strict=False):
             chain.advance(int(token_id), logprob)
 
     def propose(self, shape: StepShape) -> Tensor:
         """Return token id, log-probability and exactness of each row, float64[R, 3]."""
-        self._logits = self._model.logits(shape)
-        return self._choose(self._logits)
+        return self._choose(self._model.logits(shape))
 
     def _choose(self, logits: Tensor, *, looks_at_all: bool = False) -> Tensor:
         buffers, rows = self._model.buffers, slice(len(logits))
@@ -88,6 +94,7 @@ class BeamStrategy:
         self._decoding = decoding
         self._endings = endings
         self._process = LogitsProcessors(decoding, eos_token_ids)
+        self.run: Step = self.propose
         self._num_proposals = max(2, 1 + len(eos_token_ids)) * decoding.num_beams
 
     def begin(self, max_new_tokens: int) -> BeamSearch:
@@ -96,7 +103,7 @@ class BeamStrategy:
 
     def advance(self, searches: Sequence[BeamSearch], shape: StepShape) -> None:
         """Run one step, let each search keep its best beams, and put their keys and values where they go on."""
-        for search, rows in zip(searches, self.propose(shape).tolist(), strict=False):
+        for search, rows in zip(searches, self.run(shape).tolist(), strict=False):
             search.advance([Continuation(score, int(parent), int(token), lp) for score, parent, token, lp in rows])
         self._keep([beam for search in searches for beam in search.beams], shape.window)
 
