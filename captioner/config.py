@@ -23,6 +23,7 @@ __all__ = [
     "InputConfig",
     "ModelConfig",
     "ResourceConfig",
+    "ScoringConfig",
     "VerifyConfig",
 ]
 
@@ -32,6 +33,7 @@ _DAY_S = 86_400  # no timer of the system takes any number, and infinity least o
 InputFormat = Literal["auto", "files", "list", "parquet", "webdataset"]
 MatchRule = Literal["auto", "id", "name", "number"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Ranking = Literal["logprob", "clip-score"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +219,23 @@ class DecodingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """What is measured of each caption beside its log probabilities, and what the best of several is."""
+
+    clip_score: bool = False
+    """Write the CLIPScore of every caption (arXiv:2104.08718) into the column `clip_score`.
+    Needs a bundle whose CLIP has its text tower."""
+
+    rerank: Ranking = "logprob"
+    """What the best of --num-captions is: the most probable, or the one of the highest CLIPScore."""
+
+    @property
+    def needs_text_tower(self) -> bool:
+        """Whether CLIP's text tower has to read the captions."""
+        return self.clip_score or self.rerank == "clip-score"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResourceConfig:
     """What the job may take of the machine or the cluster."""
 
@@ -272,6 +291,7 @@ class CaptionJobConfig:
     image: ImageConfig = field(default_factory=ImageConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
 
     retry_failures: str = "transient"
@@ -284,6 +304,8 @@ class CaptionJobConfig:
         if not self.output:
             _check(self.input_path == "demo", "OUTPUT", "missing", f"a folder for the captions of {self.input_path}")
             object.__setattr__(self, "output", "captions-demo")
+        is_choice = self.scoring.rerank == "logprob" or self.decoding.num_captions > 1
+        _check(is_choice, "--rerank", self.scoring.rerank, "--num-captions of 2 or more with it")
         self._check_slots()
 
     def _check_slots(self) -> None:

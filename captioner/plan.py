@@ -86,6 +86,7 @@ def plan_job(config: CaptionJobConfig, on_progress: Callable[[int], None] = lamb
     is_retried = _retry_rule(config.retry_failures)
     model = describe(config.model.model, config.input.storage_options, prompt=config.model.prompt)
     _check_context(config, model)
+    _check_scoring(config, model)
     table = CaptionTable(config.output, output_options(config))
     table.check(identity := _identity(config, model))
     frozen = _frozen(config, table, on_progress)
@@ -127,6 +128,15 @@ def _check_context(config: CaptionJobConfig, model: BundleDescription) -> None:
         )
 
 
+def _check_scoring(config: CaptionJobConfig, model: BundleDescription) -> None:
+    if config.scoring.needs_text_tower and not model.has_text_tower:
+        flag = "--clip-score" if config.scoring.clip_score else "--rerank clip-score"
+        raise ConfigError(
+            f"{flag} compares captions with images by CLIP's text tower, and {model.clip} has none; expected a bundle"
+            " over a whole CLIP: text_model and text_projection in its weights, and its tokenizer.json"
+        )
+
+
 def _retry_rule(text: str) -> Callable[[str], bool]:
     groups = {"transient": TRANSIENT_REASONS, "all": frozenset(RejectReason), "none": frozenset[RejectReason]()}
     if text in groups:
@@ -156,12 +166,14 @@ def _identity(config: CaptionJobConfig, model: BundleDescription) -> dict[str, A
     """Return everything that decides which captions the table holds; no credentials, no limits, no resources."""
     access = config.input
     columns = {"image_column": access.image_column, "id_column": access.id_column, "keep_columns": access.keep_columns}
+    scoring = {"scoring": {**asdict(config.scoring), "text_tower": model.text_fingerprint}}
     return {
         "input": redact(_without_slash(config.input_path)),
         "columns": {name: list(value) if isinstance(value, tuple) else value for name, value in columns.items()},
         "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": config.model.dtype},
         "decoding": {**asdict(config.decoding), "stop": list(config.decoding.stop)},
         "image": {"size": model.image_size, "fast_decode": config.image.fast_decode},
+        **(scoring if config.scoring.needs_text_tower else {}),  # so that tables without it stay what they were
     }
 
 

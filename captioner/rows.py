@@ -4,7 +4,7 @@ Knows Arrow schemas and nothing else. One image is one row all the way through:
 
     SOURCE     read from a unit          key, image_id, uri | data, attempt
     DECODED    after the CPU worker      pixels uint8[3, S, S], width, height, size_bytes
-    CAPTIONED  after the model           caption, num_tokens, finish_reason, logprobs
+    CAPTIONED  after the model           caption, num_tokens, finish_reason, logprobs, clip_score, is_repetitive
     CAPTIONS / FAILURES                  the two tables on disk
 
 A row that failed carries `reason` and `detail` from the step where it failed to the end: rows in = rows out. The
@@ -96,14 +96,19 @@ _CAPTION = [
     pa.field("finish_reason", pa.string()),
     pa.field("mean_logprob", pa.float32()),
     pa.field("min_logprob", pa.float32()),
+    pa.field("clip_score", pa.float32()),
+    pa.field("is_repetitive", pa.bool_()),
 ]
-_CANDIDATE = pa.struct([*(field.with_nullable(False) for field in _CAPTION)])
-_CANDIDATES = pa.field("candidates", pa.list_(pa.field("item", _CANDIDATE, nullable=False)))
+_OPTIONAL = {"clip_score"}  # null in a job without --clip-score
 _RUN = pa.field("run_id", pa.string(), nullable=False)
 
 
 def _required(fields: Sequence[pa.Field]) -> list[pa.Field]:
-    return [field.with_nullable(False) for field in fields]
+    return [field.with_nullable(field.name in _OPTIONAL) for field in fields]
+
+
+_CANDIDATE = pa.field("item", pa.struct(_required(_CAPTION)), nullable=False)
+_CANDIDATES = pa.field("candidates", pa.list_(_CANDIDATE))
 
 
 def source_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
@@ -124,7 +129,8 @@ def decoded_schema(image_size: int, kept: Sequence[pa.Field] = ()) -> pa.Schema:
 def captioned_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
     """Return the columns after the model: `caption` and its scores, null when rejected.
 
-    `candidates` lists every caption of the image, best first, when more than one was asked for; null otherwise.
+    `candidates` lists every caption of the image with the same columns, best first, when more than one was asked for;
+    null otherwise. `clip_score` is null unless it was asked for.
     """
     return pa.schema([*_IDENTITY, _ATTEMPT, *_REJECT, *_CAPTION, _CANDIDATES, *_SIZE, *kept])
 

@@ -10,7 +10,7 @@ those of one CaptionWorker share one decoding engine, so that its slots stay ful
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from captioner.config import CaptionJobConfig, DecodingConfig, ImageConfig, ModelConfig
+from captioner.config import CaptionJobConfig, DecodingConfig, ImageConfig, ModelConfig, ScoringConfig
 from captioner.decoding import Engine, EngineThread, Generation, Hypothesis, Request
 from captioner.errors import InputError
 from captioner.images import Decoded, Decoder, Preprocessing
+from captioner.metrics import clip_scores
 from captioner.model.bundle import load
 from captioner.model.caption_model import CaptionModel
+from captioner.repetition import is_repetitive
 from captioner.rows import Reject, RejectReason, build_table, captioned_schema
 
 __all__ = ["Caption", "CaptionWorker", "Captioner", "image_seed"]
@@ -36,13 +38,17 @@ _ENCODE_ROWS = {"cpu": 8, "cuda": 64}  # always as many, so that no image depend
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """One caption with its scores; `candidates` are all captions of the image, best first, if several were wanted."""
+    """One caption with its scores; `candidates` are all captions of the image, best first, if several were wanted.
+
+    clip_score: 0 to 2.5, None unless asked for. is_repetitive: see `captioner.repetition`."""
 
     caption: str
     num_tokens: int
     finish_reason: str
     mean_logprob: float
     min_logprob: float
+    clip_score: float | None = None
+    is_repetitive: bool = False
     candidates: tuple["Caption", ...] = ()
 
     def __str__(self) -> str:
@@ -62,10 +68,12 @@ class Captioner:
         model: CaptionModel,
         decoding: DecodingConfig | None = None,
         image: ImageConfig | None = None,
+        scoring: ScoringConfig | None = None,
         slots: str = "auto",
     ) -> None:
         self.model = model
         self.decoding = decoding or DecodingConfig()
+        self.scoring = scoring or ScoringConfig()
         self._decoder = Decoder(Preprocessing.from_config(model.preprocessing), image or ImageConfig())
         self._encode_rows = _ENCODE_ROWS.get(model.device.type, 8)
         self._engine = EngineThread(_engine(model, self.decoding, slots))
@@ -77,10 +85,13 @@ class Captioner:
         decoding: DecodingConfig | None = None,
         *,
         image: ImageConfig | None = None,
+        scoring: ScoringConfig | None = None,
         slots: str = "auto",
         storage_options: dict[str, object] | None = None,
     ) -> "Captioner":
-        """Return a captioner of a bundle or LLaVA checkpoint. Raises BundleError for what cannot be loaded."""
+        """Return a captioner of a bundle or LLaVA checkpoint.
+
+        Raises BundleError for what cannot be loaded, a CLIP without the text tower that scoring needs among it."""
         config = ModelConfig(model=model) if isinstance(model, str) else model
         loaded = load(
             config.model,
@@ -88,8 +99,9 @@ class Captioner:
             device=config.device,
             storage_options=storage_options,
             prompt=config.prompt,
+            with_text_tower=scoring is not None and scoring.needs_text_tower,
         )
-        return cls(loaded, decoding, image, slots)
+        return cls(loaded, decoding, image, scoring, slots)
 
     def caption(self, images: Sequence[ImageLike], image_ids: Sequence[str] | None = None) -> list[Caption | Reject]:
         """Return a caption for each image - PIL, bytes or path - or why it has none.
@@ -126,28 +138,47 @@ class Captioner:
     def caption_pixels(self, pixels: torch.Tensor, image_ids: Sequence[str]) -> list[Caption]:
         """Return the captions of uint8[B, 3, S, S], in order. Raises EngineError when the engine has stopped."""
         futures: list[Future[Generation]] = []
+        seen: list[torch.Tensor] = []
         for start in range(0, len(pixels), self._encode_rows):
             ids = image_ids[start : start + self._encode_rows]
-            embeds = self._encode(pixels[start : start + self._encode_rows])
+            embeds, joint = self._encode(pixels[start : start + self._encode_rows])
+            seen.append(joint)
             seeds = [image_seed(self.decoding.seed, image_id) for image_id in ids]
             requests = [Request(id=image_id, prefix=embeds[row], seed=seeds[row]) for row, image_id in enumerate(ids)]
             futures += self._engine.submit(requests)  # LLaMA writes these while CLIP looks at the next
-        return [self._caption(future.result()) for future in futures]
+        candidates = [[self._one(hypothesis) for hypothesis in future.result().hypotheses] for future in futures]
+        if candidates and self.scoring.needs_text_tower:
+            candidates = self._scored(candidates, torch.cat(seen))
+        return [_with_candidates(of_image) for of_image in candidates]
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return float[B, P, D]; CLIP always sees the same number of images, the missing ones black."""
+    def _encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what LLaMA reads, float[B, P, D], and the images in CLIP's joint space, float[B, J], if scores are
+        wanted; else float[B, 0]. CLIP always sees the same number of images, the missing ones black."""
         missing = self._encode_rows - len(pixels)
         padded = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
-        return self.model.request_embeddings(self.model.encode(padded))[: len(pixels)]
+        features = self.model.features(padded)
+        embeds = self.model.request_embeddings(self.model.project(features))
+        wants_scores = self.scoring.needs_text_tower
+        joint = self.model.joint_features(padded, features) if wants_scores else torch.empty(len(padded), 0)
+        return embeds[: len(pixels)], joint[: len(pixels)]
 
-    def _caption(self, found: Generation) -> Caption:
-        candidates = tuple(self._one(hypothesis) for hypothesis in found.hypotheses)
-        best = candidates[0]
-        return Caption(**{**vars(best), "candidates": candidates if len(candidates) > 1 else ()})
+    def _scored(self, candidates: list[list[Caption]], images: torch.Tensor) -> list[list[Caption]]:
+        """Return the candidates of each image with their CLIPScore, best first by what best is. images: float[B, J]."""
+        assert self.model.joint_space is not None
+        texts = self.model.joint_space.of_captions([one.caption for of_image in candidates for one in of_image])
+        owners = [place for place, of_image in enumerate(candidates) for _ in of_image]
+        scores = iter(clip_scores(images[owners].cpu(), texts.cpu()).tolist())
+        scored = [[replace(one, clip_score=next(scores)) for one in of_image] for of_image in candidates]
+        if self.scoring.rerank == "clip-score":
+            for of_image in scored:
+                of_image.sort(key=_clip_score, reverse=True)  # equal ones stay in the order of their probability
+        return scored
 
     def _one(self, hypothesis: Hypothesis) -> Caption:
+        caption = _before(self.decoding.stop, self.model.text(list(hypothesis.token_ids)))
         return Caption(
-            caption=_before(self.decoding.stop, self.model.text(list(hypothesis.token_ids))),
+            caption=caption,
+            is_repetitive=is_repetitive(caption),
             num_tokens=len(hypothesis.token_ids),
             finish_reason=hypothesis.finish_reason,
             mean_logprob=hypothesis.mean_logprob,
@@ -178,6 +209,16 @@ def _engine(model: CaptionModel, decoding: DecodingConfig, slots: str) -> Engine
     )
 
 
+def _clip_score(caption: Caption) -> float:
+    assert caption.clip_score is not None, caption
+    return caption.clip_score
+
+
+def _with_candidates(candidates: Sequence[Caption]) -> Caption:
+    """Return the first of an image's captions, all of them attached where there is more than one."""
+    return replace(candidates[0], candidates=tuple(candidates) if len(candidates) > 1 else ())
+
+
 def _before(stops: Sequence[str], text: str) -> str:
     """Return the text up to the first stop string in it."""
     ends = [found for stop in stops if (found := text.find(stop)) >= 0]
@@ -200,6 +241,7 @@ class CaptionWorker:
         self._captioner = Captioner.from_bundle(
             config.model,
             config.decoding,
+            scoring=config.scoring,
             slots=config.resources.slots,
             storage_options=config.input.storage_options,
         )
@@ -216,7 +258,7 @@ class CaptionWorker:
             pixels = _pixel_tensor(images.column("pixels"), self._captioner.model.image_size)
             captions = iter(self._captioner.caption_pixels(pixels, images.column("image_id").to_pylist()))
         found = [next(captions) if wanted else None for wanted in is_image.to_pylist()]
-        names = ("caption", "num_tokens", "finish_reason", "mean_logprob", "min_logprob")
+        names = [field.name for field in fields(Caption) if field.name != "candidates"]
         made = {name: [caption and getattr(caption, name) for caption in found] for name in names}
         made["candidates"] = [caption and _candidates(caption, names) for caption in found]
         return build_table(self._schema, rows, made)

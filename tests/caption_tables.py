@@ -13,7 +13,7 @@ from captioner.sources.units import Frozen
 from captioner.tables import CaptionTable, Stamp
 from tests.pictures import encoded
 
-_SCORES = {"num_tokens": 4, "finish_reason": "stop", "mean_logprob": -0.5, "min_logprob": -1.0}
+_SCORES = {"num_tokens": 4, "finish_reason": "stop", "mean_logprob": -0.5, "min_logprob": -1.0, "is_repetitive": False}
 _SIZE = {"width": 48, "height": 40, "size_bytes": 900}
 
 

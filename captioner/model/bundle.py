@@ -11,7 +11,7 @@ take LLaVA checkpoints and the name `demo` as well. Knows the layout of that fol
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from captioner.model.llava import is_llava, read_llava
 from captioner.model.parts import Parts
 from captioner.model.projector import ProjectorConfig
 from captioner.model.template import DEFAULT_TEMPLATE, Template
-from captioner.model.weights import read_weights
+from captioner.model.weights import Weights, read_weights
 
 __all__ = ["BundleDescription", "describe", "load", "save_bundle"]
 
@@ -81,11 +81,21 @@ class BundleDescription:
     weights_bytes: int
     """Bytes of all three as they are stored."""
 
-    has_text_tower: bool
-    """Whether CLIPScore can be had from it."""
+    text_weights: Weights | None = field(repr=False)
+    """Of CLIP's text tower; None where it has none, and CLIPScore cannot be had."""
 
     provenance: dict[str, Any]
     """How it was made, as its bundle.json tells."""
+
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether CLIPScore can be had from it."""
+        return self.text_weights is not None
+
+    @property
+    def text_fingerprint(self) -> str:
+        """Hex digest of what CLIPScore needs beside the vision tower, empty where there is none; shapes no caption."""
+        return self.text_weights.fingerprint() if self.text_weights else ""
 
     @property
     def num_image_tokens(self) -> int:
@@ -120,14 +130,17 @@ def load(
     device: str = "auto",
     storage_options: StorageOptions = None,
     prompt: str | None = None,
+    with_text_tower: bool = False,
 ) -> CaptionModel:
     """Return a model on the device, frozen; one that lies on a store is copied to the local cache first.
 
     dtype: as in `ModelConfig`; `auto` is bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU.
-    Raises what `describe` raises, and ConfigError for a device that is not there.
+    with_text_tower: CLIP's other half too, for CLIPScore. Raises what `describe` raises,
+    and ConfigError for a device that is not there.
     """
     where = _device(device)
-    return _read(model, storage_options, prompt, on_disk=True).load(dtype=_dtype(dtype, where), device=where)
+    parts = _read(model, storage_options, prompt, on_disk=True)
+    return parts.load(dtype=_dtype(dtype, where), device=where, with_text_tower=with_text_tower)
 
 
 def save_bundle(
@@ -276,7 +289,7 @@ def _describe(parts: Parts) -> BundleDescription:
         projector_parameters=parts.projector_weights.num_parameters,
         llama_parameters=parts.llama.weights.num_parameters,
         weights_bytes=sum(w.size_bytes for w in (parts.clip.weights, parts.projector_weights, parts.llama.weights)),
-        has_text_tower=parts.clip.has_text_tower,
+        text_weights=parts.clip.text_weights,
         provenance=parts.provenance,
     )
 

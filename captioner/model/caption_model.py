@@ -13,6 +13,7 @@ from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, Pr
 
 from captioner.config import DecodingConfig
 from captioner.errors import ShapeError
+from captioner.model.joint_space import JointSpace
 from captioner.model.projector import ProjectorConfig
 from captioner.model.template import Template
 from captioner.rows import FinishReason
@@ -52,6 +53,8 @@ class CaptionModel:
 
     pixel_shift: Tensor = field(repr=False)
     fingerprint: str
+    joint_space: JointSpace | None = field(default=None, repr=False)
+    """Where CLIP compares images with captions; None unless the model was loaded with its text tower."""
 
     @property
     def device(self) -> torch.device:
@@ -81,8 +84,23 @@ class CaptionModel:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Return what LLaMA reads in place of each image: float[B, k, D] from uint8[B, 3, S, S] on any device."""
-        embeddings: Tensor = self.projector(self.features(pixels))
+        return self.project(self.features(pixels))
+
+    @torch.no_grad()
+    def project(self, features: Tensor) -> Tensor:
+        """Return what LLaMA reads in place of each image, float[B, k, D], from what `features` returned."""
+        embeddings: Tensor = self.projector(features)
         return embeddings
+
+    @torch.no_grad()
+    def joint_features(self, pixels: Tensor, features: Tensor) -> Tensor:
+        """Return each image in CLIP's joint space, float[B, J], from its pixels and what `features` returned for them.
+
+        Patch features come from a tower that was cut, so that such a model looks at the pixels again."""
+        assert self.joint_space is not None, "loaded without its text tower"
+        if self.projector_config.reads_patches:
+            return self.joint_space.of_pixels(self._normalised(pixels))
+        return self.joint_space.of_pooled(features)
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
@@ -92,9 +110,7 @@ class CaptionModel:
         Raises ShapeError for pixels of another shape or type.
         """
         self._check_pixels(pixels)
-        on_device = pixels.to(self.device, non_blocking=True)
-        normalised = on_device.float().mul_(self.pixel_scale).add_(self.pixel_shift)
-        states = self.vision_tower(pixel_values=normalised.to(self.dtype))
+        states = self.vision_tower(pixel_values=self._normalised(pixels))
         if not self.projector_config.reads_patches:
             pooled: Tensor = states.pooler_output
             return pooled
@@ -171,6 +187,11 @@ class CaptionModel:
             return Generated(token_ids, logprobs, FinishReason.LENGTH)
         length = ends[0] + 1
         return Generated(token_ids[:length], logprobs[:length], FinishReason.STOP)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Return what CLIP reads, float[B, 3, S, S] on the device."""
+        on_device = pixels.to(self.device, non_blocking=True)
+        return on_device.float().mul_(self.pixel_scale).add_(self.pixel_shift).to(self.dtype)
 
     def _check_pixels(self, pixels: Tensor) -> None:
         side = self.image_size

@@ -58,7 +58,8 @@ class ClipSource:
     config: CLIPVisionConfig
     weights: Weights
     preprocessing: dict[str, Any]
-    has_text_tower: bool
+    text_weights: Weights | None
+    """Of the text tower and both projections; None where the folder has no text tower or no tokenizer for it."""
 
     @property
     def image_size(self) -> int:
@@ -105,7 +106,8 @@ def read_clip(folder: Folder) -> ClipSource:
     weights = read_weights(folder)
     preprocessing = read_preprocessing(folder, config)
     has_text_tower = "text_projection.weight" in weights.tensors and folder.has("tokenizer.json")
-    return check_tower(ClipSource(folder, config, weights.select(tower_name), preprocessing, has_text_tower))
+    text_weights = weights.select(_text_name) if has_text_tower else None
+    return check_tower(ClipSource(folder, config, weights.select(tower_name), preprocessing, text_weights))
 
 
 def check_tower(source: ClipSource) -> ClipSource:
@@ -200,6 +202,11 @@ def tower_name(name: str) -> str | None:
     """Return a tensor's name in `CLIPVisionModel` from its name in a CLIP checkpoint, None for the text tower's."""
     own = re.match(r"(?:vision_model\.)?((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)", name)
     return own[1] if own else None
+
+
+def _text_name(name: str) -> str | None:
+    """Return the name of a tensor that CLIPScore needs beside the vision tower, None for any other."""
+    return name if name.startswith(("text_model.", "text_projection.", "visual_projection.")) else None
 
 
 def _plain(tower: CLIPVisionModel) -> torch.nn.Module:

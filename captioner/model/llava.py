@@ -47,9 +47,7 @@ def read_llava(folder: Folder, prompt: str | None) -> Parts:
     tokenizer = read_tokenizer(folder)
     template = Template.parse(_template(prompt, tokenizer, folder), tokenizer)
     clip = check_tower(
-        ClipSource(
-            folder, vision, weights.select(_tower_name), read_preprocessing(folder, vision), has_text_tower=False
-        )
+        ClipSource(folder, vision, weights.select(_tower_name), read_preprocessing(folder, vision), text_weights=None)
     )
     eos = end_tokens(
         folder.read_json_if_any("generation_config.json"), raw.get("text_config", {}), tokenizer, template.text

@@ -13,7 +13,8 @@ import torch
 
 from captioner.errors import BundleError, ShapeError
 from captioner.model.caption_model import CaptionModel
-from captioner.model.clip import ClipSource, load_tower, pixel_affine
+from captioner.model.clip import ClipSource, load_clip, load_tower, pixel_affine
+from captioner.model.joint_space import JointSpace
 from captioner.model.llama import LlamaSource, load_llama
 from captioner.model.module import allocate, freeze
 from captioner.model.projector import ProjectorConfig, build_projector
@@ -76,8 +77,10 @@ class Parts:
         self._check_fitted("CLIP", self.clip_fingerprint, self.clip.folder.name)
         self._check_fitted("LLaMA", self.llama_fingerprint, self.llama.folder.name)
 
-    def load(self, *, dtype: torch.dtype, device: torch.device) -> CaptionModel:
-        """Return the model on the device; the folders of all parts must be on disk."""
+    def load(self, *, dtype: torch.dtype, device: torch.device, with_text_tower: bool = False) -> CaptionModel:
+        """Return the model on the device; the folders of all parts must be on disk.
+
+        with_text_tower: CLIP's other half too. Raises BundleError where it has none."""
         projector = allocate(build_projector, self.projector, dtype=dtype, device=device)
         self.projector_weights.load_into(projector)
         num_layers = self.clip.num_layers(self.projector.vision_feature_layer) if self.projector.reads_patches else None
@@ -95,7 +98,12 @@ class Parts:
             pixel_scale=pixel_scale,
             pixel_shift=pixel_shift,
             fingerprint=self.fingerprint,
+            joint_space=self._joint_space(dtype, device) if with_text_tower else None,
         )
+
+    def _joint_space(self, dtype: torch.dtype, device: torch.device) -> JointSpace:
+        clip, tokenizer = load_clip(self.clip.folder, dtype=dtype, device=device)
+        return JointSpace(clip, tokenizer, keeps_vision_tower=self.projector.reads_patches)
 
     def _check_widths(self) -> None:
         features = self.clip.config.hidden_size

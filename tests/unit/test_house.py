@@ -14,7 +14,7 @@ from captioner import errors
 PACKAGE = Path(captioner.__file__).parent
 ORDER = [
     {"errors"},
-    {"config", "rows"},
+    {"config", "repetition", "rows"},
     {"command_line", "demo", "tracebacks"},
     {"keys", "resources", "sources", "images", "model"},
     {"decoding", "fitting", "metrics", "tables", "slices", "decode_worker", "caption_files"},

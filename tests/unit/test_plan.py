@@ -33,6 +33,7 @@ def config(tmp_path: Path, bundle: str) -> CaptionJobConfig:
 def finish(plan: Plan, keys: range, reason: str | None = None) -> None:
     """Write rows as a run would: captions, or failures of one reason."""
     caption = {"caption": "x", "num_tokens": 1, "finish_reason": "stop", "mean_logprob": 0.0, "min_logprob": 0.0}
+    caption["is_repetitive"] = False
     size = {"width": 1, "height": 1, "size_bytes": 1}
     outcome = {**caption, **size} if reason is None else {"reason": reason, "detail": "why"}
     rows = [{"key": key, "image_id": str(key), "attempt": 1, **outcome} for key in keys]

@@ -19,7 +19,8 @@ IDENTITY = {"input": "in", "model": {"name": "demo", "fingerprint": "abc"}}
 def captioned(keys: list[int], failed: dict[int, str] | None = None, attempt: int = 1) -> pa.Table:
     """Rows as they leave the model: a caption for each of `keys`, a reject for each of `failed`."""
     rows = [{**_row(key, attempt), "caption": f"caption {key}", "num_tokens": 3, "finish_reason": "stop",
-             "mean_logprob": -0.5, "min_logprob": -1.0, "width": 4, "height": 5, "size_bytes": 6}
+             "mean_logprob": -0.5, "min_logprob": -1.0, "is_repetitive": False,
+             "width": 4, "height": 5, "size_bytes": 6}
             for key in keys]  # fmt: skip
     rows += [{**_row(key, attempt), "reason": reason, "detail": "why"} for key, reason in (failed or {}).items()]
     return pa.Table.from_pylist(rows, captioned_schema())

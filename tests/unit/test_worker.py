@@ -191,4 +191,5 @@ def test_a_seed_belongs_to_an_image_and_to_the_jobs_seed() -> None:
 
 def test_encoding_pads_to_one_shape(captioner: Captioner) -> None:
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    assert captioner._encode(pixels).shape == (3, 1, 64)
+    embeds, joint = captioner._encode(pixels)
+    assert (embeds.shape, joint.shape) == ((3, 1, 64), (3, 0))
