@@ -1,0 +1,242 @@
+"""Ray clusters of a test's own: a head with an autoscaler whose nodes are raylets of this machine, ended by their pids."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_HEAD_ID = "f" * 51 + "00000"  # the node provider's own constant
+_EMPTY = [
+    "cluster_synced_files",
+    "rsync_exclude",
+    "rsync_filter",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+]
+_OBJECT_STORE_BYTES = 100_000_000
+_START_S = 90
+_END_S = 20
+
+
+_OBSERVER = """
+import json, sys
+from ray._private.state import GlobalState
+from ray._raylet import GcsClientOptions
+state = GlobalState()
+state._initialize_global_state(GcsClientOptions.create(sys.argv[1], None, True, False))
+for _ in sys.stdin:
+    nodes = [node for node in state.node_table() if node["Alive"]]
+    actors = list(state.actor_table(None, None, "ALIVE").values())
+    print(json.dumps({"nodes": nodes, "actors": actors}, default=str), flush=True)
+"""
+
+
+@dataclass
+class LocalCluster:
+    """A running head. `environment` is what a driver needs to join it."""
+
+    address: str
+    environment: dict[str, str]
+    head: subprocess.Popen[bytes]
+    folder: Path
+    _observer: "subprocess.Popen[str] | None" = field(default=None, repr=False)
+
+    def look(self) -> dict[str, Any]:
+        """Return `nodes` and `actors` that are alive. Another process asks: one that lost its cluster is aborted."""
+        if self._observer is None:
+            self._observer = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", _OBSERVER, self.address],
+                env={**os.environ, **self.environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._observer.stdin is not None
+        assert self._observer.stdout is not None
+        self._observer.stdin.write("\n")
+        self._observer.stdin.flush()
+        seen: dict[str, Any] = json.loads(self._observer.stdout.readline())
+        return seen
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return the nodes that are alive, as `ray.nodes()` tells them."""
+        return list(self.look()["nodes"])
+
+    def actors(self) -> list[dict[str, Any]]:
+        """Return the actors that run now, with the class and the node of each."""
+        return list(self.look()["actors"])
+
+    def gpu_nodes(self) -> list[dict[str, Any]]:
+        """Return the nodes that have a GPU and are alive."""
+        return [node for node in self.nodes() if node["Resources"].get("GPU")]
+
+    def kill_node(self, node: Mapping[str, Any]) -> None:
+        """End a node as a spot interruption does: its raylet and workers at once, without a word."""
+        raylets = [pid for pid, line in _processes() if "/raylet/raylet" in line and node["NodeID"] in _environ(pid)]
+        assert raylets, f"no raylet of node {node['NodeID']}"
+        for pid in [*_descendants(raylets[0]), raylets[0]]:
+            _kill(pid)
+
+
+def node_type(*, max_workers: int, labels: Mapping[str, str] | None = None, **resources: int) -> dict[str, Any]:
+    """Return a node type of an autoscaling cluster."""
+    return {
+        "resources": {**resources, "object_store_memory": _OBJECT_STORE_BYTES},
+        "node_config": {},
+        "min_workers": 0,
+        "max_workers": max_workers,
+        "labels": dict(labels or {}),
+    }
+
+
+@contextmanager
+def autoscaling_cluster(node_types: Mapping[str, Any], idle_timeout_s: float = 6) -> Iterator[LocalCluster]:
+    """Yield a head without CPUs whose autoscaler starts and ends nodes of these types on this machine."""
+    port = _free_port()
+    address = f"127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        config = {
+            "cluster_name": "test",
+            "max_workers": sum(kind["max_workers"] for kind in node_types.values()),
+            "upscaling_speed": 100,
+            "idle_timeout_minutes": idle_timeout_s / 60,
+            "provider": {
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "gcs_address": address,
+                "launch_multiple": True,
+                "head_node_id": _HEAD_ID,
+            },
+            "available_node_types": {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
+            | dict(node_types),
+            "head_node_type": "ray.head.default",
+            **dict.fromkeys(_EMPTY, []),
+            "file_mounts": {},
+            "file_mounts_sync_continuously": False,
+            "auth": {},
+            "docker": {},
+        }
+        file = Path(folder, "autoscaling.yaml")
+        file.write_text(yaml.safe_dump(config))
+        environment = {
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        flags = ["--num-cpus=0", "--num-gpus=0", f"--autoscaling-config={file}", "--include-dashboard=false"]
+        with _head(port, Path(folder), flags, environment) as cluster:
+            yield cluster
+
+
+@contextmanager
+def _head(port: int, folder: Path, flags: list[str], environment: Mapping[str, str]) -> Iterator[LocalCluster]:
+    shared = {"RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder}/s", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+    command += ["--disable-usage-stats", *flags]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    head = subprocess.Popen(
+        command,
+        env={**kept, **shared, **environment},
+        stdout=(folder / "head.log").open("wb"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    cluster = LocalCluster(f"127.0.0.1:{port}", {**shared, "RAY_ADDRESS": f"127.0.0.1:{port}"}, head, folder)
+    try:
+        wait_until(lambda: _is_up(cluster), _START_S)
+        yield cluster
+    except BaseException:
+        print((folder / "head.log").read_text())
+        raise
+    finally:
+        _end(cluster)
+
+
+def _is_up(cluster: LocalCluster) -> bool:
+    assert cluster.head.poll() is None, (cluster.folder / "head.log").read_text()
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", int(cluster.address.rpartition(":")[2]))):
+            return False
+    return "Ray runtime started" in (cluster.folder / "head.log").read_text() and bool(cluster.nodes())
+
+
+def _end(cluster: LocalCluster) -> None:
+    """End the head and every process that it or its autoscaler started: all of them name the cluster's folder."""
+    if cluster._observer is not None:
+        cluster._observer.kill()
+        cluster._observer.communicate()
+    cluster.head.send_signal(signal.SIGTERM)
+    try:
+        cluster.head.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        cluster.head.kill()
+        cluster.head.wait()
+    marks = (str(cluster.folder), cluster.address)
+    for _ in range(3):
+        left = [pid for pid, line in _processes() if any(mark in line for mark in marks)]
+        for pid in {child for pid in left for child in [*_descendants(pid), pid]} - {os.getpid()}:
+            _kill(pid)
+        time.sleep(0.2)
+
+
+def wait_until(holds: Callable[[], object], timeout_s: float, explain: Callable[[], str] = str) -> None:
+    """Return as soon as `holds` does; fail the test after `timeout_s`."""
+    give_up = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < give_up, f"not so after {timeout_s:g} s: {explain()}"
+        time.sleep(0.2)
+
+
+def _processes() -> Iterator[tuple[int, str]]:
+    for place in Path("/proc").iterdir():
+        if place.name.isdecimal():
+            try:
+                yield int(place.name), (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+
+
+def _environ(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _descendants(pid: int) -> list[int]:
+    try:
+        found = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return found + [grandchild for child in found for grandchild in _descendants(child)]
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
