@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
@@ -48,7 +49,10 @@ _TARGET_BLOCK_BYTES = 32 << 20  # 200 pixel arrays at 224 px: work starts at onc
 _CAPTION_CALLS = 4  # calls an actor serves at once: they share one engine, so that its slots stay full
 _DECODE_CALLS = 2  # one fetches while the other decodes
 _MAX_RETRIES = 2  # of a task that kills its worker (Ray's default is for ever), and of a worker that dies loading
-_RETRIES = {"max_restarts": _MAX_RETRIES, "max_task_retries": _MAX_RETRIES}
+_MAX_RESTARTS = 10  # of one worker: a spot node takes its workers with it, and is replaced
+_RETRIES = {"max_restarts": _MAX_RESTARTS, "max_task_retries": _MAX_RETRIES}
+_STAGE_LABEL = "captioner/stage"
+_OFF_MODEL_NODES = {_STAGE_LABEL: "!model"}  # nodes without the label are as good as any
 
 
 def caption_images(config: CaptionJobConfig) -> Mapping[str, Any]:
@@ -76,15 +80,16 @@ def _run(plan: "Plan") -> dict[str, Any]:
     start = time.monotonic()
     run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
     with _cluster() as cluster:
-        allocation = allocate(plan.config.resources, cluster)
+        allocation = allocate(plan.config.resources, cluster, plan.num_left)
         _check_device(plan.config.model.device, allocation)
         known = facts(plan, allocation)
         plan.table.record(run_id, known)
         _announce(allocation, cluster)
         sink = WriteParts(plan.table, Stamp(run_id, plan.table.digest), plan.frozen.columns.kept, plan.rows_per_part)
-        with progress(plan, run_id), _job_errors():
+        with progress(plan, run_id, lambda: _shortage(allocation)), _job_errors():
             captioned = _captioned(plan, allocation)
-            captioned.write_datasink(sink, ray_remote_args={"num_cpus": allocation.task_cpus})
+            task = {"num_cpus": allocation.task_cpus, "label_selector": _OFF_MODEL_NODES}
+            captioned.write_datasink(sink, ray_remote_args=task)
         summary = summarize(plan, sink.parts, time.monotonic() - start)
         plan.table.record(run_id, known | {"summary": summary})
     return summary
@@ -108,6 +113,7 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
     rows = ray.data.read_datasource(
         ReadSlices(plan.reader, plan.slices),
         num_cpus=allocation.task_cpus,
+        label_selector=_OFF_MODEL_NODES,
         concurrency=min(allocation.num_readers, len(plan.slices)),
         override_num_blocks=len(plan.slices),  # fewer than Ray would like are split into crumbs
     )
@@ -119,6 +125,7 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
         zero_copy_batch=True,
         compute=_pool(allocation.decoders, _DECODE_CALLS),
         num_cpus=allocation.decoder_cpus,
+        label_selector=_OFF_MODEL_NODES,
         **_RETRIES,
     )
     captioned: Dataset = decoded.map_batches(
@@ -228,10 +235,33 @@ def _cluster() -> Iterator[Cluster]:
     context.max_consecutive_actor_init_deaths = _MAX_RETRIES
     context.execution_no_progress_timeout_s = -1  # a job may wait for a GPU as long as it takes
     try:
-        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield Cluster(cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0), can_grow=bool(address))
+        yield _what_there_is()
     finally:
         ray.shutdown()
+
+
+def _what_there_is() -> Cluster:
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    may_decode = [node for node in nodes if node["Labels"].get(_STAGE_LABEL) != "model"]
+    return Cluster(
+        cpus=sum(node["Resources"].get("CPU", 0.0) for node in may_decode),
+        gpus=sum(node["Resources"].get("GPU", 0.0) for node in nodes),
+        can_grow=_has_autoscaler(),
+    )
+
+
+def _has_autoscaler() -> bool:
+    """Say whether an autoscaler has taken part in this cluster's state: only then does it have a version."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return int(status.stats.autoscaler_version or 0) > 0
+
+
+def _shortage(allocation: Allocation) -> str:
+    """Return what the job waits for, while not even one model worker can run."""
+    gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    if gpus >= allocation.worker_gpus:
+        return ""
+    return f"waiting for GPUs: the cluster has {gpus:g}, a worker needs {allocation.worker_gpus:g}"
 
 
 @contextmanager

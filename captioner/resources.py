@@ -5,7 +5,7 @@ everything leave nothing for the read tasks and the job hangs without an error. 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from captioner.config import ResourceConfig, worker_range
 from captioner.errors import ResourceError
@@ -19,20 +19,29 @@ _CORES_PER_READER = 8
 _SMALLEST_NODE_CPUS = 2  # what a cluster without a node is taken to grow by
 _DECODER_CPUS = 0.9  # so that one fits on each core beside the tasks
 _CORES_PER_DECODER = 4  # without a GPU, one core in four decodes and the others run the model
+_DECODERS_PER_WORKER = (
+    16  # of a cluster that grows: cores that one GPU may need at most, for photographs of 12 megapixels
+)
+_ROWS_PER_WORKER = 1024  # four calls of 256: with fewer images each, another worker would have nothing in its hands
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What there is: CPUs and GPUs now, and whether nodes may join later."""
+    """What there is."""
 
     cpus: float
+    """CPUs now, of the nodes that may decode."""
+
     gpus: float
+    """GPUs now."""
+
     can_grow: bool = False
+    """Whether an autoscaler adds nodes. Nobody can say which: Ray does not tell a job the node types it has none of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """What the job takes. Pools are (min, max) workers; reservations are for each worker or task."""
+    """What the job takes. Pools are (asked for at once, max) workers; reservations are for each worker or task."""
 
     workers: tuple[int, int]
     worker_gpus: float
@@ -48,21 +57,48 @@ class Allocation:
         return max(1, round(self.worker_cpus))
 
 
-def allocate(config: ResourceConfig, cluster: Cluster) -> Allocation:
-    """Return an allocation whose smallest form fits the cluster. Raises ResourceError with the sum where none does."""
+def allocate(config: ResourceConfig, cluster: Cluster, num_images: int | None = None) -> Allocation:
+    """Return an allocation whose smallest form fits the cluster, or may once it has grown.
+
+    num_images: what is to be captioned, None if nobody knows. Raises ResourceError with the sum where nothing fits.
+    """
     gpus_per_worker = config.gpus_per_worker
     if gpus_per_worker is None:
+        _check_devices_are_known(cluster)
         gpus_per_worker = 1.0 if cluster.gpus else 0.0
     allocation = _with_gpus(config, cluster, gpus_per_worker) if gpus_per_worker else _with_cpus(config, cluster)
     if not cluster.can_grow:
         _check_fits(allocation, cluster)
-    return allocation
+    return _asked_at_once(allocation, cluster, num_images) if gpus_per_worker else allocation
+
+
+def _check_devices_are_known(cluster: Cluster) -> None:
+    if cluster.can_grow and not cluster.gpus:
+        raise ResourceError(
+            "the cluster has no GPU now, and an autoscaler that may add some. Say --gpus-per-worker 1 to wait for"
+            " GPUs (a fraction shares a card), or --gpus-per-worker 0 to caption on CPUs"
+        )
+
+
+def _asked_at_once(allocation: Allocation, cluster: Cluster, num_images: int | None) -> Allocation:
+    """Return an allocation that asks for every worker that the work can keep busy.
+
+    A pool that grows by what its workers have in hand would ask for the second node when the first is up. Workers that
+    wait for a node cost nothing.
+    """
+    fewest, most = allocation.workers
+    useful = most if num_images is None else math.ceil(num_images / _ROWS_PER_WORKER)
+    if not cluster.can_grow:
+        useful = min(useful, int(cluster.gpus / allocation.worker_gpus + 1e-9))
+    return replace(allocation, workers=(max(fewest, min(most, useful)), most))
 
 
 def _with_gpus(config: ResourceConfig, cluster: Cluster, gpus_per_worker: float) -> Allocation:
     most = max(1, int(cluster.gpus / gpus_per_worker))
     workers = worker_range(config.workers, "--workers") or (1, most)
     room = max(1, int((cluster.cpus - _task_cpus(cluster)) / _DECODER_CPUS + 1e-9))
+    if cluster.can_grow:
+        room = max(room, _DECODERS_PER_WORKER * workers[1])
     return Allocation(
         workers=workers,
         worker_gpus=gpus_per_worker,

@@ -1,4 +1,4 @@
-"""Ray clusters of a test's own: a head with an autoscaler whose nodes are raylets of this machine, ended by their pids."""
+"""Ray clusters of a test's own, ended by their pids: a head whose autoscaler starts raylets on this machine."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def autoscaling_cluster(node_types: Mapping[str, Any], idle_timeout_s: float = 6
             "available_node_types": {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
             | dict(node_types),
             "head_node_type": "ray.head.default",
-            **dict.fromkeys(_EMPTY, []),
+            **{name: [] for name in _EMPTY},
             "file_mounts": {},
             "file_mounts_sync_continuously": False,
             "auth": {},
@@ -148,7 +148,17 @@ def autoscaling_cluster(node_types: Mapping[str, Any], idle_timeout_s: float = 6
 @contextmanager
 def _head(port: int, folder: Path, flags: list[str], environment: Mapping[str, str]) -> Iterator[LocalCluster]:
     shared = {"RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+    ]
     command += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder}/s", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
     command += ["--disable-usage-stats", *flags]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -192,7 +202,7 @@ def _end(cluster: LocalCluster) -> None:
     marks = (str(cluster.folder), cluster.address)
     for _ in range(3):
         left = [pid for pid, line in _processes() if any(mark in line for mark in marks)]
-        for pid in {child for pid in left for child in [*_descendants(pid), pid]} - {os.getpid()}:
+        for pid in {own for parent in left for own in [parent, *_descendants(parent)]} - {os.getpid()}:
             _kill(pid)
         time.sleep(0.2)
 
@@ -223,10 +233,10 @@ def _environ(pid: int) -> str:
 
 def _descendants(pid: int) -> list[int]:
     try:
-        found = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        text = " ".join((task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
     except OSError:
         return []
-    return found + [grandchild for child in found for grandchild in _descendants(child)]
+    return [own for child in map(int, text.split()) for own in [child, *_descendants(child)]]
 
 
 def _kill(pid: int) -> None:

@@ -24,7 +24,7 @@ def test_by_default_the_whole_job_fits_a_machine_without_a_gpu(cpus: int) -> Non
 def test_by_default_the_whole_job_fits_a_machine_with_gpus(cpus: int, gpus: int) -> None:
     allocation = allocate(ResourceConfig(), Cluster(cpus=cpus, gpus=gpus))
     assert reserved(allocation, end=1) <= cpus
-    assert allocation.workers == (1, gpus)
+    assert allocation.workers == (gpus, gpus)
     assert allocation.worker_gpus == 1
     assert allocation.worker_cpus == 0
 
@@ -44,7 +44,7 @@ def test_any_number_of_workers_shares_the_cpus_in_fractions() -> None:
 
 def test_a_fraction_of_a_gpu_lets_several_workers_share_a_card() -> None:
     allocation = allocate(ResourceConfig(gpus_per_worker=0.25), Cluster(cpus=8, gpus=1))
-    assert (allocation.workers, allocation.worker_gpus) == ((1, 4), 0.25)
+    assert (allocation.workers, allocation.worker_gpus) == ((4, 4), 0.25)
 
 
 def test_more_gpus_than_there_are_is_an_error_that_says_the_sum() -> None:
@@ -59,10 +59,30 @@ def test_decoders_that_do_not_fit_beside_gpus_are_an_error_and_not_a_hang() -> N
 
 def test_a_cluster_that_can_grow_may_be_asked_for_more_than_it_has() -> None:
     allocation = allocate(ResourceConfig(workers="4:8", gpus_per_worker=1), Cluster(cpus=0, gpus=0, can_grow=True))
-    assert allocation.workers == (4, 8)
+    assert allocation.workers[1] == 8
+    assert allocation.decoders == (1, 128)
 
 
 def test_a_cluster_without_a_node_yet_is_planned_for_its_first_one() -> None:
-    allocation = allocate(ResourceConfig(), Cluster(cpus=0, gpus=0, can_grow=True))
+    allocation = allocate(ResourceConfig(gpus_per_worker=0), Cluster(cpus=0, gpus=0, can_grow=True))
     assert allocation.decoder_cpus == pytest.approx(0.9)
     assert allocation.worker_cpus == pytest.approx(0.9)
+
+
+def test_nobody_guesses_whether_a_growing_cluster_without_a_gpu_will_have_one() -> None:
+    with pytest.raises(ResourceError, match=r"an autoscaler that may add some\. Say --gpus-per-worker 1 to wait"):
+        allocate(ResourceConfig(), Cluster(cpus=4, gpus=0, can_grow=True))
+
+
+@pytest.mark.parametrize(("num_images", "at_once"), [(None, 64), (10_000_000, 64), (3_000, 3), (10, 1)])
+def test_all_gpu_workers_that_the_work_can_keep_busy_are_asked_for_at_once(
+    num_images: int | None, at_once: int
+) -> None:
+    growing = Cluster(cpus=0, gpus=0, can_grow=True)
+    allocation = allocate(ResourceConfig(workers="1:64", gpus_per_worker=1), growing, num_images)
+    assert allocation.workers == (at_once, 64)
+
+
+def test_a_cluster_that_cannot_grow_is_asked_for_no_more_than_it_has() -> None:
+    allocation = allocate(ResourceConfig(workers="1:64", gpus_per_worker=0.5), Cluster(cpus=8, gpus=2), 10_000_000)
+    assert allocation.workers == (4, 64)

@@ -1,0 +1,79 @@
+"""cluster.yaml and the README's manifest, held to Ray's schema, the autoscaler's rules and our own command line."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "cluster.yaml").read_text()
+README = (ROOT / "README.md").read_text()
+PLACEHOLDER = re.compile(r"FILL-IN[\w-]*")
+
+
+def filled(text: str) -> dict[str, Any]:
+    """The config once its user has filled in what only he knows."""
+    config: dict[str, Any] = yaml.safe_load(PLACEHOLDER.sub("known", text))
+    return config
+
+
+def node_types() -> dict[str, Any]:
+    found: dict[str, Any] = filled(TEXT)["available_node_types"]
+    return found
+
+
+def test_the_config_is_valid_by_rays_own_schema_once_it_is_filled_in() -> None:
+    validate_config(prepare_config(copy.deepcopy(filled(TEXT))))
+
+
+def test_the_schema_is_really_asked() -> None:
+    config = filled(TEXT)
+    config["available_node_types"]["decode"]["resources"]["CPU"] = "many"
+    with pytest.raises(Exception, match="many"):
+        validate_config(prepare_config(config))
+
+
+def test_every_line_that_misses_something_is_marked_and_no_other_one() -> None:
+    lines = [line for line in TEXT.splitlines() if not line.startswith("#")]
+    marked = {number for number, line in enumerate(lines) if "# FILL IN" in line}
+    missing = {number for number, line in enumerate(lines) if PLACEHOLDER.search(line.partition("#")[0])}
+    assert marked == missing
+    assert len(marked) == 4
+
+
+def test_the_head_runs_no_work_and_outlives_a_spot_interruption() -> None:
+    head = node_types()["head"]
+    assert head["resources"]["CPU"] == 0
+    assert "InstanceMarketOptions" not in head["node_config"]
+
+
+@pytest.mark.parametrize("name", ["decode", "model"])
+def test_workers_are_spot_and_grow_from_nothing(name: str) -> None:
+    kind = node_types()[name]
+    assert kind["min_workers"] == 0
+    assert kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "IamInstanceProfile" in kind["node_config"]
+
+
+def test_gpu_nodes_carry_the_label_that_keeps_decoding_off_them() -> None:
+    labels = {name: kind.get("labels", {}).get("captioner/stage") for name, kind in node_types().items()}
+    gpus = {name for name, kind in node_types().items() if kind["resources"].get("GPU")}
+    assert {name for name, label in labels.items() if label == "model"} == gpus == {"model"}
+
+
+def test_all_nodes_may_come_at_once() -> None:
+    config = filled(TEXT)
+    assert config["max_workers"] == sum(kind.get("max_workers", 0) for kind in config["available_node_types"].values())
+    assert config["upscaling_speed"] >= max(kind.get("max_workers", 0) for kind in node_types().values())
+
+
+def test_nodes_install_what_the_tests_ran_with_and_keep_weights_on_their_disk() -> None:
+    commands = "\n".join(filled(TEXT)["setup_commands"])
+    assert "-c ~/captioner/constraints.txt '/home/ubuntu/captioner[cluster]'" in commands
+    assert filled(TEXT)["file_mounts"] == {"/home/ubuntu/captioner": "."}
+    assert "CAPTIONER_CACHE=" in commands
