@@ -20,6 +20,7 @@ const cards = page.cards.map((card, place) => {
 });
 let shown = cards;
 let current = null;
+let enlarged = null;
 
 function plain(text) {
   return text.runs.map(([, words]) => words).join("");
@@ -122,7 +123,7 @@ function makeAbout(card) {
     about.append(item);
   }
   if (card.hasText) about.append(make("span", "", numberOf(card.numWords, "word")));
-  about.append(...card.tags.filter(isTelling).map((tag) => make("span", "", spoken(tag))));
+  about.append(...card.tags.filter((tag) => isTelling(tag) && tag !== card.picture.reason).map((tag) => make("span", "", spoken(tag))));
   return about;
 }
 
@@ -131,6 +132,8 @@ cards.forEach((card) => card.tags.forEach((tag) => tags.set(tag, (tags.get(tag) 
 const isTelling = (tag) => tags.get(tag) <= cards.length / 2;
 
 const spoken = (name) => name.replaceAll("_", " ");
+
+const written = (value) => (typeof value === "number" ? String(Number(value.toPrecision(6))).replace("-", "\u2212") : String(value));
 
 function shortNumber(value) {
   if (Number.isInteger(value)) return value.toLocaleString("en");
@@ -182,6 +185,7 @@ function show() {
     shown.length === cards.length ? numberOf(cards.length, "image") : `${shown.length.toLocaleString("en")} of ${numberOf(cards.length, "image")}`;
   setCurrent(shown.includes(current) ? current : (shown[0] ?? null));
   highlight(search);
+  sayOrder();
 }
 
 function highlight(search) {
@@ -275,14 +279,16 @@ function open(card) {
   setCurrent(card);
   enlarge(card);
   byId("large").showModal();
+  byId("large-about").focus();
 }
 
 function enlarge(card) {
+  enlarged = card;
   byId("large-picture").replaceChildren(makePicture(card, false));
   byId("large-text").replaceChildren(...card.texts.map(makeText));
   const facts = [["image", card.id], ...Object.entries(card.facts)].filter(([, value]) => value !== null && value !== "");
   byId("large-facts").replaceChildren(
-    ...facts.flatMap(([name, value]) => [make("dt", "", spoken(name)), make("dd", "", String(value))]),
+    ...facts.flatMap(([name, value]) => [make("dt", "", spoken(name)), make("dd", "", written(value))]),
   );
   const place = shown.indexOf(card);
   byId("place").textContent = `${(place + 1).toLocaleString("en")} of ${shown.length.toLocaleString("en")}`;
@@ -294,7 +300,9 @@ function enlarge(card) {
 byId("before").addEventListener("click", () => move(-1));
 byId("after").addEventListener("click", () => move(1));
 byId("close").addEventListener("click", () => byId("large").close());
-byId("large").addEventListener("close", () => current?.frame.focus());
+byId("large").addEventListener("close", () => {
+  if (document.activeElement !== byId("find")) enlarged.frame.focus(); // the browser goes back to where it was opened
+});
 byId("large-picture").addEventListener("click", () => byId("large").close());
 
 // ---- The tools
@@ -327,19 +335,18 @@ function press(button) {
 }
 
 function sayOrder() {
-  byId("turn").firstChild.textContent = isTurned() ? "\u2191" : "\u2193";
+  const [kind] = byId("sort").value.split(":", 1);
+  const orders = { listed: ["first to last", "last to first"], name: ["A to Z", "Z to A"], words: ["fewest first", "most first"] };
+  byId("turn").textContent = (orders[kind] ?? ["lowest first", "highest first"])[Number(isTurned())];
 }
 
 byId("tools").addEventListener("submit", (event) => event.preventDefault());
 ["find", "fewest", "most"].forEach((id) => byId(id).addEventListener("input", show));
 byId("sort").addEventListener("change", show);
-byId("turn").addEventListener("click", () => {
-  press(byId("turn"));
-  sayOrder();
-});
+byId("turn").addEventListener("click", () => press(byId("turn")));
 byId("clear").addEventListener("click", () => {
   byId("tools").reset();
-  byId("tags").querySelectorAll("button").forEach((button) => button.setAttribute("aria-pressed", "false"));
+  document.querySelectorAll("[aria-pressed]").forEach((button) => button.setAttribute("aria-pressed", "false"));
   show();
 });
 byId("theme").addEventListener("click", () => {

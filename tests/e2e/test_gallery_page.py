@@ -1,0 +1,367 @@
+"""The gallery's page in a real Chromium: what a person does with it, and what no caption may do to it."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Error, sync_playwright
+from playwright.sync_api import Page as Tab
+
+from captioner.config import GalleryConfig
+from captioner.gallery import Card, Page, Text, gallery, write_page
+from captioner.gallery.caption_cards import pair_card
+from captioner.images.thumbnails import Thumbnail
+from captioner.rows import Reject, RejectReason
+from tests.caption_tables import add_part, begin_table, caption_row
+from tests.pictures import encoded
+
+pytestmark = pytest.mark.browser
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+_SUBJECTS = ("a brown dog", "two red cars", "an old bridge", "a tall woman")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium as the system has it, with a fresh profile."""
+    found = next(filter(None, map(shutil.which, _NAMES)), None)
+    if found is None:
+        assert "REQUIRE_CHROMIUM" not in os.environ, "REQUIRE_CHROMIUM is set, and there is no Chromium"
+        pytest.skip("no Chromium found: apt-get install chromium")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@dataclass
+class Visit:
+    """A tab with a page open, and whatever it complained of or asked the network for."""
+
+    tab: Tab
+    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+    def shown(self) -> list[str]:
+        """The captions on the screen, in their order."""
+        return self.tab.locator(".card:not([hidden]) .texts").all_text_contents()
+
+    def wait_until(self, condition: str) -> None:
+        """Wait for something in the page; Playwright's own way is an eval, which the page's policy forbids."""
+        give_up = time.monotonic() + 20
+        while not self.tab.evaluate(condition):
+            assert time.monotonic() < give_up, condition
+            self.tab.wait_for_timeout(20)
+
+    def numbers(self) -> list[int]:
+        """The numbers at the end of the names of the cards on the screen."""
+        names = self.tab.locator(".card:not([hidden]) .name").all_text_contents()
+        return [int(name.removesuffix(".jpg")) for name in names]
+
+
+Open = Callable[..., Visit]
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Open]:
+    """Opens pages; at the end none of them may have complained, or asked for anything."""
+    visits = []
+
+    def open_page(path: Path, **context: Any) -> Visit:
+        tab = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context}).new_page()
+        found = Visit(tab)
+        visits.append(found)
+        tab.on("console", lambda message: found.complaints.append(message.text))
+        tab.on("pageerror", lambda error: found.complaints.append(str(error)))
+        tab.on("dialog", lambda dialog: found.complaints.append(dialog.message))
+        tab.on("request", lambda request: found.requests.append(request.url))
+        tab.on("response", lambda response: found.answers.append(response.url))
+        tab.goto(path.as_uri())
+        return found
+
+    yield open_page
+    for found in visits:
+        found.tab.context.close()
+        assert found.complaints == []
+        assert [url for url in found.requests if not url.startswith(("file:", "data:"))] == []
+
+
+def thumbnail(seed: int = 0) -> Thumbnail:
+    return Thumbnail(encoded("WEBP", seed), 48, 40)
+
+
+def card(number: int) -> Card:
+    """Card N says N words more than three, and is the surer the higher N; every fifth failed."""
+    if number % 5 == 4:
+        refusal = Reject(RejectReason.CORRUPT, "JPEG: cut short")
+        return Card(image_id=f"in/{number:03d}.jpg", picture=refusal, texts=[], tags=["corrupt"])
+    caption = f"{_SUBJECTS[number % 4]} " + " ".join(["very"] * number) + " near a café"
+    facts = {"mean_logprob": number / 100 - 1, "key": str(number)}
+    tag = "length" if number % 5 == 3 else "stop"
+    return Card(
+        image_id=f"in/{number:03d}.jpg", picture=thumbnail(number), texts=[Text.of(caption)], facts=facts, tags=[tag]
+    )
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty cards, listed from the last to the first."""
+    path = tmp_path_factory.mktemp("grid") / "out.html"
+    cards = [card(number) for number in reversed(range(20))]
+    write_page(Page(title="Twenty", cards=cards, lines=["One line."], scores=["mean_logprob"]), str(path))
+    return path
+
+
+def test_search_finds_words_of_captions_and_names_whatever_their_accents_and_case(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    page.tab.keyboard.press("/")
+    page.tab.keyboard.type("CAFE bridge")
+    assert page.numbers() == [18, 10, 6, 2]
+    assert page.tab.inner_text("#count") == "4 of 20 images"
+    assert page.tab.evaluate("CSS.highlights.get('found').size") == 4
+    page.tab.fill("#find", "007.jpg")
+    assert page.numbers() == [7]
+    page.tab.fill("#find", "no such thing")
+    page.tab.click("#clear")
+    assert len(page.numbers()) == 20
+
+
+def test_sorting_goes_by_score_words_or_name_either_way_round_with_failures_last(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    captioned = [number for number in range(20) if number % 5 != 4]
+    assert page.numbers() == list(reversed(range(20)))
+    for kind in ("fact:mean_logprob", "words"):
+        page.tab.select_option("#sort", kind)
+        assert page.numbers() == [*captioned, 19, 14, 9, 4]
+    page.tab.click("#turn")
+    assert page.numbers() == [*reversed(captioned), 19, 14, 9, 4]
+    page.tab.select_option("#sort", "name")
+    assert page.numbers() == list(reversed(range(20)))
+    page.tab.click("#turn")
+    assert page.numbers() == list(range(20))
+
+
+def test_filters_are_reasons_finish_reasons_and_lengths(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    page.tab.click("#tags button[value=corrupt]")
+    assert page.numbers() == [19, 14, 9, 4]
+    assert page.tab.locator(".none").first.inner_text() == "corrupt\nJPEG: cut short"
+    page.tab.click("#tags button[value=length]")
+    assert page.numbers() == [19, 18, 14, 13, 9, 8, 4, 3]
+    page.tab.click("#tags button[value=corrupt]")
+    page.tab.click("#tags button[value=length]")
+    page.tab.fill("#fewest", "8")
+    page.tab.fill("#most", "9")
+    assert all(8 <= len(text.split()) <= 9 for text in page.shown())
+    assert page.numbers() != []
+
+
+def test_the_keyboard_moves_enlarges_and_comes_back(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    focused = "document.activeElement.getAttribute('aria-label')"
+    for key, expected in (("ArrowRight", 19), ("j", 18), ("ArrowRight", 17), ("k", 18), ("ArrowLeft", 19), ("End", 0)):
+        page.tab.keyboard.press(key)
+        assert page.tab.evaluate(focused) == f"Enlarge in/{expected:03d}.jpg", key
+    page.tab.keyboard.press("ArrowUp")
+    page.tab.keyboard.press("ArrowDown")
+    assert page.tab.evaluate(focused) == "Enlarge in/000.jpg"
+    page.tab.keyboard.press("Home")
+    page.tab.keyboard.press("Enter")
+    assert page.tab.locator("#large").is_visible()
+    page.tab.keyboard.press("ArrowRight")
+    assert "near a café" in page.tab.inner_text("#large-text")
+    assert page.tab.inner_text("#place") == "2 of 20"
+    assert "\u22120.82" in page.tab.inner_text("#large-facts")
+    page.tab.keyboard.press("Escape")
+    assert page.tab.locator("#large").is_hidden()
+    page.wait_until(f"{focused} === 'Enlarge in/018.jpg'")
+
+
+def test_enter_enlarges_the_first_picture_before_anything_was_touched(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    page.tab.keyboard.press("Enter")
+    assert page.tab.inner_text("#place") == "1 of 20"
+    page.tab.keyboard.press("/")
+    assert page.tab.locator("#large").is_hidden()
+    page.tab.wait_for_timeout(100)  # nothing takes the focus away again
+    assert page.tab.evaluate("document.activeElement.id") == "find"
+
+
+def test_dark_and_light_follow_the_system_until_they_are_told(visit: Open, grid: Path) -> None:
+    def luminance(page: Visit) -> int:
+        colour = page.tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        return int(colour.removeprefix("rgb(").split(",")[0])
+
+    light, dark = visit(grid, color_scheme="light"), visit(grid, color_scheme="dark")
+    assert luminance(light) > 200
+    assert luminance(dark) < 60
+    dark.tab.click("#theme")
+    assert luminance(dark) > 200
+    dark.tab.click("#theme")
+    assert luminance(dark) < 60
+
+
+def test_a_phone_shows_whole_pictures_and_never_scrolls_sideways(visit: Open, grid: Path) -> None:
+    page = visit(grid, viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True, device_scale_factor=2)
+    assert page.tab.evaluate("document.documentElement.scrollWidth") == 360
+    picture = page.tab.locator(".frame img").first
+    box = picture.bounding_box()
+    assert box is not None
+    assert box["width"] > 300
+    assert page.tab.evaluate("parseFloat(getComputedStyle(document.querySelector('.text')).fontSize)") >= 16
+    picture.tap()
+    assert page.tab.locator("#large").is_visible()
+    assert page.tab.evaluate("document.getElementById('large').scrollWidth") == 360
+    page.tab.locator("#after").tap()
+    assert page.tab.inner_text("#place") == "3 of 20"
+    page.tab.locator("#close").tap()
+
+
+def test_pictures_are_decoded_and_keep_their_shape(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    page.wait_until("document.querySelector('.frame img').naturalWidth > 0")
+    box = page.tab.locator(".frame img").first.bounding_box()
+    assert box is not None
+    assert box["width"] / box["height"] == pytest.approx(48 / 40, rel=0.01)
+
+
+HOSTILE = (
+    "</script><script>window.pwned = 1</script>",
+    "<img src=x onerror='window.pwned = 1'>",
+    '"><svg onload=window.pwned=1>',
+    "<!--<script>",
+    "]]>--></style></title><base href=//example.org/>",
+    "{{data}} {{script}} $& $1 \\u003c \\",
+    "javascript:window.pwned=1",
+    "line\u2028and\u2029paragraph",
+    "&lt;b&gt; &amp; &#x3c;",
+    "\u202eright to left\u202c",
+    "nul \x00 and bell \x07",
+)
+
+
+def test_no_caption_name_column_or_title_can_run_or_disturb_the_page(visit: Open, tmp_path: Path) -> None:
+    texts = [*HOSTILE, "half a pair \ud83d alone"]
+    cards = [
+        Card(
+            image_id=text,
+            picture=Reject(RejectReason.CORRUPT, text) if number % 2 else thumbnail(),
+            texts=[Text.of(text, label=text)],
+            facts={text: text, "__proto__": text, "constructor": 1.0},
+            tags=[text, "__proto__"],
+        )
+        for number, text in enumerate(texts)
+    ]
+    path = tmp_path / "out.html"
+    write_page(Page(title=" ".join(HOSTILE), cards=cards, lines=texts, scores=HOSTILE[:3]), str(path))
+    page = visit(path)
+    expected = [text.replace("\ud83d", "\\ud83d") for text in texts]
+    assert page.tab.evaluate("[...document.querySelectorAll('.texts .text')].map((e) => e.lastChild.data)") == expected
+    for _ in cards:
+        page.tab.keyboard.press("Enter")
+        page.tab.keyboard.press("Escape")
+        page.tab.keyboard.press("ArrowRight")
+    page.tab.fill("#find", "<script>")
+    page.tab.select_option("#sort", "name")
+    assert page.tab.evaluate("window.pwned") is None
+    assert page.tab.evaluate("document.scripts.length") == 2
+    assert (
+        page.tab.evaluate("document.querySelectorAll('svg, base, iframe, [onerror], [onload], [style*=x]').length") == 0
+    )
+
+
+def test_the_policy_of_the_page_lets_nothing_run_load_or_leave(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    with pytest.raises(Error, match="TrustedHTML"):
+        page.tab.evaluate("document.body.innerHTML = '<img src=x onerror=window.pwned=1>'")
+    page.tab.evaluate(
+        """() => {
+            window.blocked = [];
+            const note = (event) => window.blocked.push(event.effectiveDirective);
+            document.addEventListener("securitypolicyviolation", note);
+            const image = new Image();
+            image.src = "https://example.org/x.png";
+            const style = document.createElement("style");
+            style.textContent = "body { display: none }";
+            document.body.append(image, style);
+            return fetch("https://example.org/").catch(() => null);
+        }"""
+    )
+    page.wait_until("window.blocked.length >= 3")
+    blocked = set(page.tab.evaluate("window.blocked"))
+    assert [url for url in page.answers if url.startswith("http")] == []
+    assert {"img-src", "style-src-elem", "connect-src"} <= blocked
+    page.complaints.clear()  # they were ours
+    page.requests.clear()
+
+
+def test_the_page_asks_the_network_for_nothing_and_needs_one_file(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    page.tab.keyboard.press("End")
+    page.wait_until("[...document.images].every((image) => image.naturalWidth > 0)")
+    assert [url for url in page.requests if not url.startswith("data:")] == [grid.as_uri()]
+
+
+def test_two_runs_stand_side_by_side_with_their_differences_marked_for_eyes_and_ears(
+    visit: Open, tmp_path: Path
+) -> None:
+    before = caption_row(0, "in/000.jpg", "a red dog on a hill")
+    after = {**before, "caption": "a dog on a green hill"}
+    failed = {"image_id": "in/001.jpg", "key": 1, "reason": "missing", "detail": "HTTP 404"}
+    labels = ("one", "two")
+    cards = [pair_card((before, after), labels, thumbnail(), 0.3), pair_card((failed, after), labels, thumbnail(), 1.0)]
+    path = tmp_path / "out.html"
+    write_page(Page(title="one and two", cards=cards, layout="pairs", scores=["change"]), str(path))
+    page = visit(path)
+    first = page.tab.locator(".card").first
+    assert first.locator("del").all_text_contents() == ["[removed: red]"]
+    assert first.locator("ins").all_text_contents() == ["[added: green]"]
+    left, right = (text.bounding_box() for text in first.locator(".text").all())
+    assert left is not None
+    assert right is not None
+    assert (left["y"], left["x"] + left["width"] < right["x"]) == (right["y"], True)
+    lines = "[...document.querySelectorAll('del, ins')].map((e) => getComputedStyle(e).textDecorationLine)"
+    assert page.tab.evaluate(lines) == ["line-through", "underline"]
+    assert page.tab.locator(".missing").all_inner_texts() == ["one\nmissing: HTTP 404"]
+
+
+@pytest.mark.slow
+def test_five_hundred_images_stay_below_fifteen_megabytes_and_scroll(visit: Open, tmp_path: Path) -> None:
+    """Frame times are printed, not asserted."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for seed in range(500):
+        (images / f"{seed:03d}.jpg").write_bytes(encoded(seed=seed, size=(800, 600), quality=90))
+    table, _ = begin_table(str(tmp_path / "captions"), str(images))
+    add_part(table, [caption_row(n, f"{images}/{n:03d}.jpg", f"a picture numbered {n}") for n in range(500)])
+    output = tmp_path / "out.html"
+    summary = gallery(GalleryConfig(table=table.url, output=str(output), sample=500))
+    assert (summary["pictures"], summary["size_bytes"]) == (500, output.stat().st_size)
+    assert summary["size_bytes"] < 15_000_000
+    page = visit(output)
+    frames = page.tab.evaluate(
+        """async () => {
+            const times = [];
+            for (let last = performance.now(), y = 0; y < document.body.scrollHeight - innerHeight; y += 120) {
+                scrollTo(0, y);
+                const now = await new Promise(requestAnimationFrame);
+                times.push(now - last);
+                last = now;
+            }
+            return times.sort((a, b) => a - b);
+        }"""
+    )
+    print(f"size={summary['size_bytes']} frames={len(frames)} median_ms={frames[len(frames) // 2]:.1f}", end=" ")
+    print(f"p99_ms={frames[int(len(frames) * 0.99)]:.1f} max_ms={frames[-1]:.1f}")
+    page.tab.keyboard.press("End")
+    page.wait_until("document.activeElement.querySelector('img')?.naturalWidth > 0")
