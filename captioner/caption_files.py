@@ -4,16 +4,18 @@
     .parquet, or a folder       columns image_id (or uri, image, file_name) and caption: a text, or a list of texts
     .csv, .tsv, .jsonl          the same; several rows an image are fine
     .json                       COCO captions, COCO results, Karpathy's dataset_*.json
+    .token, .token.txt          Flickr8k's and Flickr30k's: `name.jpg#0`, a tab, a caption
     demo                        what the embedded images show
 
-Reads from any store. Knows no metric, and not which images belong together.
+`read_records` gives rows as they are, with the columns that the caller names; `read_captions` checks them. Reads from
+any store. Knows no metric, and not which images belong together.
 """
 
 import csv
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -25,12 +27,20 @@ from captioner.sources.columns import is_bytes, is_struct
 from captioner.sources.faults import StoreError
 from captioner.sources.parquet import open_parquet
 from captioner.sources.store import Entry, Store, open_store
-from captioner.sources.urls import absolute, join, shown, suffix
+from captioner.sources.urls import absolute, join, name, shown, suffix
 
-__all__ = ["CaptionRow", "read_captions"]
+__all__ = [
+    "CAPTION_COLUMNS",
+    "CaptionRow",
+    "Record",
+    "Wanted",
+    "image_name",
+    "read_captions",
+    "read_records",
+    "texts_of",
+]
 
-_ID_COLUMNS = ("image_id", "uri", "image", "file_name")
-_CAPTION_COLUMNS = ("caption", "captions")
+CAPTION_COLUMNS = ("caption", "captions")
 _ROWS_A_BATCH = 8192
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _EXPECTED = "the OUTPUT of jobs/caption.py, a .parquet or a folder of them, .csv, .tsv, .jsonl, or COCO's .json"
@@ -44,6 +54,39 @@ class CaptionRow(NamedTuple):
     file_name: str = ""
 
 
+class Record(NamedTuple):
+    """One row as its file has it, unchecked; `problem` says why it is none."""
+
+    image_id: Any = None
+    captions: Any = None
+    file_name: Any = None
+    split: Any = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Names of the columns to read, the first that is there of each; empty for none."""
+
+    image_id: tuple[str, ...] = ("image_id", "uri", "image", "file_name")
+    captions: tuple[str, ...] = CAPTION_COLUMNS
+    file_name: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
+    expected: str = "image_id and caption: rename them"
+    """What to say of a file without a name of the image, or without captions."""
+
+    def choose(self, names: Collection[str], where: str) -> dict[str, str]:
+        """Return the column of each field that has one. Raises InputError with the columns that there are."""
+        wished = {field: getattr(self, field) for field in ("image_id", "captions", "file_name", "split")}
+        found = {field: next((name for name in these if name in names), None) for field, these in wished.items()}
+        if found["captions"] is None or found["image_id"] is found["file_name"] is None:
+            raise InputError(f"{where} has {', '.join(names) or 'no columns'}; expected {self.expected}")
+        return {field: column for field, column in found.items() if column is not None}
+
+
+_FOR_EVALUATION = Wanted()
+
+
 def read_captions(path: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[CaptionRow]:
     """Yield every caption of `path`; one that is null is an empty one.
 
@@ -51,31 +94,50 @@ def read_captions(path: str, storage_options: Mapping[str, Any] | None = None) -
     if path == "demo":
         yield from _demo()
         return
+    for number, record in enumerate(read_records(path, storage_options), 1):
+        if record.problem:
+            raise InputError(record.problem)
+        image_id, texts = image_name(record.image_id), texts_of(record.captions)
+        if not image_id or texts is None:
+            raise InputError(
+                f"{shown(absolute(path))}, caption row {number}: the image is {str(record.image_id)[:40]!r}, the"
+                f" caption {str(record.captions)[:40]!r}; expected a text or a whole number, and a text or a list of"
+                " texts"
+            )
+        yield from (CaptionRow(image_id, text, str(record.file_name or "")) for text in texts)
+
+
+def read_records(
+    path: str, storage_options: Mapping[str, Any] | None = None, wanted: Wanted = _FOR_EVALUATION, kind: str = ""
+) -> Iterator[Record]:
+    """Yield every row of `path` as it is. `kind` is a suffix to read it by; by default its own. Raises as above."""
     url = absolute(path)
     store = open_store(url, storage_options)
     try:
-        yield from _read(store, url)
+        yield from _read(store, url, wanted, kind)
     except StoreError as error:
-        kind = JobError if error.fault.is_transient else InputError
-        raise kind(f"{shown(url)} cannot be read: {error.fault.detail}; expected {_EXPECTED}") from error
+        fault = JobError if error.fault.is_transient else InputError
+        raise fault(f"{shown(url)} cannot be read: {error.fault.detail}; expected {_EXPECTED}") from error
 
 
-def _read(store: Store, url: str) -> Iterator[CaptionRow]:
+def _read(store: Store, url: str, wanted: Wanted, kind: str) -> Iterator[Record]:
     entry = store.info(url)
     if entry is None:
         raise InputError(f"{shown(url)} does not exist; expected {_EXPECTED}")
-    kind = suffix(url)
+    kind = kind or (".token" if name(url).lower().endswith(".token.txt") else suffix(url))
     if entry.is_folder:
         for part in _parts(store, entry):
-            yield from _parquet(store, part)
+            yield from _parquet(store, part, wanted)
     elif kind in (".parquet", ".pq"):
-        yield from _parquet(store, url)
+        yield from _parquet(store, url, wanted)
     elif kind in _DELIMITERS:
-        yield from _csv(store, url, _DELIMITERS[kind])
+        yield from _csv(store, url, _DELIMITERS[kind], wanted)
     elif kind in (".jsonl", ".ndjson"):
-        yield from _jsonl(store, url)
+        yield from _jsonl(store, url, wanted)
     elif kind == ".json":
-        yield from _json(store, url)
+        yield from _json(store, url, wanted)
+    elif kind == ".token":
+        yield from _token(store, url)
     else:
         raise InputError(f"{shown(url)} ends in {kind or 'nothing'}; expected {_EXPECTED}")
 
@@ -89,14 +151,14 @@ def _parts(store: Store, folder: Entry) -> list[str]:
     raise InputError(f"{shown(folder.url)} holds no .parquet and no captions/*.parquet; expected {_EXPECTED}")
 
 
-def _parquet(store: Store, url: str) -> Iterator[CaptionRow]:
+def _parquet(store: Store, url: str, wanted: Wanted) -> Iterator[Record]:
     file, _ = open_parquet(store, url)
     with file:
         plain = [field.name for field in file.schema_arrow if not (is_bytes(field.type) or is_struct(field.type))]
-        columns = _columns(plain, shown(url))
+        columns = wanted.choose(plain, shown(url))
         try:
-            batches = file.iter_batches(_ROWS_A_BATCH, columns=list(columns), use_threads=False)
-            yield from _rows(chain.from_iterable(_pairs(batch, columns) for batch in batches), shown(url))
+            for batch in file.iter_batches(_ROWS_A_BATCH, columns=sorted(set(columns.values())), use_threads=False):
+                yield from _records({field: batch.column(column).to_pylist() for field, column in columns.items()})
         except StoreError:
             raise
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -104,38 +166,46 @@ def _parquet(store: Store, url: str) -> Iterator[CaptionRow]:
             raise InputError(f"{shown(url)} is damaged: {seen}; expected a whole Parquet file") from error
 
 
-def _pairs(batch: pa.RecordBatch, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
-    image_ids, captions = (batch.column(column).to_pylist() for column in columns)
-    return zip(image_ids, captions, strict=True)
+def _records(values: Mapping[str, Sequence[Any]]) -> Iterator[Record]:
+    return (Record(**dict(zip(values, row, strict=True))) for row in zip(*values.values(), strict=True))
 
 
-def _csv(store: Store, url: str, delimiter: str) -> Iterator[CaptionRow]:
+def _csv(store: Store, url: str, delimiter: str, wanted: Wanted) -> Iterator[Record]:
     with io.TextIOWrapper(store.open(url), "utf-8-sig", errors="backslashreplace", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter)
         try:
-            image_id, caption = _columns(reader.fieldnames or (), shown(url))
-            yield from _rows(((cells[image_id], cells[caption]) for cells in reader), shown(url))
+            columns = wanted.choose(reader.fieldnames or (), shown(url))
+            for cells in reader:
+                yield Record(**{field: cells[column] for field, column in columns.items()})
         except csv.Error as error:
             raise InputError(f"{shown(url)}, line {reader.line_num}: {error}; expected a CSV with a header") from error
 
 
-def _jsonl(store: Store, url: str) -> Iterator[CaptionRow]:
+def _jsonl(store: Store, url: str, wanted: Wanted) -> Iterator[Record]:
     with io.TextIOWrapper(store.open(url), "utf-8-sig", errors="backslashreplace") as lines:
-        objects = (_parse(line, f"{shown(url)}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
-        yield from _rows((_pair(found, shown(url)) for found in objects), shown(url))
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _json_line(line, f"{shown(url)}, line {number}", shown(url), wanted)
 
 
-def _json(store: Store, url: str) -> Iterator[CaptionRow]:
+def _json_line(line: str, place: str, where: str, wanted: Wanted) -> Record:
+    try:
+        return _record(_parse(line, place), where, wanted)
+    except InputError as error:
+        return Record(problem=str(error))
+
+
+def _json(store: Store, url: str, wanted: Wanted) -> Iterator[Record]:
     where = shown(url)
     match _parse(store.read_bytes(url).decode("utf-8-sig", "backslashreplace"), where):
         case {"annotations": [*annotations], "images": [*images]}:
-            names = {_image_id(image["id"]): str(image["file_name"]) for image in images if _is_named(image)}
-            for row in _rows((_pair(found, where) for found in annotations), where):
-                yield row._replace(file_name=names.get(row.image_id, ""))
+            names = {image_name(image["id"]): str(image["file_name"]) for image in images if _is_named(image)}
+            for record in (_record(found, where, wanted) for found in annotations):
+                yield record._replace(file_name=names.get(image_name(record.image_id), ""))
         case {"images": [*images]}:
-            yield from _karpathy(images, where)
+            yield from (_karpathy(image, where) for image in images)
         case {"annotations": [*results]} | [*results]:
-            yield from _rows((_pair(found, where) for found in results), where)
+            yield from (_record(found, where, wanted) for found in results)
         case _:
             raise InputError(f"{where} has neither annotations nor images; expected COCO's captions_*.json")
 
@@ -144,15 +214,13 @@ def _is_named(image: Any) -> bool:
     return isinstance(image, dict) and "id" in image and "file_name" in image
 
 
-def _karpathy(images: Sequence[Any], where: str) -> Iterator[CaptionRow]:
-    for image in images:
-        match image:
-            case {"filename": str(file_name), "sentences": [*sentences]}:
-                texts = [_sentence(found) for found in sentences]
-                for row in _rows([(image.get("cocoid", file_name), texts)], where):
-                    yield row._replace(file_name=file_name)
-            case _:
-                raise InputError(f"{where} has an image without filename and sentences; expected Karpathy's dataset")
+def _karpathy(image: Any, where: str) -> Record:
+    match image:
+        case {"filename": str(file_name), "sentences": [*sentences]}:
+            path = "/".join(part for part in (image.get("filepath"), file_name) if part)
+            texts = [_sentence(found) for found in sentences]
+            return Record(image.get("cocoid", file_name), texts, path, image.get("split"))
+    raise InputError(f"{where} has an image without filename and sentences; expected Karpathy's dataset")
 
 
 def _sentence(found: Any) -> Any:
@@ -162,6 +230,19 @@ def _sentence(found: Any) -> Any:
         case {"tokens": [*tokens]}:
             return " ".join(map(str, tokens))
     return found
+
+
+def _token(store: Store, url: str) -> Iterator[Record]:
+    with io.TextIOWrapper(store.open(url), "utf-8-sig", errors="backslashreplace") as lines:
+        for number, line in enumerate(lines, 1):
+            key, tab, caption = line.rstrip("\r\n").partition("\t")
+            file_name, mark, _ = key.rpartition("#")
+            if tab and mark:
+                yield Record(file_name, caption, file_name)
+            elif line.strip():
+                yield Record(
+                    problem=f"{shown(url)}, line {number} is {line[:40]!r}; expected `name.jpg#0`, a tab, a caption"
+                )
 
 
 def _demo() -> Iterator[CaptionRow]:
@@ -177,35 +258,19 @@ def _parse(text: str, where: str) -> Any:
         raise InputError(f"{where} is not JSON: {error}; expected image_id and caption") from error
 
 
-def _pair(found: Any, where: str) -> tuple[Any, Any]:
+def _record(found: Any, where: str, wanted: Wanted) -> Record:
     if not isinstance(found, dict):
         raise InputError(f"{where} holds {str(found)[:40]!r}; expected objects with image_id and caption")
-    image_id, caption = _columns(found, where)
-    return found[image_id], found[caption]
+    return Record(**{field: found[column] for field, column in wanted.choose(found, where).items()})
 
 
-def _columns(names: Collection[str], where: str) -> tuple[str, str]:
-    """Return the columns of the image's name and of its captions."""
-    image_id = next((name for name in _ID_COLUMNS if name in names), None)
-    caption = next((name for name in _CAPTION_COLUMNS if name in names), None)
-    if image_id is None or caption is None:
-        raise InputError(f"{where} has {', '.join(names) or 'no columns'}; expected image_id and caption: rename them")
-    return image_id, caption
+def texts_of(captions: Any) -> list[str] | None:
+    """Return one caption or several as texts, a null as an empty one; None for what is neither."""
+    texts = captions if isinstance(captions, list) else [captions]
+    return [text or "" for text in texts] if all(isinstance(text, str | None) for text in texts) else None
 
 
-def _rows(pairs: Iterable[tuple[Any, Any]], where: str) -> Iterator[CaptionRow]:
-    for number, (value, captions) in enumerate(pairs, 1):
-        image_id = _image_id(value)
-        texts = captions if isinstance(captions, list) else [captions]
-        if not image_id or not all(isinstance(text, str | None) for text in texts):
-            raise InputError(
-                f"{where}, caption row {number}: the image is {str(value)[:40]!r}, the caption {str(captions)[:40]!r};"
-                " expected a text or a whole number, and a text or a list of texts"
-            )
-        yield from (CaptionRow(image_id, text or "") for text in texts)
-
-
-def _image_id(value: Any) -> str:
+def image_name(value: Any) -> str:
     """Return the id as text, empty for what cannot be one; 400.0 is 400 (pandas writes it so beside a null)."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

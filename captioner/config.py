@@ -21,6 +21,7 @@ __all__ = [
     "GalleryConfig",
     "ImageConfig",
     "InputConfig",
+    "LabelsConfig",
     "ModelConfig",
     "ResourceConfig",
     "ScoringConfig",
@@ -31,6 +32,7 @@ _MAX_CARDS = 5_000  # a page of more is one that no browser likes
 _DAY_S = 86_400  # no timer of the system takes any number, and infinity least of all
 
 InputFormat = Literal["auto", "files", "list", "parquet", "webdataset"]
+LabelsFormat = Literal["auto", "parquet", "csv", "tsv", "jsonl", "json", "token", "webdataset"]
 MatchRule = Literal["auto", "id", "name", "number"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Ranking = Literal["logprob", "clip-score"]
@@ -408,6 +410,64 @@ class GalleryConfig:
         is_page = self.output.lower().endswith((".html", ".htm"))
         _check(is_page, "OUT.html", self.output, "a name that ends in .html")
         _check(1 <= self.sample <= _MAX_CARDS, "--sample", self.sample, f"1 to {_MAX_CARDS:,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsConfig:
+    """Images with captions, and which of them a projector is fitted on, chosen by and judged by."""
+
+    labels_path: Annotated[Positional[str], arg(metavar="LABELS")] = "demo"
+    """Images with captions, on any fsspec store: .parquet, .csv, .tsv, .jsonl, COCO's or Karpathy's .json,
+    Flickr8k.token.txt, .tar shards. Several files as train-{00..07}.tar, a glob or a folder.
+    `demo` is the embedded scenes."""
+
+    labels_format: LabelsFormat = "auto"
+    """What LABELS is. `auto` goes by its name."""
+
+    image_root: str | None = None
+    """Folder that relative image names are below. By default the folder of LABELS.
+    With braces as in LABELS, one folder for each of its files."""
+
+    image_column: str | None = None
+    """Column with the image: bytes, Hugging Face's struct<bytes, path>, or a URI. By default the only one that can be.
+    For tars: the ending of the member."""
+
+    caption_column: str | None = None
+    """Column with a caption or a list of captions. By default `caption` or `captions`.
+    For tars: the ending of a member, or a key of its .json; by default `txt`, or `caption` in the .json."""
+
+    split_column: str | None = None
+    """Column with the split: train, validation or test, also as val, dev or restval. By default `split`, if there is
+    one."""
+
+    validation_share: float = 0.05
+    """Share of the images, 0 to 1, that becomes the validation split where LABELS names none."""
+
+    test_share: float = 0.05
+    """Share of the images, 0 to 1, that becomes the test split where LABELS names no split at all; 0 for none."""
+
+    split_seed: int = 0
+    """Seed of these shares. Each image falls by its own name, so that another image moves none."""
+
+    limit: int | None = None
+    """Use only the first N images of each split."""
+
+    max_failed_share: float = 0.05
+    """Share of the images, 0 to 1, that may be missing, unreadable or without a caption; above it the job stops."""
+
+    storage_options: dict[str, object] = field(default_factory=dict)
+    """fsspec options of the store of LABELS, as JSON. By default the usual environment variables. Never written down.
+    """
+
+    allow_local_uris: bool = False
+    """Follow local paths, and loopback or link-local hosts, that remote LABELS point to."""
+
+    def __post_init__(self) -> None:
+        for name in ("validation_share", "test_share", "max_failed_share"):
+            _check(0 <= getattr(self, name) <= 1, _flag(name), getattr(self, name), "0 to 1")
+        held_out = self.validation_share + self.test_share
+        _check(held_out < 1, "--validation-share and --test-share together", held_out, "less than 1")
+        _check(self.limit is None or self.limit > 0, "--limit", self.limit, "at least 1")
 
 
 def worker_range(text: str, flag: str) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from captioner.errors import BundleError, ConfigError
 from captioner.model.caption_model import CaptionModel
-from captioner.model.clip import read_clip
+from captioner.model.clip import load_tower, pixel_affine, read_clip
 from captioner.model.folder import Folder, StorageOptions, open_folder
 from captioner.model.hub import MODEL_FILES
 from captioner.model.llama import read_llama
@@ -31,9 +31,10 @@ from captioner.model.llava import is_llava, read_llava
 from captioner.model.parts import Parts
 from captioner.model.projector import ProjectorConfig
 from captioner.model.template import DEFAULT_TEMPLATE, Template
+from captioner.model.vision import VisionEncoder
 from captioner.model.weights import Weights, read_weights
 
-__all__ = ["BundleDescription", "describe", "load", "save_bundle"]
+__all__ = ["BundleDescription", "describe", "load", "load_vision", "save_bundle"]
 
 _FORMAT = "captioner-bundle"
 _VERSION = 1
@@ -141,6 +142,21 @@ def load(
     where = _device(device)
     parts = _read(model, storage_options, prompt, on_disk=True)
     return parts.load(dtype=_dtype(dtype, where), device=where, with_text_tower=with_text_tower)
+
+
+def load_vision(
+    clip: str, *, dtype: str = "auto", device: str = "auto", storage_options: StorageOptions = None
+) -> VisionEncoder:
+    """Return a vision tower alone, whole and frozen; `clip` as a description names it. Raises as `load`."""
+    where = _device(device)
+    source = read_clip(open_folder(clip, storage_options).on_disk())
+    pixel_scale, pixel_shift = pixel_affine(source.preprocessing, where)
+    return VisionEncoder(
+        tower=load_tower(source, num_layers=None, dtype=_dtype(dtype, where), device=where),
+        image_size=source.image_size,
+        pixel_scale=pixel_scale,
+        pixel_shift=pixel_shift,
+    )
 
 
 def save_bundle(

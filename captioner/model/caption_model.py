@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from captioner.config import DecodingConfig
-from captioner.errors import ShapeError
 from captioner.model.joint_space import JointSpace
 from captioner.model.projector import ProjectorConfig
 from captioner.model.template import Template
+from captioner.model.vision import VisionEncoder
 from captioner.rows import FinishReason
 
 __all__ = ["CaptionModel", "Generated"]
@@ -81,6 +81,16 @@ class CaptionModel:
         """Most tokens that LLaMA was made for, prompt and image included."""
         return int(self.llama.config.max_position_embeddings)
 
+    @property
+    def vision(self) -> VisionEncoder:
+        """The vision tower with its pixels' scale and shift."""
+        return VisionEncoder(
+            tower=self.vision_tower,
+            image_size=self.image_size,
+            pixel_scale=self.pixel_scale,
+            pixel_shift=self.pixel_shift,
+        )
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Return what LLaMA reads in place of each image: float[B, k, D] from uint8[B, 3, S, S] on any device."""
@@ -99,7 +109,7 @@ class CaptionModel:
         Patch features come from a tower that was cut, so that such a model looks at the pixels again."""
         assert self.joint_space is not None, "loaded without its text tower"
         if self.projector_config.reads_patches:
-            return self.joint_space.of_pixels(self._normalised(pixels))
+            return self.joint_space.of_pixels(self.vision.normalised(pixels))
         return self.joint_space.of_pooled(features)
 
     @torch.no_grad()
@@ -109,12 +119,10 @@ class CaptionModel:
         float[B, F], the pooled CLS state, for a linear projector; float[B, P, F], the states of one layer, for an MLP.
         Raises ShapeError for pixels of another shape or type.
         """
-        self._check_pixels(pixels)
-        states = self.vision_tower(pixel_values=self._normalised(pixels))
         if not self.projector_config.reads_patches:
-            pooled: Tensor = states.pooler_output
-            return pooled
+            return self.vision.pooled(pixels)
         first = 1 if self.projector_config.vision_feature_select_strategy == "default" else 0
+        states = self.vision.states(pixels)
         patches: Tensor = states.last_hidden_state[:, first:]  # the tower was loaded up to the layer to read
         return patches
 
@@ -187,15 +195,3 @@ class CaptionModel:
             return Generated(token_ids, logprobs, FinishReason.LENGTH)
         length = ends[0] + 1
         return Generated(token_ids[:length], logprobs[:length], FinishReason.STOP)
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """Return what CLIP reads, float[B, 3, S, S] on the device."""
-        on_device = pixels.to(self.device, non_blocking=True)
-        return on_device.float().mul_(self.pixel_scale).add_(self.pixel_shift).to(self.dtype)
-
-    def _check_pixels(self, pixels: Tensor) -> None:
-        side = self.image_size
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
-            raise ShapeError(
-                f"pixels are {pixels.dtype}{list(pixels.shape)}; expected torch.uint8[B, 3, {side}, {side}]"
-            )
