@@ -72,6 +72,9 @@ class Wanted:
     captions: tuple[str, ...] = CAPTION_COLUMNS
     file_name: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
+    has_image: bool = False
+    """Whether each row has its image with it, so that no column need name it."""
+
     expected: str = "image_id and caption: rename them"
     """What to say of a file without a name of the image, or without captions."""
 
@@ -79,7 +82,8 @@ class Wanted:
         """Return the column of each field that has one. Raises InputError with the columns that there are."""
         wished = {field: getattr(self, field) for field in ("image_id", "captions", "file_name", "split")}
         found = {field: next((name for name in these if name in names), None) for field, these in wished.items()}
-        if found["captions"] is None or found["image_id"] is found["file_name"] is None:
+        has_image = self.has_image or found["image_id"] or found["file_name"]
+        if found["captions"] is None or not has_image:
             raise InputError(f"{where} has {', '.join(names) or 'no columns'}; expected {self.expected}")
         return {field: column for field, column in found.items() if column is not None}
 

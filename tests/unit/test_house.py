@@ -17,7 +17,7 @@ ORDER = [
     {"config", "repetition", "rows"},
     {"command_line", "demo", "tracebacks"},
     {"keys", "resources", "sources", "images", "model"},
-    {"decoding", "fitting", "metrics", "tables", "slices", "decode_worker", "caption_files"},
+    {"decoding", "fitting", "metrics", "tables", "slices", "decode_worker", "caption_files", "splits"},
     {"evaluation", "gallery", "verification", "demo.train"},
     {"plan", "worker"},
     {"progress", "summary"},

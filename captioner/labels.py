@@ -1,0 +1,245 @@
+"""Labelled splits: images with captions, each image in exactly one of train, validation and test.
+
+    labels = read_labels(config, run_folder)
+    labels.counts()                     # {"train": Count(num_images=9, num_captions=45), ...}
+    labels.table                        # schema LABELS: one row an image
+
+An image is what its URI says; where its bytes lie in a Parquet file or a tar, what the row says. A row that cannot be
+used is counted by its reason; too many of them are an error. Knows no pixels, no model and no Ray.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.config import InputConfig, LabelsConfig
+from captioner.errors import InputError
+from captioner.label_files import LabelRow, read_rows
+from captioner.sources.units import Frozen
+from captioner.sources.urls import shown
+from captioner.splits import SPLITS, Split, draw_split, split_called
+
+__all__ = ["LABELS", "Count", "Labels", "check_failed", "read_labels"]
+
+LABELS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("key", pa.int64()),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+"""One row an image. `source` names its bytes for ever, without credentials. They are at `uri`; where that is null, in
+the row `key` of the frozen input."""
+
+
+class Count(NamedTuple):
+    """How much a split holds."""
+
+    num_images: int
+    num_captions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Images with captions, in splits that share no image."""
+
+    config: LabelsConfig
+    location: str
+    """URL of the file or files that were read."""
+
+    access: InputConfig
+    """How the images are read: as a caption job whose input they are."""
+
+    table: pa.Table
+    frozen: Frozen | None = None
+    """Where `key` leads; None where every image has a URI."""
+
+    failed: Mapping[str, int] = field(default_factory=dict)
+    """Images and rows that cannot be used, by reason."""
+
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Images that were left out on purpose, by reason: `limit`, `in_no_split_list`."""
+
+    def counts(self) -> dict[str, Count]:
+        """Return how many images and captions each split has."""
+        return {split: _count(self.split(split)) for split in SPLITS}
+
+    def split(self, split: str) -> pa.Table:
+        """Return the rows of one split."""
+        return self.table.filter(pc.equal(self.table["split"], split))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the images' names, captions and splits, wherever they lie."""
+        digest = hashlib.blake2b(digest_size=16)
+        for batch in self.table.select(["image_id", "captions", "split"]).to_batches(max_chunksize=8192):
+            digest.update(repr(batch.to_pylist()).encode())
+        return digest.hexdigest()
+
+
+def _count(table: pa.Table) -> Count:
+    return Count(table.num_rows, pc.sum(pc.list_value_length(table["captions"])).as_py() or 0)
+
+
+def read_labels(config: LabelsConfig, run_folder: str, output_options: Mapping[str, Any] | None = None) -> Labels:
+    """Return what LABELS holds. Writes below `run_folder` where the images are: what is read from there later.
+
+    Raises InputError for what cannot be read, an image in two splits, a split with an unknown name, more failures than
+    `max_failed_share`, or no train split; JobError for a store that does not deliver.
+    """
+    files = read_rows(config, run_folder, output_options)
+    images = _Images()
+    for row in files.rows:
+        images.add(row)
+    rows, left_out = _limited(images.in_splits(config), config.limit)
+    labels = Labels(
+        config=config,
+        location=files.location,
+        access=files.access,
+        table=_table(rows),
+        frozen=files.frozen,
+        failed=dict(images.failed),
+        left_out=dict(images.left_out + left_out),
+    )
+    check_failed(labels, labels.failed, images.first_problem)
+    if not labels.counts()["train"].num_images:
+        raise InputError(f"{_shown(config)} has no image of the split train; expected images with captions to fit on")
+    return labels
+
+
+def check_failed(labels: Labels, failed: Mapping[str, int], example: str = "") -> None:
+    """Raise InputError, naming the counts, when more images failed than `max_failed_share` allows."""
+    config, num_failed = labels.config, sum(failed.values())
+    total = labels.table.num_rows + sum(labels.failed.values())
+    if num_failed > config.max_failed_share * total:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(failed.items()))
+        first = f"; the first: {example}" if example else ""
+        raise InputError(
+            f"{num_failed:,} of {total:,} images of {_shown(config)} cannot be used ({reasons}), more than"
+            f" --max-failed-share {config.max_failed_share:g}{first}. Mend them, or raise it"
+        )
+
+
+def _shown(config: LabelsConfig) -> str:
+    return config.labels_path if config.labels_path == "demo" else shown(config.labels_path)
+
+
+@dataclass
+class _Image:
+    """What the rows of one image say."""
+
+    row: LabelRow
+    split: Split | None = None
+    captions: list[str] = field(default_factory=list)
+
+
+class _Images:
+    """Rows gathered by image."""
+
+    def __init__(self) -> None:
+        self.failed: Counter[str] = Counter()
+        self.first_problem = ""
+        self._left_out: dict[str, set[str]] = {}
+        self._by_source: dict[str, _Image] = {}
+        self._by_id: dict[str, _Image] = {}
+
+    def add(self, row: LabelRow) -> None:
+        """Count a row to its image. Raises InputError where it contradicts an earlier one."""
+        if row.problem:
+            self._fail(row.problem, row.detail)
+            return
+        if row.left_out:
+            self._left_out.setdefault(row.left_out, set()).add(row.source)
+            return
+        image = self._image(row)
+        image.captions += filter(None, (" ".join(text.split()) for text in row.captions))
+        split = _split(row)
+        if split and image.split and split != image.split:
+            raise InputError(
+                f"image {image.row.image_id} is in two splits, {image.split} and {split}; expected each image in one:"
+                " captions of the same picture in train and validation make every figure too good"
+            )
+        image.split = image.split or split
+
+    def _image(self, row: LabelRow) -> _Image:
+        found = self._by_source.get(row.source)
+        if found is None:
+            found = self._by_id.get(row.image_id)
+            if found is not None and row.uri is not None:
+                raise InputError(
+                    f"image_id {row.image_id} means two images, {found.row.source} and {row.source}; expected one"
+                )
+        if found is None:
+            found = self._by_id[row.image_id] = _Image(row)
+            self._by_source[row.source] = found
+        return found
+
+    def _fail(self, reason: str, detail: str) -> None:
+        self.failed[reason] += 1
+        self.first_problem = self.first_problem or f"{reason}: {detail}"
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Images that are not wanted, by reason."""
+        return Counter({reason: len(sources) for reason, sources in self._left_out.items()})
+
+    def in_splits(self, config: LabelsConfig) -> list[_Image]:
+        """Return the images that have captions, each with its split, in the order of their first rows."""
+        kept = [image for image in self._by_source.values() if image.captions]
+        self.failed += Counter({"no_caption": len(self._by_source) - len(kept)})
+        _draw(kept, config)
+        return kept
+
+
+def _split(row: LabelRow) -> Split | None:
+    if not row.split:
+        return None
+    split = split_called(row.split)
+    if split is None:
+        raise InputError(
+            f"image {row.image_id} has the split {row.split[:40]!r}; expected train, validation or test"
+            " (also val, dev, restval), or name the right column with --split-column"
+        )
+    return split
+
+
+def _draw(images: Iterable[_Image], config: LabelsConfig) -> None:
+    """Give a split to each image that has none, and a validation split to a train split that has none beside it."""
+    known = {image.split for image in images} - {None}
+    test_share = 0.0 if known else config.test_share
+    for image in images:
+        if image.split is None or (image.split == "train" and "validation" not in known):
+            image.split = draw_split(
+                image.row.image_id,
+                seed=config.split_seed,
+                validation_share=config.validation_share,
+                test_share=test_share,
+            )
+
+
+def _limited(images: Iterable[_Image], limit: int | None) -> tuple[list[_Image], Counter[str]]:
+    counts: Counter[str] = Counter()
+    kept = []
+    for image in images:
+        counts[str(image.split)] += 1
+        if limit is None or counts[str(image.split)] <= limit:
+            kept.append(image)
+    return kept, Counter({"limit": counts.total() - len(kept)}) if limit else Counter()
+
+
+def _table(images: Iterable[_Image]) -> pa.Table:
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for image in images:
+            row = image.row
+            yield row.image_id, row.source, row.uri, row.key, image.captions, image.split
+
+    columns = list(zip(*rows(), strict=True)) or [()] * len(LABELS)
+    return pa.table([pa.array(values, kind.type) for values, kind in zip(columns, LABELS, strict=True)], LABELS)
