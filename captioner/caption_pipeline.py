@@ -2,7 +2,7 @@
 
     slices -> ReadSlices -> DecodeWorker pool (CPU) -> CaptionWorker pool (GPU) -> WriteParts
 
-One of the two modules that import ray. Knows how rows move and what each stage reserves; what is done to them is in
+One of the modules that import ray. Knows how rows move and what each stage reserves; what is done to them is in
 `worker`, what is left to do in `plan`, how it is stored in `tables`.
 """
 
@@ -17,7 +17,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -32,7 +33,7 @@ from captioner.decode_worker import DecodeWorker
 from captioner.errors import ConfigError
 from captioner.progress import progress
 from captioner.resources import Allocation, Cluster, allocate
-from captioner.slices import BLOCK_ROWS, Slice, SliceReader
+from captioner.slices import BLOCK_ROWS, Slice
 from captioner.sources.faults import output_errors
 from captioner.summary import facts, farewell, planned, summarize
 from captioner.tables import CaptionTable, PartSummary, Stamp
@@ -41,7 +42,18 @@ from captioner.tracebacks import error_in
 if TYPE_CHECKING:
     from captioner.plan import Plan
 
-__all__ = ["caption_images"]
+__all__ = [
+    "OFF_MODEL_NODES",
+    "RETRIES",
+    "ReadSlices",
+    "caption_images",
+    "check_device",
+    "decode_slices",
+    "job_errors",
+    "joined_cluster",
+    "shortage",
+    "worker_pool",
+]
 
 log = logging.getLogger("captioner")
 
@@ -50,9 +62,9 @@ _CAPTION_CALLS = 4  # calls an actor serves at once: they share one engine, so t
 _DECODE_CALLS = 2  # one fetches while the other decodes
 _MAX_RETRIES = 2  # of a task that kills its worker (Ray's default is for ever), and of a worker that dies loading
 _MAX_RESTARTS = 10  # of one worker: a spot node takes its workers with it, and is replaced
-_RETRIES = {"max_restarts": _MAX_RESTARTS, "max_task_retries": _MAX_RETRIES}
+RETRIES: dict[str, Any] = {"max_restarts": _MAX_RESTARTS, "max_task_retries": _MAX_RETRIES}
 _STAGE_LABEL = "captioner/stage"
-_OFF_MODEL_NODES = {_STAGE_LABEL: "!model"}  # nodes without the label are as good as any
+OFF_MODEL_NODES = {_STAGE_LABEL: "!model"}  # nodes without the label are as good as any
 
 
 def caption_images(config: CaptionJobConfig) -> Mapping[str, Any]:
@@ -79,23 +91,25 @@ def _run(plan: "Plan") -> dict[str, Any]:
     """Caption what is left and return the summary, which `_run/runs/` keeps beside the config and the versions."""
     start = time.monotonic()
     run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
-    with _cluster() as cluster:
+    with joined_cluster() as cluster:
         allocation = allocate(plan.config.resources, cluster, plan.num_left)
-        _check_device(plan.config.model.device, allocation)
+        check_device(plan.config.model.device, allocation)
         known = facts(plan, allocation)
         plan.table.record(run_id, known)
         _announce(allocation, cluster)
         sink = WriteParts(plan.table, Stamp(run_id, plan.table.digest), plan.frozen.columns.kept, plan.rows_per_part)
-        with progress(plan, run_id, lambda: _shortage(allocation)), _job_errors():
+        count, url = partial(plan.table.num_written, run_id), plan.table.url
+        with progress(plan.num_left, count, url, partial(shortage, allocation)), job_errors():
             captioned = _captioned(plan, allocation)
-            task = {"num_cpus": allocation.task_cpus, "label_selector": _OFF_MODEL_NODES}
+            task = {"num_cpus": allocation.task_cpus, "label_selector": OFF_MODEL_NODES}
             captioned.write_datasink(sink, ray_remote_args=task)
         summary = summarize(plan, sink.parts, time.monotonic() - start)
         plan.table.record(run_id, known | {"summary": summary})
     return summary
 
 
-def _check_device(device: str, allocation: Allocation) -> None:
+def check_device(device: str, allocation: Allocation) -> None:
+    """Raise ConfigError when a GPU is asked for and no worker gets one."""
     if device.startswith("cuda") and not allocation.worker_gpus:
         raise ConfigError(
             f"--device is {device}, but the workers get no GPU: there is none in the cluster, or --gpus-per-worker is"
@@ -107,26 +121,11 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
     """Return the stream of captioned rows, not yet running."""
     from captioner.worker import CaptionWorker  # here, not above: read and write tasks import this module, not torch
 
-    # Ray 2.60 deprecates passing options by the name that only remote functions know, and has no other way for these.
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     config, kept = plan.config, plan.frozen.columns.kept
-    rows = ray.data.read_datasource(
+    decoded = decode_slices(
         ReadSlices(plan.reader, plan.slices),
-        num_cpus=allocation.task_cpus,
-        label_selector=_OFF_MODEL_NODES,
-        concurrency=min(allocation.num_readers, len(plan.slices)),
-        override_num_blocks=len(plan.slices),  # fewer than Ray would like are split into crumbs
-    )
-    decoded = rows.map_batches(
-        DecodeWorker,
-        fn_constructor_kwargs={"config": config, "preprocessing": plan.model.preprocessing, "kept": kept},
-        batch_size=BLOCK_ROWS,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=_pool(allocation.decoders, _DECODE_CALLS),
-        num_cpus=allocation.decoder_cpus,
-        label_selector=_OFF_MODEL_NODES,
-        **_RETRIES,
+        {"config": config, "preprocessing": plan.model.preprocessing, "kept": kept},
+        allocation,
     )
     captioned: Dataset = decoded.map_batches(
         CaptionWorker,
@@ -134,15 +133,41 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=_pool(allocation.workers, _CAPTION_CALLS),
+        compute=worker_pool(allocation.workers, _CAPTION_CALLS),
         num_cpus=allocation.worker_cpus,
         num_gpus=allocation.worker_gpus,
-        **_RETRIES,
+        **RETRIES,
     )
     return captioned
 
 
-def _pool(size: tuple[int, int], calls: int) -> ActorPoolStrategy:
+def decode_slices(source: "ReadSlices", decoder: Mapping[str, Any], allocation: Allocation) -> Dataset:
+    """Return the stream of decoded rows, not yet running; `decoder` is what a DecodeWorker is made with."""
+    # Ray 2.60 deprecates passing options by the name that only remote functions know, and has no other way for these.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+    rows = ray.data.read_datasource(
+        source,
+        num_cpus=allocation.task_cpus,
+        label_selector=OFF_MODEL_NODES,
+        concurrency=min(allocation.num_readers, source.num_slices),
+        override_num_blocks=source.num_slices,  # fewer than Ray would like are split into crumbs
+    )
+    decoded: Dataset = rows.map_batches(
+        DecodeWorker,
+        fn_constructor_kwargs=dict(decoder),
+        batch_size=BLOCK_ROWS,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=worker_pool(allocation.decoders, _DECODE_CALLS),
+        num_cpus=allocation.decoder_cpus,
+        label_selector=OFF_MODEL_NODES,
+        **RETRIES,
+    )
+    return decoded
+
+
+def worker_pool(size: tuple[int, int], calls: int) -> ActorPoolStrategy:
+    """Return a pool of (min, max) actors, each of which serves so many calls at once."""
     return ActorPoolStrategy(
         min_size=size[0],
         max_size=size[1],
@@ -152,12 +177,24 @@ def _pool(size: tuple[int, int], calls: int) -> ActorPoolStrategy:
     )
 
 
+class Reader(Protocol):
+    """What reads a slice, in any process: a `SliceReader`, or what wraps one."""
+
+    def read(self, piece: Any) -> Iterator[pa.Table]:
+        """Yield the rows of a slice."""
+
+
 class ReadSlices(Datasource):
     """The planned slices as Ray read tasks, one each."""
 
-    def __init__(self, reader: SliceReader, slices: Sequence[Slice]) -> None:
+    def __init__(self, reader: Reader, slices: Sequence[Slice]) -> None:
         self._reader = reader
         self._slices = slices
+
+    @property
+    def num_slices(self) -> int:
+        """Read tasks there will be."""
+        return len(self._slices)
 
     def get_name(self) -> str:
         """What the dashboard calls this stage."""
@@ -186,7 +223,7 @@ class ReadSlices(Datasource):
 class _Read:
     """Reads one slice, in a Ray task."""
 
-    reader: SliceReader
+    reader: Reader
     piece: Slice
 
     def __call__(self) -> Iterator[pa.Table]:
@@ -219,11 +256,11 @@ class WriteParts(Datasink[PartSummary]):
 
 
 @contextmanager
-def _cluster() -> Iterator[Cluster]:
+def joined_cluster() -> Iterator[Cluster]:
     """Join the cluster of RAY_ADDRESS, or start a local one for the time of the job."""
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of an error, `_job_errors` says in a line
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of an error, `job_errors` says in a line
     on_terminate = signal.getsignal(signal.SIGTERM)
     ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.ERROR)
     if threading.current_thread() is threading.main_thread():
@@ -256,7 +293,7 @@ def _has_autoscaler() -> bool:
     return int(status.stats.autoscaler_version or 0) > 0
 
 
-def _shortage(allocation: Allocation) -> str:
+def shortage(allocation: Allocation) -> str:
     """Return what the job waits for, while not even one model worker can run."""
     gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
     if gpus >= allocation.worker_gpus:
@@ -265,7 +302,7 @@ def _shortage(allocation: Allocation) -> str:
 
 
 @contextmanager
-def _job_errors() -> Iterator[None]:
+def job_errors() -> Iterator[None]:
     """Turn what a worker raised into the error of ours that caused it, or into one that names the cause."""
     try:
         yield

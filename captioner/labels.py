@@ -109,21 +109,24 @@ def read_labels(config: LabelsConfig, run_folder: str, output_options: Mapping[s
         failed=dict(images.failed),
         left_out=dict(images.left_out + left_out),
     )
-    check_failed(labels, labels.failed, images.first_problem)
+    check_failed(labels, {}, images.first_problem)
     if not labels.counts()["train"].num_images:
         raise InputError(f"{_shown(config)} has no image of the split train; expected images with captions to fit on")
     return labels
 
 
 def check_failed(labels: Labels, failed: Mapping[str, int], example: str = "") -> None:
-    """Raise InputError, naming the counts, when more images failed than `max_failed_share` allows."""
-    config, num_failed = labels.config, sum(failed.values())
+    """Raise InputError, naming the counts, when more images failed than `max_failed_share` allows.
+
+    failed: by reason, beside those that have failed in the labels already.
+    """
+    config, counts = labels.config, Counter(labels.failed) + Counter(failed)
     total = labels.table.num_rows + sum(labels.failed.values())
-    if num_failed > config.max_failed_share * total:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(failed.items()))
-        first = f"; the first: {example}" if example else ""
+    if counts.total() > config.max_failed_share * total:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+        first = f"; one of them: {example}" if example else ""
         raise InputError(
-            f"{num_failed:,} of {total:,} images of {_shown(config)} cannot be used ({reasons}), more than"
+            f"{counts.total():,} of {total:,} images of {_shown(config)} cannot be used ({reasons}), more than"
             f" --max-failed-share {config.max_failed_share:g}{first}. Mend them, or raise it"
         )
 

@@ -9,33 +9,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from captioner.sources.urls import scheme
 
-if TYPE_CHECKING:
-    from captioner.plan import Plan  # not at run time: it brings the model room, and tasks import this
-
 __all__ = ["progress"]
 
 log = logging.getLogger("captioner")
-
 
 _FIRST_LINE_S = 10
 _LINE_S = 60
 
 
 @contextmanager
-def progress(plan: "Plan", run_id: str, shortage: Callable[[], str] = str) -> Iterator[None]:
+def progress(
+    total: int | None, num_written: Callable[[], int], url: str, shortage: Callable[[], str] = str
+) -> Iterator[None]:
     """Show on stderr how many rows are on disk: a bar on a terminal, a line a minute elsewhere.
 
-    shortage: says what the job waits for; empty while it can run.
+    total: rows that there will be, None where nobody knows. num_written: counts them below `url`. shortage: says what
+    the job waits for; empty while it can run.
     """
     finished = threading.Event()
-    show = _bar if sys.stderr.isatty() else _lines
-    thread = threading.Thread(target=show, args=(plan, run_id, shortage, finished), daemon=True)
+    watch = _Watch(total, num_written, 1 if scheme(url) == "file" else 10, shortage, finished)
+    thread = threading.Thread(target=watch.bar if sys.stderr.isatty() else watch.lines, daemon=True)
     thread.start()
     try:
         yield
@@ -44,26 +43,31 @@ def progress(plan: "Plan", run_id: str, shortage: Callable[[], str] = str) -> It
         thread.join()
 
 
-def _bar(plan: "Plan", run_id: str, shortage: Callable[[], str], finished: threading.Event) -> None:
-    is_local = scheme(plan.table.url) == "file"
-    with tqdm(total=plan.num_left, unit="image", smoothing=0.1, file=sys.stderr) as bar:
-        while not finished.wait(1 if is_local else 10):
-            bar.set_postfix_str(shortage(), refresh=False)
-            bar.update(plan.table.num_written(run_id) - bar.n)
-        bar.update(plan.table.num_written(run_id) - bar.n)
+@dataclass(frozen=True)
+class _Watch:
+    """What is looked at, how often, and when to stop."""
 
+    total: int | None
+    num_written: Callable[[], int]
+    pause_s: float
+    shortage: Callable[[], str]
+    finished: threading.Event
 
-def _lines(plan: "Plan", run_id: str, shortage: Callable[[], str], finished: threading.Event) -> None:
-    start = time.monotonic()
-    pause_s = _FIRST_LINE_S
-    while not finished.wait(pause_s):
-        pause_s = _LINE_S
-        if missing := shortage():
-            log.info(missing)
-            continue
-        written, seconds = plan.table.num_written(run_id), time.monotonic() - start
-        log.info("written=%d left=%s images_per_s=%.1f", written, _left(plan, written), written / seconds)
+    def bar(self) -> None:
+        with tqdm(total=self.total, unit="image", smoothing=0.1, file=sys.stderr) as bar:
+            while not self.finished.wait(self.pause_s):
+                bar.set_postfix_str(self.shortage(), refresh=False)
+                bar.update(self.num_written() - bar.n)
+            bar.update(self.num_written() - bar.n)
 
-
-def _left(plan: "Plan", written: int) -> str:
-    return "unknown" if plan.num_left is None else str(plan.num_left - written)
+    def lines(self) -> None:
+        start = time.monotonic()
+        pause_s = _FIRST_LINE_S
+        while not self.finished.wait(pause_s):
+            pause_s = _LINE_S
+            if missing := self.shortage():
+                log.info(missing)
+                continue
+            written, seconds = self.num_written(), time.monotonic() - start
+            left = "unknown" if self.total is None else str(self.total - written)
+            log.info("written=%d left=%s images_per_s=%.1f", written, left, written / seconds)

@@ -30,10 +30,10 @@ from captioner.model.caption_model import CaptionModel
 from captioner.repetition import is_repetitive
 from captioner.rows import Reject, RejectReason, build_table, captioned_schema
 
-__all__ = ["Caption", "CaptionWorker", "Captioner", "image_seed"]
+__all__ = ["ENCODE_ROWS", "Caption", "CaptionWorker", "Captioner", "image_seed", "pixel_tensor"]
 
 ImageLike = Image.Image | bytes | str | Path
-_ENCODE_ROWS = {"cpu": 8, "cuda": 64}  # always as many, so that no image depends on how many came with it
+ENCODE_ROWS = {"cpu": 8, "cuda": 64}  # always as many, so that no image depends on how many came with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Captioner:
         self.decoding = decoding or DecodingConfig()
         self.scoring = scoring or ScoringConfig()
         self._decoder = Decoder(Preprocessing.from_config(model.preprocessing), image or ImageConfig())
-        self._encode_rows = _ENCODE_ROWS.get(model.device.type, 8)
+        self._encode_rows = ENCODE_ROWS.get(model.device.type, 8)
         self._engine = EngineThread(_engine(model, self.decoding, slots))
 
     @classmethod
@@ -255,7 +255,7 @@ class CaptionWorker:
         images = rows.filter(is_image)
         captions: Iterator[Caption] = iter(())
         if images.num_rows:
-            pixels = _pixel_tensor(images.column("pixels"), self._captioner.model.image_size)
+            pixels = pixel_tensor(images.column("pixels"), self._captioner.model.image_size)
             captions = iter(self._captioner.caption_pixels(pixels, images.column("image_id").to_pylist()))
         found = [next(captions) if wanted else None for wanted in is_image.to_pylist()]
         names = [field.name for field in fields(Caption) if field.name != "candidates"]
@@ -268,7 +268,7 @@ def _candidates(caption: Caption, names: Sequence[str]) -> list[dict[str, Any]] 
     return [{name: getattr(one, name) for name in names} for one in caption.candidates] or None
 
 
-def _pixel_tensor(column: pa.ChunkedArray, size: int) -> torch.Tensor:
+def pixel_tensor(column: pa.ChunkedArray, size: int) -> torch.Tensor:
     """Return uint8[B, 3, size, size] from fixed-size binary without nulls."""
     array = column.combine_chunks()
     width = array.type.byte_width

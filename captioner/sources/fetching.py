@@ -3,6 +3,7 @@
     fetcher = Fetcher(config.input_path, config.input, config.image)
     for outcome in fetcher.fetch(uris): ...         # bytes | Reject, in the order of the URIs
     for outcome in fetcher.fetch_rows(table): ...   # the same for rows as `read_unit` gives them
+    for outcome in fetcher.stamps(uris): ...        # str | Reject: what the store says of an object, without its bytes
 
 Knows retries, deadlines, the size guard and which URIs a list may point to; does not know what an image is.
 """
@@ -11,9 +12,9 @@ import asyncio
 import functools
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec.asyn
 import pyarrow as pa
@@ -28,7 +29,13 @@ from captioner.sources.store import S3Store, Store, http_client, open_store, pau
 
 __all__ = ["Fetcher"]
 
+T = TypeVar("T")
+Access = Callable[[str], Awaitable[T | Reject]]
+
 _CHUNK_BYTES = 1 << 20
+_NO_FILE = "not a file but a folder, a device or a pipe"
+_NO_HEAD = (403, 405, 501)  # what servers answer that give the object but not what they know of it
+_CHANGING = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "mtime", "LastModified", "last_modified", "created")
 _SCHEMES_OF_HOSTS = frozenset({"http", "https", "hdfs"})
 _SECRETS = frozenset({"headers", "auth", "cookies", "cookie_jar"})
 _LIST_SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https", "hf", "oss", "oci", "hdfs", "memory"})
@@ -53,8 +60,18 @@ class Fetcher:
 
     def fetch(self, uris: Sequence[str]) -> list[bytes | Reject]:
         """Return the bytes behind each URI, or why there are none. Never raises for a URI or its store."""
+        return self._ask(uris, lambda uri: self._reader(uri).read(uri, self._image.max_image_bytes))
+
+    def stamps(self, uris: Sequence[str]) -> list[str | Reject]:
+        """Return what each store says of the object: another text once the object is another. Never raises.
+
+        Empty where the store does not say; a reject where it says that there is no such object, or nothing at all.
+        """
+        return self._ask(uris, lambda uri: self._reader(uri).stamp(uri))
+
+    def _ask(self, uris: Sequence[str], access: Access[T]) -> list[T | Reject]:
         loop = fsspec.asyn.get_loop()
-        return asyncio.run_coroutine_threadsafe(self._fetch_all(uris), loop).result()
+        return asyncio.run_coroutine_threadsafe(self._ask_all(uris, access), loop).result()
 
     def fetch_rows(self, rows: pa.Table) -> list[bytes | Reject]:
         """Return the bytes of each row of `rows.source_schema`, fetched if it has only a URI, or why there are none."""
@@ -69,28 +86,28 @@ class Fetcher:
                 found.append(data.as_py() if uri is None else next(fetched))
         return found
 
-    async def _fetch_all(self, uris: Sequence[str]) -> list[bytes | Reject]:
-        return list(await asyncio.gather(*(self._fetch_one(uri) for uri in uris)))
+    async def _ask_all(self, uris: Sequence[str], access: Access[T]) -> list[T | Reject]:
+        return list(await asyncio.gather(*(self._ask_one(uri, access) for uri in uris)))
 
-    async def _fetch_one(self, uri: str) -> bytes | Reject:
+    async def _ask_one(self, uri: str, access: Access[T]) -> T | Reject:
         if objection := self._objection(uri):
             return Reject(RejectReason.UNSAFE_URI, urls.redact(f"{objection}: {uri}"))
         async with self._slots:
-            return await self._in_time(uri)
+            return await self._in_time(uri, access)
 
-    async def _in_time(self, uri: str) -> bytes | Reject:
+    async def _in_time(self, uri: str, access: Access[T]) -> T | Reject:
         seen = ["no answer"]
         try:
             async with asyncio.timeout(self._image.fetch_timeout_s):
-                return await self._retrying(uri, seen)
+                return await self._retrying(uri, access, seen)
         except TimeoutError:
             detail = f"not delivered within {self._image.fetch_timeout_s:g} s ({seen[-1]})"
             return Reject(RejectReason.FETCH_FAILED, detail)
 
-    async def _retrying(self, uri: str, seen: list[str]) -> bytes | Reject:
+    async def _retrying(self, uri: str, access: Access[T], seen: list[str]) -> T | Reject:
         for attempt in range(self._image.fetch_retries + 1):
             try:
-                return await self._reader(uri).read(uri, self._image.max_image_bytes)
+                return await access(uri)
             except InputError as error:  # the store's package is not installed
                 return Reject(RejectReason.FETCH_FAILED, str(error))
             except Exception as error:  # each store raises its own kinds; diagnose() keeps type and text
@@ -157,6 +174,9 @@ class _Reader:
     async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
         raise NotImplementedError
 
+    async def stamp(self, uri: str) -> str | Reject:
+        raise NotImplementedError
+
 
 class _LocalReader(_Reader):
     def __init__(self, threads: ThreadPoolExecutor) -> None:
@@ -165,13 +185,27 @@ class _LocalReader(_Reader):
     async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
         return await asyncio.get_running_loop().run_in_executor(self._threads, _read_local, uri, max_bytes)
 
+    async def stamp(self, uri: str) -> str | Reject:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _stamp_local, uri)
+
+
+def _stamp_local(uri: str) -> str | Reject:
+    found = os.stat(urls.local_path(uri))  # noqa: PTH116 - paths stay strings here
+    if not stat.S_ISREG(found.st_mode):
+        return Reject(RejectReason.MISSING, _NO_FILE)
+    return _joined(found.st_size, found.st_mtime_ns)
+
+
+def _joined(*facts: object) -> str:
+    return "-".join(str(fact).strip('"') for fact in facts if fact)
+
 
 def _read_local(uri: str, max_bytes: int) -> bytes | Reject:
     descriptor = os.open(urls.local_path(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            return Reject(RejectReason.MISSING, "not a file but a folder, a device or a pipe")
+            return Reject(RejectReason.MISSING, _NO_FILE)
         if reject := too_large(found.st_size, max_bytes):
             return reject
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
@@ -193,6 +227,15 @@ class _HttpReader(_Reader):
             response.raise_for_status()
             return await _read_body(response.content, response.content_length, max_bytes)
 
+    async def stamp(self, uri: str) -> str | Reject:
+        session = await self._fs.set_session()
+        async with session.head(self._fs.encode_url(uri), allow_redirects=True, **self._fs.kwargs) as response:
+            if response.status in _NO_HEAD:
+                return ""
+            response.raise_for_status()
+            headers = response.headers
+            return _joined(headers.get("ETag") or headers.get("Last-Modified"), headers.get("Content-Length"))
+
 
 class _S3Reader(_Reader):
     def __init__(self, uri: str, options: dict[str, Any], num_connections: int) -> None:
@@ -207,6 +250,11 @@ class _S3Reader(_Reader):
         answer = await self._fs._call_s3("get_object", Bucket=bucket, Key=key)
         async with answer["Body"] as body:
             return await _read_body(body, answer["ContentLength"], max_bytes)
+
+    async def stamp(self, uri: str) -> str | Reject:
+        bucket, key = self._store.bucket_and_key(uri)
+        answer = await self._fs._call_s3("head_object", Bucket=bucket, Key=key)
+        return _joined(answer["ETag"], answer["ContentLength"])
 
 
 class _StoreReader(_Reader):
@@ -223,6 +271,13 @@ class _StoreReader(_Reader):
         path = self._store.path(uri)
         size_bytes = self._store.fs.info(path).get("size")
         return too_large(size_bytes or 0, max_bytes) or _judge(self._store.fs.cat_file(path), max_bytes)
+
+    async def stamp(self, uri: str) -> str | Reject:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._stamp, uri)
+
+    def _stamp(self, uri: str) -> str | Reject:
+        found = self._store.fs.info(self._store.path(uri))
+        return _joined(*(found.get(name) for name in ("size", *_CHANGING)))
 
 
 async def _read_body(body: Any, size_bytes: int | None, max_bytes: int) -> bytes | Reject:

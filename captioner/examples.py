@@ -1,0 +1,161 @@
+"""Examples to fit a projector on: features beside captions, in splits.
+
+    examples = features.load("train")
+    examples.features[7], examples.captions[7], examples.image_ids[7]
+
+`FeatureSet` is small and can be pickled: a worker anywhere loads from it. The numbers become one file a split in the
+local cache folder, made once a machine and memory-mapped, so that a million images (2 GB) cost the workers of a machine
+their page cache once. Knows no pixels, no model and no Ray.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from captioner.errors import JobError
+from captioner.feature_plan import FeaturePlan, count_reasons
+from captioner.features import FeatureCache, FeatureIndex, Positions
+from captioner.labels import Count, Labels, check_failed
+from captioner.model.mirror import cache_folder
+from captioner.sources.store import open_store
+from captioner.sources.urls import absolute, join, shown
+
+__all__ = ["Examples", "FeatureSet", "gather"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N images of one split, in the order of the labels."""
+
+    image_ids: list[str]
+    features: npt.NDArray[np.float16]
+    """float16[N, F], memory-mapped, not to be written to."""
+
+    captions: list[list[str]]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet:
+    """The features of labelled images, all computed."""
+
+    url: str
+    """Parquet file of the examples: image_id, captions, split, and the part and row of their features."""
+
+    cache: FeatureCache
+    num_features: int
+    """Width F."""
+
+    counts: Mapping[str, Count]
+    failed: Mapping[str, int] = field(default_factory=dict)
+    """Images that have no features, or could not be used before, by reason."""
+
+    num_computed: int = 0
+    num_reused: int = 0
+
+    def load(self, split: str) -> Examples:
+        """Return the examples of `train`, `validation` or `test`; raises JobError where a part is damaged."""
+        store = open_store(self.url, self.cache.storage_options)
+        with pq.ParquetFile(store.open(self.url)) as file:
+            table, parts = file.read(), file.schema_arrow.metadata[b"captioner.parts"].decode().split("\n")
+        rows = table.filter(pc.equal(table["split"], split))
+        return Examples(rows["image_id"].to_pylist(), self._features(rows, parts), rows["captions"].to_pylist())
+
+    def _features(self, rows: pa.Table, parts: list[str]) -> npt.NDArray[np.float16]:
+        if not rows.num_rows:
+            return np.empty((0, self.num_features), np.float16)  # nothing cannot be mapped
+        numbers, places = rows["part"].to_numpy(), rows["row"].to_numpy()
+        named = hashlib.blake2b(f"{self.cache.url}\n{parts}".encode(), digest_size=12)
+        named.update(numbers.tobytes() + places.tobytes())
+        target = cache_folder() / "features" / f"{named.hexdigest()}.npy"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                self._assemble(target, parts, numbers, places)
+        found: npt.NDArray[np.float16] = np.load(target, mmap_mode="r")
+        return found
+
+    def _assemble(self, target: Path, parts: list[str], numbers: Positions, places: Positions) -> None:
+        """Write float16[N, F], part by part; it appears whole or not at all."""
+        arriving = target.with_suffix(".arriving.npy")
+        values = np.lib.format.open_memmap(arriving, "w+", np.float16, (len(numbers), self.num_features))
+        for number in sorted(set(numbers.tolist())):
+            here = np.flatnonzero(numbers == number)
+            values[here] = self.cache.read_features(parts[number], places[here])
+        values.flush()
+        del values
+        arriving.rename(target)
+
+
+def gather(plan: FeaturePlan, num_features: int) -> FeatureSet:
+    """Return the features of the labels' images, and why some have none, once nothing is missing.
+
+    An image that is as it was, in a file that is not, is kept under the file's new version. Raises InputError when more
+    images failed than `--max-failed-share` allows, JobError when one came out neither way.
+    """
+    labels, sources = plan.labels, plan.labels.table["source"]
+    num_restamped = _restamp(plan)
+    index = plan.cache.index()
+    places = index.find(sources, plan.versions)
+    failures = index.failures_of(sources, plan.versions, are_final=False).filter(pa.array(places < 0))
+    failed = Counter(plan.rejected) + count_reasons(failures)
+    check_failed(labels, failed, _example(failures))
+    num_lost = int((places < 0).sum()) - failed.total()
+    if num_lost:
+        raise JobError(f"{num_lost:,} images of {shown(labels.location)} changed while they were read; run it again")
+    num_computed = int((places[plan.missing] >= 0).sum()) - num_restamped
+    kept = labels.table.filter(pa.array(places >= 0))
+    return FeatureSet(
+        url=_save(labels, places, index, plan),
+        cache=plan.cache,
+        num_features=num_features,
+        counts=replace(labels, table=kept).counts(),
+        failed=dict(Counter(labels.failed) + failed),
+        num_computed=num_computed,
+        num_reused=kept.num_rows - num_computed,
+    )
+
+
+def _restamp(plan: FeaturePlan) -> int:
+    """Keep features of images that turned out as they were under their new version; return how many."""
+    index, missing = plan.cache.index(), pa.array(plan.missing)
+    sources, versions = plan.labels.table["source"].take(missing), plan.versions.take(missing)
+    failures = index.failures_of(sources, versions, are_final=False)
+    is_open = (index.find(sources, versions) < 0) & failures["reason"].is_null().to_numpy()
+    left = pa.array(np.flatnonzero(is_open))
+    known = plan.index.digests(sources.take(left))
+    pairs = zip(sources.take(left).to_pylist(), versions.take(left).to_pylist(), strict=True)
+    found = [(known[source][0], version) for source, version in pairs if source in known]
+    plan.cache.restamp(plan.index, np.array([place for place, _ in found], np.int64), [version for _, version in found])
+    return len(found)
+
+
+def _example(failures: pa.Table) -> str:
+    rows = failures.slice(0, failures.num_rows).drop_null().slice(0, 1).to_pylist()
+    return f"{rows[0]['reason']}: {rows[0]['detail']}" if rows else ""
+
+
+def _save(labels: Labels, places: Positions, index: FeatureIndex, plan: FeaturePlan) -> str:
+    """Write which features and captions belong together, below the run folder, and return the URL of the file."""
+    has_features = places >= 0
+    rows = labels.table.filter(pa.array(has_features)).select(["image_id", "captions", "split"])
+    found = index.rows.take(pa.array(places[has_features]))
+    for name in ("part", "row"):
+        rows = rows.append_column(name, found[name])
+    rows = rows.replace_schema_metadata({"captioner.parts": "\n".join(index.parts)})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(rows, buffer, compression="zstd")
+    url = join(absolute(plan.run_folder), "examples.parquet")
+    open_store(url, plan.output_options).write_atomic(url, bytes(buffer.getvalue()))
+    return url

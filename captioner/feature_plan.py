@@ -1,0 +1,234 @@
+"""What there is to compute before a projector is fitted: each image's version, which of them have features, the rest.
+
+Everything that can be refused is refused here, before Ray is started. Asks the stores, reads no pixels; torch-free,
+like everything that a read task imports.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.config import CaptionJobConfig, ImageConfig, ModelConfig
+from captioner.errors import InputError, JobError
+from captioner.features import FeatureCache, FeatureIndex, Positions
+from captioner.images import Preprocessing
+from captioner.labels import Labels, check_failed
+from captioner.rows import TRANSIENT_REASONS, Reject, split_key
+from captioner.slices import Slice, SliceReader, cut
+from captioner.sources import Columns, Fetcher, Unit
+from captioner.sources.faults import output_errors
+from captioner.sources.listing import ListingWriter
+from captioner.sources.urls import absolute, join, shown
+
+if TYPE_CHECKING:
+    from captioner.model.bundle import BundleDescription  # not at run time: it brings torch
+
+__all__ = ["STAMPED", "FeaturePlan", "LabelReader", "LabelSlice", "count_reasons", "plan_features"]
+
+STAMPED = (
+    pa.field("source", pa.string()),
+    pa.field("version", pa.string()),
+    pa.field("digest", pa.string()),
+)
+"""What travels with an image through reading and decoding: which version of what it is."""
+
+_STAMPS_AT_ONCE = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturePlan:
+    """Features of labelled images: what is known, and what is to be computed."""
+
+    labels: Labels
+    cache: FeatureCache
+    image: ImageConfig
+    run_folder: str
+    output_options: Mapping[str, Any]
+    versions: pa.Array
+    """Of each row of the labels; null where the store has no such image."""
+
+    rejected: Mapping[str, int]
+    """Images that their stores do not have or give, by reason."""
+
+    missing: Positions
+    """Rows of the labels whose features are to be computed."""
+
+    index: FeatureIndex = field(repr=False)
+
+    @property
+    def job(self) -> CaptionJobConfig:
+        """The caption job that would decode the same images."""
+        access = replace(self.labels.access, keep_columns=())
+        return CaptionJobConfig(input_path=self.labels.location, output=self.run_folder, input=access, image=self.image)
+
+    def slices(self) -> "list[LabelSlice]":
+        """Write down what is to be read and return it, cut into what one task reads."""
+        with output_errors(self.run_folder):
+            return list(self._listed() if self.labels.frozen is None else self._contained())
+
+    @property
+    def reader(self) -> "LabelReader":
+        """What reads the slices, in any process."""
+        frozen = self.labels.frozen
+        columns = Columns(kept=STAMPED) if frozen is None else replace(frozen.columns, kept=(), kept_from=())
+        return LabelReader(
+            SliceReader(
+                config=self.job, columns=columns, run_folder=self.run_folder, output_options=self.output_options
+            )
+        )
+
+    def _listed(self) -> "Iterator[LabelSlice]":
+        writer = ListingWriter(self.run_folder, self.output_options, lambda _: None)
+        writer.kept = STAMPED
+        rows = self.labels.table.take(pa.array(self.missing))
+        versions = self.versions.take(pa.array(self.missing)).to_pylist()
+        columns = (rows[name].to_pylist() for name in ("uri", "image_id", "source"))
+        for uri, image_id, source, version in zip(*columns, versions, strict=True):
+            writer.add(uri, image_id=image_id, kept=(source, version, None))
+        for unit in writer.close():
+            assert unit.num_rows is not None
+            for piece in cut(unit, unit.num_rows, np.zeros(unit.num_rows, bool), {}):
+                yield LabelSlice(**vars(piece))
+
+    def _contained(self) -> "Iterator[LabelSlice]":
+        assert self.labels.frozen is not None
+        keys = self.labels.table["key"].to_numpy()[self.missing]
+        sources = self.labels.table["source"].take(pa.array(self.missing)).to_pylist()
+        known = self.index.digests(sources)
+        digests = {key: known[source][1] for key, source in zip(keys.tolist(), sources, strict=True) if source in known}
+        versions = dict(zip((keys >> 32).tolist(), self.versions.take(pa.array(self.missing)).to_pylist(), strict=True))
+        for unit in self.labels.frozen.units:
+            positions = keys[keys >> 32 == unit.ordinal] & (2**32 - 1)
+            if len(positions):
+                finished = np.ones(int(positions.max()) + 1, bool)
+                finished[positions] = False
+                for piece in cut(unit, len(finished), finished, {}):
+                    here = {key: digest for key, digest in digests.items() if _is_in(piece, key)}
+                    yield LabelSlice(**vars(piece), version=versions[unit.ordinal], digests=here)
+
+
+def _is_in(piece: Slice, key: int) -> bool:
+    unit, position = split_key(key)
+    return unit == piece.unit.ordinal and piece.start <= position < (piece.stop or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSlice(Slice):
+    """A slice of the images whose features are missing."""
+
+    version: str = ""
+    """That of the file they are in."""
+
+    digests: Mapping[int, str] = field(default_factory=dict)
+    """Row key -> digest of the bytes that its features were computed from: an image that has not changed since."""
+
+
+@dataclass(frozen=True)
+class LabelReader:
+    """Reads slices with the stamps of their images; leaves out images whose bytes are those of before."""
+
+    reader: SliceReader
+
+    def read(self, piece: LabelSlice) -> Iterator[pa.Table]:
+        """Yield rows of `rows.source_schema(STAMPED)`."""
+        for table in self.reader.read(piece):
+            yield table if piece.unit.kind == "listing" else _stamped(table, piece)
+
+
+def _stamped(table: pa.Table, piece: LabelSlice) -> pa.Table:
+    digests = [_digest(data) for data in table["data"]]
+    sources = [
+        source_of(piece.unit, *pair) for pair in zip(*(table[n].to_pylist() for n in ("key", "image_id")), strict=True)
+    ]
+    columns = (sources, [piece.version] * table.num_rows, digests)
+    for kind, values in zip(STAMPED, columns, strict=True):
+        table = table.append_column(kind, pa.array(values, kind.type))
+    known = (piece.digests.get(key) for key in table["key"].to_pylist())
+    changed = [digest is None or digest != before for digest, before in zip(digests, known, strict=True)]
+    return table.filter(pa.array(changed, pa.bool_()))
+
+
+def _digest(data: pa.Scalar) -> str | None:
+    return hashlib.blake2b(data.as_buffer(), digest_size=16).hexdigest() if data.is_valid else None
+
+
+def source_of(unit: Unit, key: int, image_id: str) -> str:
+    """Return what names an image inside a file for ever, as `label_files` does."""
+    if unit.kind == "parquet":
+        return f"{shown(unit.path)}#{split_key(key)[1]}"
+    return shown(unit.path) + image_id.removeprefix(unit.name)
+
+
+def plan_features(
+    labels: Labels,
+    model: "BundleDescription",
+    config: ModelConfig,
+    image: ImageConfig,
+    *,
+    run_folder: str,
+    features_folder: str | None = None,
+    output_options: Mapping[str, Any] | None = None,
+) -> FeaturePlan:
+    """Return what is to be computed so that each labelled image has the features of a model's CLIP. Writes nothing.
+
+    features_folder: where the cache is, which runs may share; by default `features` below the run folder. Raises
+    InputError when more images are missing than `--max-failed-share` allows, JobError for a failing store.
+    """
+    preprocessing = Preprocessing.from_config(model.preprocessing)
+    folder = features_folder or join(run_folder, "features")
+    cache = FeatureCache.of_tower(
+        folder, model.clip_fingerprint, preprocessing, config.dtype, image, storage_options=output_options
+    )
+    versions, rejects = _versions(labels, image)
+    with output_errors(cache.url):
+        index = cache.index()
+    sources = labels.table["source"]
+    failures = index.failures_of(sources, versions, are_final=True)
+    rejected = Counter(str(reject.reason) for reject in rejects)
+    example = f"{rejects[0].reason}: {rejects[0].detail}" if rejects else ""
+    check_failed(labels, rejected + count_reasons(failures), example)
+    is_open = pc.and_(versions.is_valid(), pc.is_null(failures["reason"].combine_chunks()))
+    missing = np.flatnonzero(is_open.to_numpy(zero_copy_only=False) & (index.find(sources, versions) < 0))
+    return FeaturePlan(
+        labels=labels,
+        cache=cache,
+        image=image,
+        run_folder=absolute(run_folder),
+        output_options=output_options or {},
+        versions=versions,
+        rejected=rejected,
+        missing=missing,
+        index=index,
+    )
+
+
+def count_reasons(failures: pa.Table) -> Counter[str]:
+    """Return how many images have each reason."""
+    return Counter(failures["reason"].drop_null().to_pylist())
+
+
+def _versions(labels: Labels, image: ImageConfig) -> tuple[pa.Array, list[Reject]]:
+    """Return each image's version, null where it has none, and why those have none."""
+    fetcher = Fetcher(labels.location, replace(labels.access, keep_columns=()), image)
+    if labels.frozen is not None:
+        stamps = {unit.ordinal: _file_stamp(fetcher, unit) for unit in labels.frozen.units}
+        return pa.array([stamps[key >> 32] for key in labels.table["key"].to_pylist()], pa.string()), []
+    found: list[str | Reject] = []
+    for start in range(0, labels.table.num_rows, _STAMPS_AT_ONCE):
+        found += fetcher.stamps(labels.table["uri"].slice(start, _STAMPS_AT_ONCE).to_pylist())
+    versions = [None if isinstance(stamp, Reject) else stamp for stamp in found]
+    return pa.array(versions, pa.string()), [stamp for stamp in found if isinstance(stamp, Reject)]
+
+
+def _file_stamp(fetcher: Fetcher, unit: Unit) -> str:
+    [stamp] = fetcher.stamps([unit.path])
+    if isinstance(stamp, Reject):
+        kind = JobError if stamp.reason in TRANSIENT_REASONS else InputError
+        raise kind(f"{shown(unit.path)} cannot be read: {stamp.detail}")
+    return stamp
