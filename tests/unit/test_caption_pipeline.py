@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from captioner.caption_pipeline import _check_device, caption_images
+from captioner.caption_pipeline import caption_images, check_device
 from captioner.config import CaptionJobConfig, ResourceConfig, VerifyConfig
 from captioner.errors import ConfigError, JobError, OutputError
 from captioner.resources import Cluster, allocate
@@ -52,9 +52,9 @@ def test_the_wrapper_that_ray_puts_around_a_stage_does_not_hide_the_cause() -> N
 def test_a_device_that_no_worker_gets_is_refused_before_a_worker_starts() -> None:
     without = allocate(ResourceConfig(), Cluster(cpus=2, gpus=0))
     with pytest.raises(ConfigError, match="--device is cuda:0, but the workers get no GPU"):
-        _check_device("cuda:0", without)
-    _check_device("cuda", allocate(ResourceConfig(), Cluster(cpus=2, gpus=1)))
-    _check_device("auto", without)
+        check_device("cuda:0", without)
+    check_device("cuda", allocate(ResourceConfig(), Cluster(cpus=2, gpus=1)))
+    check_device("auto", without)
 
 
 def test_an_error_without_a_name_is_still_told() -> None:
