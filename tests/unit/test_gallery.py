@@ -1,19 +1,33 @@
 """The gallery: which rows and pictures come on the page, and what it says where there is none."""
 
+import io
 import json
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from captioner.config import GalleryConfig
+from captioner.command_line import run
+from captioner.config import GalleryConfig, ImageConfig
 from captioner.errors import InputError
-from captioner.gallery import gallery, write_gallery
-from captioner.rows import row_key
+from captioner.gallery import Card, Page, Text, gallery, write_gallery
+from captioner.gallery.caption_cards import pair_card
+from captioner.gallery.differences import change, difference
+from captioner.gallery.page import page_html
+from captioner.gallery.pictures import Pictures, _room
+from captioner.gallery.table_rows import TableRows, _some
+from captioner.images.thumbnails import Thumbnail, Thumbnailer
+from captioner.rows import Reject, RejectReason, row_key
 from captioner.tables import CaptionTable
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
+from tests.conftest import Bucket
+from tests.pictures import encoded
 
 
 def data_of(page: Path) -> dict[str, Any]:
@@ -91,3 +105,266 @@ def test_an_image_that_is_gone_is_a_placeholder_with_its_reason(
     cards = page_of(table, tmp_path)["cards"]
     assert [cards[4]["picture"]["reason"], cards[5]["picture"]["reason"]] == ["missing", "not_an_image"]
     assert cards[4]["texts"][0]["runs"] == [["same", "a picture numbered 4"]]
+
+
+def test_a_failure_that_was_mended_since_is_shown_as_its_caption_only(
+    table: CaptionTable, images: Path, tmp_path: Path
+) -> None:
+    add_part(table, [failure_row(12, "late.jpg", "fetch_failed"), failure_row(13, "never.jpg", "fetch_failed")])
+    add_part(table, [{**failure_row(13, "never.jpg", "fetch_failed", "HTTP 503"), "attempt": 2}], run_id="run-2")
+    add_part(table, [caption_row(12, "late.jpg", "at last")], run_id="run-2")
+    cards = {card["id"]: card for card in page_of(table, tmp_path)["cards"]}
+    assert len(cards) == len(page_of(table, tmp_path)["cards"]) == 14
+    assert cards["late.jpg"]["texts"][0]["runs"] == [["same", "at last"]]
+    assert cards["never.jpg"]["picture"] == {"reason": "fetch_failed", "detail": "HTTP 503"}
+
+
+def test_a_table_of_failures_alone_and_one_without_rows_give_a_page(tmp_path: Path, images: Path) -> None:
+    failed, _ = begin_table(str(tmp_path / "failed"), str(images))
+    add_part(failed, [failure_row(n, f"{n}.jpg", "forbidden", "HTTP 403") for n in range(3)])
+    assert [card["picture"]["reason"] for card in page_of(failed, tmp_path)["cards"]] == ["forbidden"] * 3
+    empty, _ = begin_table(str(tmp_path / "empty"), str(images))
+    page = page_of(empty, tmp_path)
+    assert (page["cards"], page["lines"][0]) == ([], "The table has no rows yet.")
+
+
+def test_a_sample_is_the_same_for_a_seed_and_has_failures_in_proportion(tmp_path: Path) -> None:
+    rows = TableRows.of(table_of_many_parts(tmp_path))
+    drawn = [rows.draw(100, seed) for seed in (0, 0, 1)]
+    keys = [found.column("key").to_pylist() for found in drawn]
+    assert keys[0] == keys[1] != keys[2]
+    assert [len(set(found)) for found in keys] == [100] * 3
+    assert drawn[0].column("reason").null_count == 90
+
+
+def test_a_sample_of_many_parts_reads_some_of_them_and_a_key_only_its_own(tmp_path: Path) -> None:
+    table = table_of_many_parts(tmp_path)
+    rows = TableRows.of(table)
+    for part in rows.captions[1:]:
+        Path(part.url).write_bytes(b"nothing that can be read")
+    with pytest.raises(InputError, match=r"cannot be read.*expected a part of a table"):
+        rows.draw(100, 0)
+    first = rows.captions[0]
+    assert first.keys is not None
+    assert rows.with_keys(np.array([first.keys[0]])).num_rows == 1
+    assert len(_some(rows.captions, 100, np.random.default_rng(0))) == 32
+
+
+def table_of_many_parts(tmp_path: Path) -> CaptionTable:
+    """Forty parts of 45 captions and 5 failures each."""
+    table = CaptionTable(str(tmp_path / "many"))
+    table.claim({"input": "nowhere"})
+    for part in range(40):
+        first = part * 50
+        captions = [caption_row(n, f"{n}.jpg", f"caption {n}") for n in range(first, first + 45)]
+        add_part(table, captions + [failure_row(n, f"{n}.jpg", "corrupt") for n in range(first + 45, first + 50)])
+    return table
+
+
+def test_each_row_is_drawn_about_as_often_as_any_other(tmp_path: Path) -> None:
+    rows = TableRows.of(table_of_many_parts(tmp_path))
+    counts = np.zeros(2000, int)
+    for seed in range(30):
+        counts[rows.draw(200, seed).column("key").to_numpy()] += 1
+    by_part = counts.reshape(40, 50).sum(axis=1)
+    assert counts.sum() == 30 * 200
+    assert by_part.min() > 60  # of 150 expected; a part that were never chosen would have none
+    assert by_part.max() < 260
+
+
+def test_pictures_come_out_of_tars_and_parquet_and_only_the_wanted_rows_are_kept(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
+        for number in range(6):
+            member = tarfile.TarInfo(f"{number}.jpg")
+            data = encoded(seed=number, size=(30 + number, 20))
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    values = [encoded(seed=number, size=(50 + number, 20)) for number in range(40)]
+    pq.write_table(pa.table({"image": values}), tmp_path / "images.parquet", row_group_size=10)
+    for place, keys, widths in (
+        ("shard-0.tar", [1, 4], [31, 34]),
+        ("images.parquet", [3, 12, 39], [53, 62, 89]),
+    ):
+        table, _ = begin_table(str(tmp_path / f"of-{place}"), str(tmp_path / place))
+        pictures = Pictures.of(table, {}).get([*keys, 999])
+        assert [pictures[key].width for key in keys if isinstance(pictures[key], Thumbnail)] == widths
+        gone = pictures[999]
+        assert isinstance(gone, Reject)
+        assert gone.reason == RejectReason.MISSING
+
+
+def test_a_unit_that_changed_or_went_away_costs_its_own_pictures_only(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        pq.write_table(pa.table({"image": [encoded(seed=1)] * 3}), tmp_path / f"{name}.parquet")
+    table, _ = begin_table(str(tmp_path / "captions"), str(tmp_path / "*.parquet"))
+    pq.write_table(pa.table({"image": [encoded(seed=1)] * 9}), tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").unlink()
+    pictures = Pictures.of(table, {}).get([row_key(unit, 1) for unit in range(3)])
+    assert isinstance(pictures[1], Thumbnail)
+    assert [found.reason for found in pictures.values() if isinstance(found, Reject)] == ["missing", "missing"]
+    changed = pictures[row_key(1, 1)]
+    assert isinstance(changed, Reject)
+    assert "changed since the job began" in changed.detail
+
+
+def test_a_table_and_its_images_on_s3_need_no_more_than_the_options_of_the_table(s3: Bucket, tmp_path: Path) -> None:
+    for seed in range(3):
+        s3.put(f"photos/{seed}.jpg", encoded(seed=seed))
+    table, _ = begin_table(f"{s3.url}/captions", f"{s3.url}/photos", options=s3.storage_options)
+    add_part(table, [caption_row(n, f"{s3.url}/photos/{n}.jpg", f"caption {n}") for n in range(3)])
+    config = GalleryConfig(table=table.url, output=f"{s3.url}/out.html", storage_options=dict(s3.storage_options))
+    summary = gallery(config)
+    assert (summary["pictures"], summary["output"]) == (3, f"{s3.url}/out.html")
+    page = tmp_path / "out.html"
+    page.write_bytes(s3.fs.cat_file(f"{s3.url}/out.html"))
+    assert [card["texts"][0]["runs"][0][1] for card in data_of(page)["cards"]] == [
+        "caption 0",
+        "caption 1",
+        "caption 2",
+    ]
+
+
+# Two tables
+
+
+def other_run(table: CaptionTable, images: Path, url: str, captions: dict[int, str], input_path: str = "") -> str:
+    """Another run over the same images whose captions differ where `captions` says so."""
+    other, _ = begin_table(url, input_path or str(images), identity={"decoding": {"num_beams": 4}})
+    rows = [caption_row(n, f"{images}/{n:03d}.jpg", captions.get(n, f"a picture numbered {n}")) for n in range(10)]
+    add_part(other, rows)
+    return url
+
+
+def test_the_largest_change_comes_first_with_what_differs_in_the_settings(
+    table: CaptionTable, images: Path, tmp_path: Path
+) -> None:
+    captions = {3: "a picture numbered three", 5: "no word in common", 7: "one picture numbered 7 or eight"}
+    other = other_run(table, images, str(tmp_path / "other"), captions)
+    page = page_of(table, tmp_path, compare=other, sample=4)
+    assert [card["id"].rpartition("/")[2] for card in page["cards"]] == ["005.jpg", "007.jpg", "003.jpg", "000.jpg"]
+    assert page["cards"][2]["texts"][0]["runs"] == [["same", "a picture numbered "], ["removed", "3"]]
+    assert page["cards"][2]["texts"][1]["runs"] == [["same", "a picture numbered "], ["added", "three"]]
+    assert page["lines"] == [
+        "Of 10 captions compared, 3 differ (30%); the 4 with the largest changes come first.",
+        "2 more are not in other.",
+        "decoding.num_beams: None in captions, 4 in other.",
+    ]
+
+
+def test_tables_of_one_set_of_images_in_another_order_are_matched_by_image(
+    table: CaptionTable, images: Path, tmp_path: Path
+) -> None:
+    other, _ = begin_table(str(tmp_path / "other"), f"{images}/00*.jpg")
+    rows = [caption_row(9 - n, f"{images}/{n:03d}.jpg", f"a picture numbered {n}") for n in range(10)]
+    add_part(other, rows)
+    page = page_of(table, tmp_path, compare=other.url)
+    assert {card["facts"]["change"] for card in page["cards"]} == {0.0}
+    assert len(page["cards"]) == 10
+
+
+def test_a_failure_in_one_run_alone_is_a_whole_change(table: CaptionTable, images: Path, tmp_path: Path) -> None:
+    other, _ = begin_table(str(tmp_path / "other"), str(images))
+    add_part(other, [failure_row(0, f"{images}/000.jpg", "missing", "HTTP 404")])
+    add_part(other, [failure_row(10, f"{images}/010.jpg", "corrupt", "JPEG: cut short")])
+    cards = page_of(table, tmp_path, compare=other.url)["cards"]
+    assert [card["facts"]["change"] for card in cards] == [1.0, 0.0]
+    assert [text["missing"] for text in cards[0]["texts"]] == [False, True]
+    assert cards[0]["texts"][1]["runs"] == [["same", "missing: HTTP 404"]]
+
+
+def test_tables_without_a_common_image_are_refused(table: CaptionTable, images: Path, tmp_path: Path) -> None:
+    other, _ = begin_table(str(tmp_path / "other"), f"{images}/00*.jpg")
+    add_part(other, [caption_row(0, "elsewhere.jpg", "a caption")])
+    with pytest.raises(InputError, match=r"has none of 12 images of .*; expected two runs over the same images"):
+        page_of(table, tmp_path, compare=other.url)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "removed", "added"),
+    [
+        ("a dog", "a dog", [], []),
+        ("a  dog\n", " a dog", [], []),
+        ("a dog, sleeping", "a dog sleeping", [", "], []),
+        ("the man's hat", "the hat", ["man's "], []),
+        ("一只狗", "一只猫", ["狗"], ["猫"]),
+        ("", "a dog", [], ["a dog"]),
+    ],
+)
+def test_words_are_compared_not_spaces(first: str, second: str, removed: list[str], added: list[str]) -> None:
+    found = difference(first, second)
+    assert [words for kind, words in found.first if kind == "removed"] == removed
+    assert [words for kind, words in found.second if kind == "added"] == added
+    assert "".join(words for _, words in found.first) == first.strip()
+    assert "".join(words for _, words in found.second) == second.strip()
+    assert (change(first, second) == 0) == (not removed and not added)
+
+
+# The page
+
+
+def test_credentials_in_ids_columns_and_details_never_reach_the_page(tmp_path: Path) -> None:
+    url = "https://user:pass-word@host/x.jpg?X-Amz-Signature=5ec4e7&size=2"
+    refusal = Reject(RejectReason.FORBIDDEN, f"HTTP 403 for {url}")
+    card = Card(image_id=url, picture=refusal, texts=[Text.of(url, url)], facts={"source": url, url: 1}, tags=[url])
+    rows = {"caption": url, "image_id": url}, {"caption": url.replace("5ec4e7", "5ec4e78"), "image_id": url}
+    pair = pair_card(rows, ("one", "two"), refusal, 0.1)
+    text = page_html(Page(title=url, cards=[card, pair], lines=[url]))
+    assert "5ec4e7" not in text
+    assert "pass-word" not in text
+    assert "size=2" in text
+
+
+def test_what_json_and_html_cannot_hold_is_written_so_that_both_can(tmp_path: Path) -> None:
+    facts = {"nan": float("nan"), "inf": float("-inf"), "number": 2**60}
+    card = Card(image_id="</script>\u2028\ud800", picture=Reject(RejectReason.EMPTY, ""), texts=[], facts=facts)
+    text = page_html(Page(title="</title><script>", cards=[card]))
+    assert text.count("</script>") == 2
+    assert text.isascii() or "\u2028" not in text
+    [found] = json.loads(text.partition('id="data">')[2].partition("</script>")[0])["cards"]
+    assert found["id"] == "</script>\u2028\\ud800"
+    assert found["facts"] == {"nan": "nan", "inf": "-inf", "number": 2**60}
+
+
+def test_a_page_of_five_hundred_has_room_for_pictures_that_stay_below_fifteen_megabytes() -> None:
+    for num_pictures in (1, 100, 499, 500, 850):
+        _, max_bytes = _room(num_pictures)
+        assert min(num_pictures, 500) * max_bytes * 4 / 3 < 14_500_000
+
+
+def test_a_thumbnail_keeps_the_shape_and_its_bytes_in_bounds_and_is_never_enlarged() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    with Thumbnailer(ImageConfig(), side=200, max_bytes=5_000) as thumbnailer:
+        found = thumbnailer.make_all(
+            [buffer.getvalue(), encoded(size=(90, 10)), b"", Reject(RejectReason.MISSING, "gone")]
+        )
+    first, small, empty, gone = found
+    assert isinstance(first, Thumbnail)
+    assert len(first.data) <= 5_000
+    assert first.width / first.height == pytest.approx(4 / 3, rel=0.02)
+    assert isinstance(small, Thumbnail)
+    assert Image.open(io.BytesIO(small.data)).size == (small.width, small.height) == (90, 10)
+    assert isinstance(empty, Reject)
+    assert gone is reject
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere", "out.html"], "nowhere is no caption table; expected the OUTPUT of jobs/caption.py"),
+        (["nowhere", "out.pdf"], "OUT.html is out.pdf; expected a name that ends in .html"),
+        (["nowhere", "out.html", "--sample", "0"], "--sample is 0; expected 1 to 5,000"),
+    ],
+)
+def test_wrong_use_says_what_was_expected_and_exits_with_2(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(GalleryConfig, gallery, flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_the_page_is_named_after_the_table_by_default() -> None:
+    assert GalleryConfig(table="s3://bucket/captions/").output == "captions.html"
