@@ -336,10 +336,8 @@ def test_a_thumbnail_keeps_the_shape_and_its_bytes_in_bounds_and_is_never_enlarg
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
     with Thumbnailer(ImageConfig(), side=200, max_bytes=5_000) as thumbnailer:
-        found = thumbnailer.make_all(
-            [buffer.getvalue(), encoded(size=(90, 10)), b"", Reject(RejectReason.MISSING, "gone")]
-        )
-    first, small, empty, gone = found
+        reject = Reject(RejectReason.MISSING, "gone")
+        first, small, empty, gone = thumbnailer.make_all([buffer.getvalue(), encoded(size=(90, 10)), b"", reject])
     assert isinstance(first, Thumbnail)
     assert len(first.data) <= 5_000
     assert first.width / first.height == pytest.approx(4 / 3, rel=0.02)
