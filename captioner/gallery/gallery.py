@@ -152,8 +152,6 @@ def _labels(tables: tuple[CaptionTable, CaptionTable]) -> tuple[str, str]:
 def _sampled(num_rows: int, rows: TableRows, seed: int) -> str:
     failures = f" and {rows.num_failures:,} failed attempts" if rows.num_failures else ""
     whole = f"{rows.num_captions:,} captions{failures}"
-    if not rows.num_captions + rows.num_failures:
-        return "The table has no rows yet."
     if num_rows >= rows.num_captions + rows.num_failures:
         return f"{whole}: the whole table."
     return f"{num_rows:,} of {whole}, drawn at random (seed {seed})."

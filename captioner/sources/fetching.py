@@ -239,11 +239,9 @@ class _HttpReader(_Reader):
 
 class _S3Reader(_Reader):
     def __init__(self, uri: str, options: dict[str, Any], num_connections: int) -> None:
-        quick = {"retries": {"max_attempts": 0}, "max_pool_connections": max(10, num_connections)}
-        config_kwargs = {**quick, **options.get("config_kwargs", {})}
+        config_kwargs = {"max_pool_connections": max(10, num_connections), **options.get("config_kwargs", {})}
         self._store = S3Store(uri, {**options, "config_kwargs": config_kwargs, "skip_instance_cache": True})
         self._fs = self._store.fs
-        self._fs.retries = 1  # the fetcher counts the tries, within one deadline
 
     async def read(self, uri: str, max_bytes: int) -> bytes | Reject:
         bucket, key = self._store.bucket_and_key(uri)

@@ -42,6 +42,11 @@ PAGE_SIZE = 1000  # entries of one listing page, as S3 has it
 _READ_RETRIES = 4
 _CONNECT_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 20.0  # between two pieces of a body
+_S3_CONFIG = {
+    "retries": {"max_attempts": 0},
+    "connect_timeout": _CONNECT_TIMEOUT_S,
+    "read_timeout": _READ_TIMEOUT_S,
+}
 _BUFFER_BYTES = {"file": 1 << 18}
 _REMOTE_BUFFER_BYTES = 4 << 20
 _PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "s3": "s3fs", "hf": "huggingface_hub"}
@@ -84,6 +89,8 @@ async def http_client(
 
 class Store:
     """A store reached through fsspec."""
+
+    _num_retries = _READ_RETRIES
 
     def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
         self.scheme = urls.scheme(url)
@@ -218,7 +225,7 @@ class Store:
                 return access()
             except Exception as error:  # each fsspec store raises its own kinds; diagnose() keeps type and text
                 fault = diagnose(error)
-                if attempt == _READ_RETRIES or not fault.is_transient:
+                if attempt == self._num_retries or not fault.is_transient:
                     raise StoreError(fault) from error
             time.sleep(pause_s(attempt, min(fault.retry_after_s, 30.0)))
         raise AssertionError("unreachable")
@@ -285,6 +292,17 @@ class SteadyFile(io.RawIOBase):
 
 class S3Store(Store):
     """S3 and whatever speaks its protocol: a bucket is listed flat, by the pages of the service."""
+
+    _num_retries = 7  # 24 s or so: throttling passes with patience
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
+        config_kwargs = {**_S3_CONFIG, **storage_options.get("config_kwargs", {})}
+        super().__init__(url, {**storage_options, "config_kwargs": config_kwargs})
+
+    def _connect(self) -> Any:
+        fs = super()._connect()
+        fs.retries = 1  # the tries are counted here; botocore's times s3fs's times ours were 125, in 200 s a write
+        return fs
 
     def _url_options(self) -> dict[str, Any]:
         return {}  # s3fs would find versions in keys with `?versionId=`
