@@ -1,0 +1,101 @@
+"""What the tests of faults share: images good and bad in a slow store, a bundle, and the table of an unbroken run."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import pytest
+
+from tests.bundles import save_tiny_bundle
+from tests.faults.running_job import Job, flags, table
+from tests.pictures import BROKEN, encoded
+
+NUM_IMAGES = 1500
+_LATENCY_S = 0.02
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+class SlowStore(ThreadingHTTPServer):
+    """A web server whose answers take a while, so that a job on any machine lasts long enough to be killed in."""
+
+    daemon_threads = True
+    request_queue_size = 128
+    latency_s = 0.0
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: those who ask are killed in the middle."""
+
+
+class _SlowAnswer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, SlowStore)
+        time.sleep(self.server.latency_s)
+        data = self.server.files.get(self.path)
+        self.send_response(404 if data is None else 200)
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        self.wfile.write(data or b"")
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[SlowStore]:
+    """Images over HTTP, one in fifty damaged or gone."""
+    server = SlowStore(("127.0.0.1", 0), _SlowAnswer)
+    bad = [BROKEN[name] for name in ("empty", "not_an_image", "corrupt")] + [None]
+    for seed in range(NUM_IMAGES):
+        data = bad[seed // 50 % len(bad)] if seed % 50 == 49 else encoded(seed=seed)
+        if data is not None:
+            server.files[f"/{seed:05d}.jpg"] = data
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def images(store: SlowStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of the images of the store."""
+    listed = tmp_path_factory.mktemp("images") / "images.txt"
+    listed.write_text("".join(f"http://127.0.0.1:{store.server_port}/{seed:05d}.jpg\n" for seed in range(NUM_IMAGES)))
+    return listed
+
+
+@pytest.fixture
+def start(bundle: str, store: SlowStore) -> Iterator[Callable[..., Job]]:
+    """Start jobs; whatever is left of them at the end of the test is killed."""
+    jobs: list[Job] = []
+    store.latency_s = _LATENCY_S
+
+    def begin(input_path: Any, output: Any, *more: str, **environment: str) -> Job:
+        jobs.append(Job([str(input_path), str(output), *flags(bundle, *more)], environment))
+        return jobs[-1]
+
+    yield begin
+    store.latency_s = 0
+    for job in jobs:
+        job.kill_everything()
+
+
+@pytest.fixture(scope="session")
+def unbroken(images: Path, bundle: str, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The table of a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("unbroken")
+    summary = Job([str(images), str(output), *flags(bundle)]).summary()
+    assert summary["read"] == NUM_IMAGES
+    return table(output)

@@ -1,0 +1,117 @@
+"""kill -9 of each process of a job at seeded random moments: the table comes out as that of an unbroken run."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.faults.running_job import (
+    MARK,
+    Job,
+    assert_only_parts,
+    assert_same,
+    kill,
+    marked,
+    table,
+    verified,
+    wait_for_parts,
+)
+
+pytestmark = pytest.mark.slow
+
+Start = Callable[..., Job]
+
+
+def test_a_job_outlives_the_death_of_any_of_its_workers(
+    start: Start, images: Path, unbroken: pd.DataFrame, tmp_path: Path
+) -> None:
+    moments = random.Random(5)
+    job = start(images, tmp_path / "table")
+    for kind in ("reader", "decode child", "decoder", "captioner", "decode child", "writer"):
+        time.sleep(moments.uniform(0, 0.7))
+        job.kill(kind)
+    summary = job.summary()
+    assert summary["read"] == len(unbroken)
+    assert_same(table(tmp_path / "table"), unbroken)
+    assert verified(str(tmp_path / "table"))["captioned"] == summary["captioned"]
+
+
+def test_a_table_is_finished_after_its_driver_and_then_all_of_its_ray_are_killed(
+    start: Start, images: Path, unbroken: pd.DataFrame, tmp_path: Path
+) -> None:
+    moments = random.Random(6)
+    output = tmp_path / "table"
+    first = start(images, output)
+    wait_for_parts(first, output)
+    time.sleep(moments.uniform(0, 0.5))
+    first.kill_driver()
+    assert_only_parts(output)
+    second = start(images, output)  # while the workers of the first may still be writing
+    second.kill("captioner")  # it is there before any row is done
+    time.sleep(moments.uniform(0, 5))
+    assert second.process.poll() is None, "the second job ended before it could be killed"
+    assert second.kill_everything() > 5
+    assert_only_parts(output)
+    third = start(images, output)
+    assert third.summary()["skipped_done"] > 0
+    assert_same(table(output), unbroken)
+    verified(str(output))
+
+
+_CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+node = {"num_cpus": 2, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+raylet = cluster.add_node(num_cpus=2).all_processes["raylet"][0].process.pid
+cluster.wait_for_nodes()
+print("cluster", cluster.address, raylet, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def cluster() -> Iterator[tuple[str, int]]:
+    """A Ray of two nodes: its address, and the pid of the second one's raylet."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _CLUSTER],
+        env={**os.environ, MARK: mark, "RAY_AUTH_MODE": "disabled"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        address, raylet = next(line.split()[1:] for line in process.stdout if line.startswith("cluster "))
+        yield address, int(raylet)
+        process.communicate(timeout=60)  # the end of its stdin is its sign to go
+    finally:
+        for pid, _ in marked(mark):
+            kill(pid)
+        process.wait()
+
+
+def test_a_job_outlives_the_death_of_a_node(
+    start: Start, cluster: tuple[str, int], images: Path, unbroken: pd.DataFrame, tmp_path: Path
+) -> None:
+    address, raylet = cluster
+    job = start(images, tmp_path / "table", "--workers", "2", RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
+    wait_for_parts(job, tmp_path / "table")
+    assert kill(raylet), "the node was gone before it was killed"
+    code, _, log = job.end()
+    if code:  # what the node alone held may be lost with it; then the same command does the rest
+        assert "error: " in log
+        start(images, tmp_path / "table", RAY_ADDRESS=address, RAY_AUTH_MODE="disabled").summary()
+    assert_same(table(tmp_path / "table"), unbroken)
+    verified(str(tmp_path / "table"))
