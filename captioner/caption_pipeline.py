@@ -35,7 +35,7 @@ from captioner.progress import progress
 from captioner.resources import Allocation, Cluster, allocate
 from captioner.slices import BLOCK_ROWS, Slice
 from captioner.sources.faults import output_errors
-from captioner.summary import facts, farewell, planned, summarize
+from captioner.summary import facts, farewell, planned, predicted, summarize
 from captioner.tables import CaptionTable, PartSummary, Stamp
 from captioner.tracebacks import error_in
 
@@ -103,7 +103,9 @@ def _run(plan: "Plan") -> dict[str, Any]:
             captioned = _captioned(plan, allocation)
             task = {"num_cpus": allocation.task_cpus, "label_selector": OFF_MODEL_NODES}
             captioned.write_datasink(sink, ray_remote_args=task)
-        summary = summarize(plan, sink.parts, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        num_read = sum(part.captioned + part.failed for part in sink.parts)
+        summary = summarize(plan, sink.parts, seconds, predicted(plan, allocation, cluster, num_read))
         plan.table.record(run_id, known | {"summary": summary})
     return summary
 
@@ -130,7 +132,7 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
     captioned: Dataset = decoded.map_batches(
         CaptionWorker,
         fn_constructor_kwargs={"config": config, "kept": kept, "num_threads": allocation.torch_threads},
-        batch_size=None,
+        batch_size=BLOCK_ROWS,  # not None: Ray refuses that for GPUs
         batch_format="pyarrow",
         zero_copy_batch=True,
         compute=worker_pool(allocation.workers, _CAPTION_CALLS),

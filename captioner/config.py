@@ -23,6 +23,7 @@ __all__ = [
     "InputConfig",
     "LabelsConfig",
     "ModelConfig",
+    "PlanConfig",
     "ResourceConfig",
     "ScoringConfig",
     "VerifyConfig",
@@ -314,6 +315,54 @@ class CaptionJobConfig:
         beams = self.decoding.num_beams if self.decoding.num_beams > 1 else self.decoding.num_captions
         enough = self.resources.slots == "auto" or int(self.resources.slots) >= beams
         _check(enough, "--slots", self.resources.slots, f"at least {beams}, the beams or captions of one image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What a caption job will take: a small sample captioned here, then time, workers and price of the whole input."""
+
+    input_path: Annotated[Positional[str], arg(metavar="INPUT")] = "demo"
+    """As for jobs/caption.py."""
+
+    output: Annotated[Positional[str], arg(metavar="OUTPUT")] = ""
+    """Folder that the job is going to write; its summary will then say what was predicted.
+    By default nothing is written."""
+
+    sample: int = 256
+    """Images to caption."""
+
+    gpu_hourly: float | None = None
+    """Price of a GPU for an hour, in any currency."""
+
+    cpu_hourly: float | None = None
+    """Price of a CPU core for an hour."""
+
+    input: InputConfig = field(default_factory=InputConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.sample >= 1, "--sample", self.sample, "at least 1")
+        for name in ("gpu_hourly", "cpu_hourly"):
+            price = getattr(self, name)
+            _check(price is None or price >= 0, _flag(name), price, "0 or more")
+
+    @property
+    def job(self) -> CaptionJobConfig:
+        """The caption job that is planned."""
+        return CaptionJobConfig(
+            input_path=self.input_path,
+            output=self.output or "captions",
+            input=self.input,
+            image=self.image,
+            model=self.model,
+            decoding=self.decoding,
+            scoring=self.scoring,
+            resources=self.resources,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

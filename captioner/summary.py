@@ -12,17 +12,20 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from captioner import __version__
-from captioner.resources import Allocation
+from captioner.prediction import kept, predict
+from captioner.resources import Allocation, Cluster
 from captioner.sources.urls import redact
 from captioner.tables import PartSummary
 
 if TYPE_CHECKING:
     from captioner.plan import Plan  # not at run time: it brings the model room, and tasks import this
 
-__all__ = ["facts", "farewell", "planned", "summarize"]
+__all__ = ["facts", "farewell", "planned", "predicted", "summarize"]
 
 
-def summarize(plan: "Plan", parts: Sequence[PartSummary], seconds: float) -> dict[str, Any]:
+def summarize(
+    plan: "Plan", parts: Sequence[PartSummary], seconds: float, predicted: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Return the fields that the README lists. seconds: from joining or starting Ray to the last part on disk."""
     captioned = sum(part.captioned for part in parts)
     failed = sum((Counter(part.failed_by_reason) for part in parts), Counter[str]())
@@ -37,8 +40,21 @@ def summarize(plan: "Plan", parts: Sequence[PartSummary], seconds: float) -> dic
         "seconds": round(seconds, 2),
         "images_per_s": round(read / seconds, 2) if seconds else 0.0,
         "tokens_per_s": round(num_tokens / seconds, 2) if seconds else 0.0,
+        "predicted": predicted,
         "output": redact(plan.table.url),
     }
+
+
+def predicted(plan: "Plan", allocation: Allocation, cluster: Cluster, num_images: int) -> dict[str, float] | None:
+    """Return what `jobs/plan.py` makes of a job like this one, if it was run for this output, model and device."""
+    costs = kept(plan.table.store, plan.table.url)
+    is_on_gpu = allocation.worker_gpus > 0
+    if costs is None or costs.fingerprint != plan.model.fingerprint or (costs.device != "cpu") != is_on_gpu:
+        return None
+    shared_cpus = None if cluster.can_grow else cluster.cpus
+    found = predict(costs, allocation, num_images, shared_cpus=shared_cpus)
+    seconds = found.seconds or 0.0
+    return {"seconds": round(seconds, 2), "images_per_s": round(num_images / seconds, 2)} if seconds else None
 
 
 def planned(plan: "Plan") -> dict[str, Any]:

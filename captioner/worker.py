@@ -139,9 +139,9 @@ class Captioner:
         """Return the captions of uint8[B, 3, S, S], in order. Raises EngineError when the engine has stopped."""
         futures: list[Future[Generation]] = []
         seen: list[torch.Tensor] = []
-        for start in range(0, len(pixels), self._encode_rows):
-            ids = image_ids[start : start + self._encode_rows]
-            embeds, joint = self._encode(pixels[start : start + self._encode_rows])
+        for start in range(0, len(pixels), self.encode_rows):
+            ids = image_ids[start : start + self.encode_rows]
+            embeds, joint = self._encode(pixels[start : start + self.encode_rows])
             seen.append(joint)
             seeds = [image_seed(self.decoding.seed, image_id) for image_id in ids]
             requests = [Request(id=image_id, prefix=embeds[row], seed=seeds[row]) for row, image_id in enumerate(ids)]
@@ -154,7 +154,7 @@ class Captioner:
     def _encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what LLaMA reads, float[B, P, D], and the images in CLIP's joint space, float[B, J], if scores are
         wanted; else float[B, 0]. CLIP always sees the same number of images, the missing ones black."""
-        missing = self._encode_rows - len(pixels)
+        missing = self.encode_rows - len(pixels)
         padded = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
         features = self.model.features(padded)
         embeds = self.model.request_embeddings(self.model.project(features))
@@ -245,6 +245,11 @@ class CaptionWorker:
             slots=config.resources.slots,
             storage_options=config.input.storage_options,
         )
+
+    @property
+    def captioner(self) -> Captioner:
+        """What captions in it, for a rehearsal that times its steps."""
+        return self._captioner
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Return rows of `rows.captioned_schema` for rows of `rows.decoded_schema`; the pixels stay behind.

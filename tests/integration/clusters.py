@@ -148,27 +148,18 @@ def autoscaling_cluster(node_types: Mapping[str, Any], idle_timeout_s: float = 6
 @contextmanager
 def _head(port: int, folder: Path, flags: list[str], environment: Mapping[str, str]) -> Iterator[LocalCluster]:
     shared = {"RAY_AUTH_MODE": "disabled"}
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--head",
-        "--block",
-        f"--port={port}",
-    ]
-    command += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder}/s", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
-    command += ["--disable-usage-stats", *flags]
+    python = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts"]
+    command = [*python, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"]
+    command += [f"--temp-dir={folder}/s", f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    head = subprocess.Popen(
-        command,
-        env={**kept, **shared, **environment},
-        stdout=(folder / "head.log").open("wb"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with (folder / "head.log").open("wb") as log:
+        head = subprocess.Popen(
+            [*command, *flags],
+            env={**kept, **shared, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     cluster = LocalCluster(f"127.0.0.1:{port}", {**shared, "RAY_ADDRESS": f"127.0.0.1:{port}"}, head, folder)
     try:
         wait_until(lambda: _is_up(cluster), _START_S)

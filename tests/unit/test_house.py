@@ -17,6 +17,7 @@ ORDER = [
     {"config", "repetition", "rows"},
     {"command_line", "demo", "tracebacks"},
     {"keys", "resources", "sources", "images", "model"},
+<<<<<<< HEAD
     {"decoding", "fitting", "metrics", "tables", "slices", "decode_worker", "caption_files", "splits"},
     {"evaluation", "gallery", "verification", "demo.train", "label_files"},
     {"plan", "worker", "labels", "features"},
@@ -25,6 +26,13 @@ ORDER = [
     {"caption_pipeline"},
     {"feature_pipeline"},
     {"projector_training"},
+=======
+    {"decoding", "fitting", "metrics", "tables", "slices", "prediction", "decode_worker", "caption_files"},
+    {"evaluation", "gallery", "verification", "demo.train"},
+    {"plan", "worker"},
+    {"progress", "rehearsal", "summary"},
+    {"caption_pipeline", "projector_training"},
+>>>>>>> 8f924b2 (Predict a job's time, bottleneck and price from a small sample)
 ]
 """Rooms from left to right: a module imports only its own room and those that stand further left."""
 

@@ -1,0 +1,166 @@
+"""What a caption job will take, from what each step of one image costs. Arithmetic only; knows no Ray and no model.
+
+An image is fetched, decoded, encoded and captioned by pools that work at the same time, so the slowest pool decides.
+Where all of them share CPUs there is one more limit: the CPU seconds that an image takes in total.
+
+    Costs (measured by `captioner.rehearsal`) -> predict -> Prediction
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from captioner.resources import Allocation
+from captioner.sources.store import Store
+from captioner.sources.urls import join
+
+__all__ = ["Costs", "Prediction", "Prices", "cpus_per_worker", "keep", "kept", "predict", "recommended_decoders"]
+
+_RAY_CPU_S = 0.0012
+"""CPU seconds that Ray itself takes for an image: measured, see `tests/bench/prediction.py`."""
+
+_SPARE = 1.25  # decoders beyond what the model needs, so that it never waits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What one image costs on one machine, in seconds unless it says otherwise."""
+
+    device: str
+    """`cpu` or `cuda`: where the model ran."""
+
+    num_images: int
+    """Images in the sample."""
+
+    captioned_share: float
+    """Share of them that could be decoded."""
+
+    fetch_s: float
+    """Time until the bytes are there, with as many fetches at once as one worker makes."""
+
+    fetch_cpu_s: float
+    """CPU time of that."""
+
+    decode_s: float
+    encode_s: float
+    generate_s: float
+    """Time with all slots busy."""
+
+    tokens_per_image: float
+    slots: int
+    model_threads: int
+    """CPU threads that the model ran on."""
+
+    start_s: float
+    """From joining or starting Ray to the first image in the model."""
+
+    fingerprint: str
+    """Of the model."""
+
+    @property
+    def model_s(self) -> float:
+        """Time of one image, decoded or not, on one model worker."""
+        return self.captioned_share * (self.encode_s + self.generate_s)
+
+    @property
+    def decoder_s(self) -> float:
+        """Time of one image on one decode worker, which fetches while it decodes."""
+        return max(self.fetch_s, self.decode_s)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Hourly rates, in any currency; None where nobody gave one."""
+
+    gpu: float | None = None
+    cpu: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a job will do."""
+
+    images_per_s: float
+    """Once it runs."""
+
+    tokens_per_s: float
+    bottleneck: str
+    """`model`, `decode`, `fetch`, or `cpus` where all of them share too few."""
+
+    seconds: float | None
+    """From start to end, with the start of Ray; None while nobody knows how many images there are."""
+
+    price_per_million: float | None
+
+
+_NO_PRICES = Prices()
+
+
+def predict(
+    costs: Costs,
+    allocation: Allocation,
+    num_images: int | None,
+    *,
+    shared_cpus: float | None,
+    prices: Prices = _NO_PRICES,
+) -> Prediction:
+    """Return what a job with this allocation, at its largest, will do.
+
+    shared_cpus: the CPUs that decoders and Ray (and the model, without a GPU) share; None if there are always enough.
+    """
+    workers, decoders = allocation.workers[1], allocation.decoders[1]
+    rates = {
+        "model": workers / costs.model_s if costs.model_s else math.inf,
+        "fetch" if costs.fetch_s > costs.decode_s else "decode": decoders / costs.decoder_s,
+        "cpus": math.inf if shared_cpus is None else shared_cpus / _cpu_s(costs, allocation),
+    }
+    bottleneck = min(rates, key=lambda name: rates[name])
+    rate = rates[bottleneck]
+    return Prediction(
+        images_per_s=rate,
+        tokens_per_s=rate * costs.captioned_share * costs.tokens_per_image,
+        bottleneck=bottleneck,
+        seconds=None if num_images is None else costs.start_s + num_images / rate,
+        price_per_million=_price(allocation, shared_cpus, rate, prices),
+    )
+
+
+def recommended_decoders(costs: Costs, num_workers: int) -> int:
+    """Return how many decode workers keep the model workers busy."""
+    return max(1, math.ceil(_SPARE * num_workers * costs.decoder_s / costs.model_s)) if costs.model_s else 1
+
+
+def cpus_per_worker(costs: Costs) -> float:
+    """Return the CPU cores that must fetch, decode and carry images for one model worker."""
+    return (costs.fetch_cpu_s + costs.decode_s + _RAY_CPU_S) / costs.model_s if costs.model_s else 0.0
+
+
+def keep(costs: Costs, store: Store, output: str) -> None:
+    """Write the costs beside the table that a job is going to make, so that its summary can compare."""
+    store.write_atomic(_file(output), (json.dumps(asdict(costs), indent=2) + "\n").encode())
+
+
+def kept(store: Store, output: str) -> Costs | None:
+    """Return the costs that `keep` wrote, or None where nobody did."""
+    if store.info(_file(output)) is None:
+        return None
+    return Costs(**json.loads(store.read_bytes(_file(output))))
+
+
+def _file(output: str) -> str:
+    return join(output, "_run", "plan.json")
+
+
+def _cpu_s(costs: Costs, allocation: Allocation) -> float:
+    on_cpu = 0.0 if allocation.worker_gpus else costs.model_s * costs.model_threads
+    return costs.fetch_cpu_s + costs.decode_s + on_cpu + _RAY_CPU_S
+
+
+def _price(allocation: Allocation, shared_cpus: float | None, rate: float, prices: Prices) -> float | None:
+    if prices.gpu is None and prices.cpu is None:
+        return None
+    gpus = allocation.workers[1] * allocation.worker_gpus
+    pools = allocation.decoders[1] * allocation.decoder_cpus + allocation.workers[1] * allocation.worker_cpus
+    cpus = pools if shared_cpus is None else shared_cpus
+    hourly = gpus * (prices.gpu or 0.0) + cpus * (prices.cpu or 0.0)
+    return hourly * 1_000_000 / rate / 3600
