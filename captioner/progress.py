@@ -19,11 +19,6 @@ __all__ = ["progress"]
 
 log = logging.getLogger("captioner")
 
-<<<<<<< HEAD
-_FIRST_LINE_S = 10
-=======
-
->>>>>>> 8f924b2 (Predict a job's time, bottleneck and price from a small sample)
 _LINE_S = 60
 
 
@@ -57,31 +52,18 @@ class _Watch:
     shortage: Callable[[], str]
     finished: threading.Event
 
-<<<<<<< HEAD
     def bar(self) -> None:
         with tqdm(total=self.total, unit="image", smoothing=0.1, file=sys.stderr) as bar:
             while not self.finished.wait(self.pause_s):
                 bar.set_postfix_str(self.shortage(), refresh=False)
                 bar.update(self.num_written() - bar.n)
             bar.update(self.num_written() - bar.n)
-=======
-def _lines(plan: "Plan", run_id: str, shortage: Callable[[], str], finished: threading.Event) -> None:
-    start = time.monotonic()
-    if missing := shortage():
-        log.info(missing)
-    while not finished.wait(_LINE_S):
-        if missing := shortage():
-            log.info(missing)
-            continue
-        written, seconds = plan.table.num_written(run_id), time.monotonic() - start
-        log.info("written=%d left=%s images_per_s=%.1f", written, _left(plan, written), written / seconds)
->>>>>>> 8f924b2 (Predict a job's time, bottleneck and price from a small sample)
 
     def lines(self) -> None:
         start = time.monotonic()
-        pause_s = _FIRST_LINE_S
-        while not self.finished.wait(pause_s):
-            pause_s = _LINE_S
+        if missing := self.shortage():
+            log.info(missing)
+        while not self.finished.wait(_LINE_S):
             if missing := self.shortage():
                 log.info(missing)
                 continue

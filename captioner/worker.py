@@ -75,8 +75,10 @@ class Captioner:
         self.decoding = decoding or DecodingConfig()
         self.scoring = scoring or ScoringConfig()
         self._decoder = Decoder(Preprocessing.from_config(model.preprocessing), image or ImageConfig())
-        self._encode_rows = ENCODE_ROWS.get(model.device.type, 8)
-        self._engine = EngineThread(_engine(model, self.decoding, slots))
+        self.encode_rows = ENCODE_ROWS.get(model.device.type, 8)
+        engine = _engine(model, self.decoding, slots)
+        self.num_slots = engine.num_slots
+        self._engine = EngineThread(engine)
 
     @classmethod
     def from_bundle(

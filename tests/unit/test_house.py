@@ -14,25 +14,17 @@ from captioner import errors
 PACKAGE = Path(captioner.__file__).parent
 ORDER = [
     {"errors"},
-    {"config", "repetition", "rows"},
+    {"config", "repetition", "rows", "telemetry"},
     {"command_line", "demo", "tracebacks"},
     {"keys", "resources", "sources", "images", "model"},
-<<<<<<< HEAD
-    {"decoding", "fitting", "metrics", "tables", "slices", "decode_worker", "caption_files", "splits"},
+    {"decoding", "fitting", "metrics", "tables", "slices", "prediction", "decode_worker", "caption_files", "splits"},
     {"evaluation", "gallery", "verification", "demo.train", "label_files"},
     {"plan", "worker", "labels", "features"},
-    {"progress", "summary", "feature_plan"},
+    {"progress", "rehearsal", "summary", "feature_plan"},
     {"examples", "feature_worker"},
     {"caption_pipeline"},
     {"feature_pipeline"},
     {"projector_training"},
-=======
-    {"decoding", "fitting", "metrics", "tables", "slices", "prediction", "decode_worker", "caption_files"},
-    {"evaluation", "gallery", "verification", "demo.train"},
-    {"plan", "worker"},
-    {"progress", "rehearsal", "summary"},
-    {"caption_pipeline", "projector_training"},
->>>>>>> 8f924b2 (Predict a job's time, bottleneck and price from a small sample)
 ]
 """Rooms from left to right: a module imports only its own room and those that stand further left."""
 
