@@ -26,6 +26,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
+from ray.util import metrics as ray_metrics
 from ray.util.annotations import RayDeprecationWarning
 
 from captioner.config import CaptionJobConfig
@@ -37,6 +38,7 @@ from captioner.slices import BLOCK_ROWS, Slice
 from captioner.sources.faults import output_errors
 from captioner.summary import facts, farewell, planned, predicted, summarize
 from captioner.tables import CaptionTable, PartSummary, Stamp
+from captioner.telemetry import METRICS
 from captioner.tracebacks import error_in
 
 if TYPE_CHECKING:
@@ -131,7 +133,12 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
     )
     captioned: Dataset = decoded.map_batches(
         CaptionWorker,
-        fn_constructor_kwargs={"config": config, "kept": kept, "num_threads": allocation.torch_threads},
+        fn_constructor_kwargs={
+            "config": config,
+            "kept": kept,
+            "num_threads": allocation.torch_threads,
+            "recorder": RayRecorder(),
+        },
         batch_size=BLOCK_ROWS,  # not None: Ray refuses that for GPUs
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -184,6 +191,30 @@ class Reader(Protocol):
 
     def read(self, piece: Any) -> Iterator[pa.Table]:
         """Yield the rows of a slice."""
+
+
+class RayRecorder:
+    """Records into Ray's metrics, in whichever process it has arrived."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def count(self, name: str, amount: float, **labels: str) -> None:
+        """Add to a counter."""
+        self._metric(name).inc(amount, labels)
+
+    def gauge(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        self._metric(name).set(value)
+
+    def _metric(self, name: str) -> Any:
+        if name not in self._made:
+            kind = ray_metrics.Counter if METRICS[name].kind == "counter" else ray_metrics.Gauge
+            self._made[name] = kind(name, METRICS[name].description, tag_keys=METRICS[name].labels)
+        return self._made[name]
 
 
 class ReadSlices(Datasource):

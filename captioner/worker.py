@@ -8,6 +8,7 @@ those of one CaptionWorker share one decoding engine, so that its slots stay ful
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
@@ -29,6 +30,7 @@ from captioner.model.bundle import load
 from captioner.model.caption_model import CaptionModel
 from captioner.repetition import is_repetitive
 from captioner.rows import Reject, RejectReason, build_table, captioned_schema
+from captioner.telemetry import Pulse, Recorder, Silent
 
 __all__ = ["ENCODE_ROWS", "Caption", "CaptionWorker", "Captioner", "image_seed", "pixel_tensor"]
 
@@ -187,6 +189,10 @@ class Captioner:
             min_logprob=hypothesis.min_logprob,
         )
 
+    def pulse(self, recorder: Recorder) -> Pulse:
+        """Return a thread that records, once a second, how busy the engine is."""
+        return Pulse(recorder, num_busy=lambda: self._engine.num_running, idle_s=lambda: self._engine.idle_s)
+
     def close(self) -> None:
         """End the engine's thread; calls that wait fail with EngineError."""
         self._engine.close()
@@ -236,7 +242,13 @@ def image_seed(seed: int, image_id: str) -> int:
 class CaptionWorker:
     """Captions on one device. `kept` are the user's columns, `num_threads` the CPU threads that torch may use."""
 
-    def __init__(self, config: CaptionJobConfig, kept: Sequence[pa.Field] = (), num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        config: CaptionJobConfig,
+        kept: Sequence[pa.Field] = (),
+        num_threads: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         if num_threads:
             torch.set_num_threads(num_threads)
         self._schema = captioned_schema(kept)
@@ -247,6 +259,9 @@ class CaptionWorker:
             slots=config.resources.slots,
             storage_options=config.input.storage_options,
         )
+        self._recorder = recorder or Silent()
+        self._recorder.gauge("captioner_slots", self._captioner.num_slots)
+        self._pulse = self._captioner.pulse(self._recorder)
 
     @property
     def captioner(self) -> Captioner:
@@ -263,12 +278,22 @@ class CaptionWorker:
         captions: Iterator[Caption] = iter(())
         if images.num_rows:
             pixels = pixel_tensor(images.column("pixels"), self._captioner.model.image_size)
-            captions = iter(self._captioner.caption_pixels(pixels, images.column("image_id").to_pylist()))
+            with self._pulse:
+                captions = iter(self._captioner.caption_pixels(pixels, images.column("image_id").to_pylist()))
         found = [next(captions) if wanted else None for wanted in is_image.to_pylist()]
         names = [field.name for field in fields(Caption) if field.name != "candidates"]
         made = {name: [caption and getattr(caption, name) for caption in found] for name in names}
         made["candidates"] = [caption and _candidates(caption, names) for caption in found]
+        self._count(rows, found)
         return build_table(self._schema, rows, made)
+
+    def _count(self, rows: pa.Table, found: Sequence[Caption | None]) -> None:
+        captions = [caption for caption in found if caption]
+        if captions:
+            self._recorder.count("captioner_images", len(captions))
+            self._recorder.count("captioner_tokens", sum(caption.num_tokens for caption in captions))
+        for reason, number in Counter(filter(None, rows.column("reason").to_pylist())).items():
+            self._recorder.count("captioner_failures", number, reason=reason)
 
 
 def _candidates(caption: Caption, names: Sequence[str]) -> list[dict[str, Any]] | None:

@@ -5,6 +5,7 @@ its slots to the rest at once. Without work the thread sleeps.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -34,8 +35,21 @@ class EngineThread:
         self._running: set[_Ticket] = set()
         self._is_closed = False
         self._cause: BaseException | None = None
+        self._idle_s = 0.0
+        self._asleep_since: float | None = None
         self._thread = threading.Thread(target=self._serve, name="captioner-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are in the engine's slots."""
+        return len(self._running)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds so far in which the engine had nothing at all to do."""
+        since = self._asleep_since
+        return self._idle_s + (0.0 if since is None else time.monotonic() - since)
 
     def run(self, requests: Iterable[Request]) -> list[Generation]:
         """Return the captions of the requests, in their order. Raises what `submit` raises, and EngineError with its
@@ -75,12 +89,19 @@ class EngineThread:
     def _admit(self) -> bool:
         """Fill free slots, asleep while there is nothing at all to do. False once closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._waiting or not self._engine.is_idle)
+            if not (self._is_closed or self._waiting) and self._engine.is_idle:
+                self._sleep()
             while self._waiting and self._engine.num_free:
                 ticket = self._waiting.popleft()
                 self._running.add(ticket)
                 self._engine.admit(replace(ticket.request, id=ticket))
             return not self._is_closed
+
+    def _sleep(self) -> None:
+        start = self._asleep_since = time.monotonic()
+        self._changed.wait_for(lambda: self._is_closed or self._waiting)
+        self._asleep_since = None
+        self._idle_s += time.monotonic() - start
 
     def _deliver(self, generations: Iterable[Generation]) -> None:
         for generation in generations:
