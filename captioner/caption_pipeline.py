@@ -65,7 +65,7 @@ _DECODE_CALLS = 2  # one fetches while the other decodes
 _MAX_RETRIES = 2  # of a task that kills its worker (Ray's default is for ever), and of a worker that dies loading
 _MAX_RESTARTS = 10  # of one worker: a spot node takes its workers with it, and is replaced
 RETRIES: dict[str, Any] = {"max_restarts": _MAX_RESTARTS, "max_task_retries": _MAX_RETRIES}
-_STAGE_LABEL = "captioner/stage"
+_STAGE_LABEL = "captioner-stage"
 OFF_MODEL_NODES = {_STAGE_LABEL: "!model"}  # nodes without the label are as good as any
 
 

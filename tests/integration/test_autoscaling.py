@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 3000
 NODE_TYPES = {
-    "decode": node_type(max_workers=1, CPU=2, labels={"captioner/stage": "decode"}),
-    "model": node_type(max_workers=2, CPU=2, GPU=1, labels={"captioner/stage": "model"}),
+    "decode": node_type(max_workers=1, CPU=2, labels={"captioner-stage": "decode"}),
+    "model": node_type(max_workers=2, CPU=2, GPU=1, labels={"captioner-stage": "model"}),
 }
 
 
@@ -46,7 +46,7 @@ class History:
     def note(self, cluster: LocalCluster) -> list[str]:
         """Note what runs where; return the nodes that have a model worker."""
         seen = cluster.look()
-        stages = {node["NodeID"]: node["Labels"].get("captioner/stage", "") for node in seen["nodes"]}
+        stages = {node["NodeID"]: node["Labels"].get("captioner-stage", "") for node in seen["nodes"]}
         places = [(actor["ActorClassName"], actor["Address"]["NodeID"]) for actor in seen["actors"]]
         self.num_gpu_nodes.append(sum(bool(node["Resources"].get("GPU")) for node in seen["nodes"]))
         self.stages_of_decoders |= {stages[node] for name, node in places if "Decode" in name and node in stages}

@@ -2,12 +2,17 @@
 
 import copy
 import re
+import shlex
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from captioner.command_line import parse
+from captioner.config import CaptionJobConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "cluster.yaml").read_text()
@@ -60,7 +65,7 @@ def test_workers_are_spot_and_grow_from_nothing(name: str) -> None:
 
 
 def test_gpu_nodes_carry_the_label_that_keeps_decoding_off_them() -> None:
-    labels = {name: kind.get("labels", {}).get("captioner/stage") for name, kind in node_types().items()}
+    labels = {name: kind.get("labels", {}).get("captioner-stage") for name, kind in node_types().items()}
     gpus = {name for name, kind in node_types().items() if kind["resources"].get("GPU")}
     assert {name for name, label in labels.items() if label == "model"} == gpus == {"model"}
 
@@ -76,3 +81,41 @@ def test_nodes_install_what_the_tests_ran_with_and_keep_weights_on_their_disk() 
     assert "-c ~/captioner/constraints.txt '/home/ubuntu/captioner[cluster]'" in commands
     assert filled(TEXT)["file_mounts"] == {"/home/ubuntu/captioner": "."}
     assert "CAPTIONER_CACHE=" in commands
+
+
+def manifest() -> dict[str, Any]:
+    [text] = re.findall(r"^```yaml\n(apiVersion: ray.io/v1\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def test_the_manifest_is_a_job_whose_entrypoint_our_command_line_takes() -> None:
+    job = manifest()
+    assert (job["kind"], job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]) == ("RayJob", True)
+    python, script, *arguments = shlex.split(job["spec"]["entrypoint"])
+    assert (python, (ROOT / script).exists()) == ("python", True)
+    config = parse(CaptionJobConfig, arguments)
+    assert (config.resources.workers, config.resources.gpus_per_worker) == ("1:64", 1)
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {"working_dir": "/captioner"}
+
+
+def test_the_manifest_grows_from_nothing_and_keeps_decoding_off_gpu_pods() -> None:
+    cluster = manifest()["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == version("ray")
+    assert cluster["autoscalerOptions"]["version"] == "v2"
+    assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    assert {name: (group["minReplicas"], group["maxReplicas"]) for name, group in groups.items()} == {
+        "decode": (0, 16),
+        "model": (0, 64),
+    }
+    for name, group in groups.items():
+        [container] = group["template"]["spec"]["containers"]
+        assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (name == "model")
+        assert group.get("labels", {}) == ({"captioner-stage": "model"} if name == "model" else {})
+
+
+def test_the_readme_submits_what_our_command_line_takes() -> None:
+    [line] = re.findall(r"^ray job submit .*$", README, re.MULTILINE)
+    _, _, entrypoint = line.partition(" -- ")
+    assert parse(CaptionJobConfig, shlex.split(entrypoint)[2:]).resources.workers == "1:64"
