@@ -22,7 +22,7 @@ from captioner.errors import CaptionerError, ConfigError, UsageError
 __all__ = ["parse", "run"]
 
 Config = TypeVar("Config")
-_POSITIONALS = ("input_path", "table", "output", "captions", "references")
+_POSITIONALS = ("input_path", "table", "output", "sql", "captions", "references")
 
 
 def run(
@@ -42,7 +42,8 @@ def run(
     except KeyboardInterrupt:
         print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         return 1
-    print(json.dumps(summary), flush=True)
+    if summary:  # a job whose data went to stdout adds nothing to it
+        print(json.dumps(summary), flush=True)
     return 0 if summary.get("ok", True) else 1
 
 

@@ -8,13 +8,14 @@ its lines there.
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import Positional, arg
 
 from captioner.errors import ConfigError
 
 __all__ = [
+    "MAX_CARDS",
     "CaptionJobConfig",
     "DecodingConfig",
     "EvaluateConfig",
@@ -24,12 +25,13 @@ __all__ = [
     "LabelsConfig",
     "ModelConfig",
     "PlanConfig",
+    "QueryConfig",
     "ResourceConfig",
     "ScoringConfig",
     "VerifyConfig",
 ]
 
-_MAX_CARDS = 5_000  # a page of more is one that no browser likes
+MAX_CARDS = 5_000  # a page of more is one that no browser likes
 _DAY_S = 86_400  # no timer of the system takes any number, and infinity least of all
 
 InputFormat = Literal["auto", "files", "list", "parquet", "webdataset"]
@@ -37,6 +39,7 @@ LabelsFormat = Literal["auto", "parquet", "csv", "tsv", "jsonl", "json", "token"
 MatchRule = Literal["auto", "id", "name", "number"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Ranking = Literal["logprob", "clip-score"]
+RowFormat = Literal["auto", "table", "csv", "json", "parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,9 +446,6 @@ class GalleryConfig:
     compare: str | None = None
     """Another table of the same images, whose captions to set beside these, the largest changes first."""
 
-    references: str | None = None
-    """Captions by people to set beside them: any file that jobs/evaluate.py reads; `demo` is the embedded images."""
-
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of the tables' store, as JSON. By default the usual environment variables."""
 
@@ -461,8 +461,59 @@ class GalleryConfig:
             object.__setattr__(self, "output", re.split(r"[/\\]", self.table.rstrip("/"))[-1] + ".html")
         is_page = self.output.lower().endswith((".html", ".htm"))
         _check(is_page, "OUT.html", self.output, "a name that ends in .html")
-        _check(1 <= self.sample <= _MAX_CARDS, "--sample", self.sample, f"1 to {_MAX_CARDS:,}")
-        _check(not (self.compare and self.references), "--references", self.references, "none with --compare")
+        _check(1 <= self.sample <= MAX_CARDS, "--sample", self.sample, f"1 to {MAX_CARDS:,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryConfig:
+    """Query a caption table by DuckDB's SQL; without SQL say what is in it."""
+
+    table: Annotated[Positional[str], arg(metavar="TABLE")] = "captions-demo"
+    """The OUTPUT of a caption job, on any fsspec store; it may still be running."""
+
+    sql: Annotated[Positional[str], arg(metavar="SQL")] = ""
+    """One SELECT over captions, failures, attempts, images and runs. `DESCRIBE captions` shows a view's columns."""
+
+    format: RowFormat = "auto"
+    """Form of the rows: a table for terminals, or all rows as csv, json (one object a line) or parquet.
+    `auto`: by the ending of --out, without it a table."""
+
+    out: str = ""
+    """File for the rows, on any fsspec store, in place of stdout. One that ends in .html is a gallery of them."""
+
+    review: int | None = None
+    """Take the N most doubtful captions in place of SQL: improbable, repetitive, cut, of a low CLIPScore.
+    Without --format they become a gallery, --out or review.html."""
+
+    storage_options: dict[str, object] = field(default_factory=dict)
+    """fsspec options of the table's store, as JSON. By default the usual environment variables."""
+
+    def __post_init__(self) -> None:
+        is_count = self.review is None or 0 < self.review <= MAX_CARDS
+        _check(is_count, "--review", self.review, f"1 to {MAX_CARDS:,}")
+        _check(self.review is None or not self.sql, "SQL", self.sql, "none with --review, which brings its own")
+        if self.review is not None and not self.out and self.format == "auto":
+            object.__setattr__(self, "out", "review.html")
+        has_rows = bool(self.sql) or self.review is not None
+        _check(has_rows or not self.out, "--out", self.out, "SQL or --review with it: a summary goes to stdout")
+        _check(has_rows or self.format == "auto", "--format", self.format, "SQL or --review with it")
+        endings = "a name that ends in .csv, .json, .jsonl, .parquet or .html, or --format"
+        _check(self.is_gallery or self.chosen_format in get_args(RowFormat)[1:], "--out", self.out, endings)
+        _check(self.chosen_format != "parquet" or bool(self.out), "--format", "parquet", "--out FILE with it")
+        _check(self.chosen_format != "table" or not self.out, "--format", "table", "csv, json or parquet with --out")
+
+    @property
+    def is_gallery(self) -> bool:
+        """Whether the rows become a page of pictures."""
+        return self.format == "auto" and self.out.lower().endswith((".html", ".htm"))
+
+    @property
+    def chosen_format(self) -> str:
+        """The form of the rows; the ending of --out where it says none of them."""
+        if self.format != "auto" or not self.out:
+            return "table" if self.format == "auto" else self.format
+        ending = self.out.lower().rpartition(".")[2]
+        return {"jsonl": "json", "ndjson": "json", "pq": "parquet"}.get(ending, ending)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,6 +193,16 @@ class Store:
         """Return everything that stands at `url`. Raises StoreError."""
         return bytes(self._steady(lambda: self.fs.cat_file(self.path(url))))
 
+    def read_range(self, url: str, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop` of what stands at `url`. Raises StoreError."""
+        return bytes(self._steady(lambda: self._exactly(url, start, stop)))
+
+    def _exactly(self, url: str, start: int, stop: int) -> bytes:
+        data: bytes = self.fs.cat_file(self.path(url), start=start, end=stop)
+        if len(data) != stop - start:
+            raise EOFError(f"{len(data)} of {stop - start} bytes at {start}")
+        return data
+
     def write_atomic(self, url: str, data: bytes) -> None:
         """Make `url` hold exactly `data`, or leave it as it was. Raises StoreError.
 
@@ -205,10 +215,13 @@ class Store:
         """Make `url` hold nothing; it may be nothing already. Raises StoreError."""
         self._or_none(lambda: self.fs.rm_file(self.path(url)))
 
+    def entries(self, folder: str) -> list[Entry]:
+        """Return what stands in a folder, in order; nothing where there is no such folder. Raises StoreError."""
+        return self._or_none(lambda: self._children(folder)) or []
+
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of a folder's files; none where there is no such folder. Raises StoreError."""
-        entries = self._or_none(lambda: self._children(folder)) or []
-        return [urls.name(entry.url) for entry in entries if not entry.is_folder]
+        return [urls.name(entry.url) for entry in self.entries(folder) if not entry.is_folder]
 
     def _or_none(self, access: Callable[[], T]) -> T | None:
         try:

@@ -1,0 +1,177 @@
+"""What is said of a table without SQL: how much of what, how long, how often the same, how sure.
+
+Whole-table figures are DuckDB's aggregates. N-grams are counted in a fixed sample of captions, and so said.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from captioner.query.views import Connection
+from captioner.repetition import words
+
+__all__ = ["summarize", "summary_lines"]
+
+_NUM_EXAMPLES = 5
+_NUM_BINS = 10
+_NUM_SAMPLED = 20_000
+_GRAM_WORDS = 3
+_BAR_WIDTH = 40
+_SCORES = ("mean_logprob", "min_logprob", "clip_score")
+
+
+def summarize(connection: Connection) -> dict[str, Any]:
+    """Return what a table holds; figures that it cannot have, having no captions or no such score, are null."""
+    captioned, failed = _row(connection, "SELECT (SELECT count(*) FROM captions), (SELECT count(*) FROM failures)")
+    return {
+        "images": captioned + failed,
+        "captioned": captioned,
+        "failed": failed,
+        "failed_by_reason": dict(
+            _rows(connection, "SELECT reason, count(*) AS n FROM failures GROUP BY reason ORDER BY n DESC, reason")
+        ),
+        **_quality(connection),
+        "tokens_histogram": _histogram(connection),
+        "frequent_captions": _frequent(connection),
+        "frequent_3_grams": _frequent_grams(connection, captioned),
+        "lowest": {score: _lowest(connection, score) for score in _SCORES},
+        "runs": _dicts(connection, "FROM runs SELECT run_id, model, is_finished, captioned, failed, images_per_s"),
+    }
+
+
+def _quality(connection: Connection) -> dict[str, Any]:
+    found = _dicts(
+        connection,
+        """
+        SELECT count(DISTINCT model) AS models FROM runs
+        """,
+    )[0]
+    rates = _dicts(
+        connection,
+        """
+        SELECT avg(is_repetitive::INTEGER) AS repetitive_share, avg((finish_reason = 'length')::INTEGER)
+            AS truncated_share, avg((trim(caption) = '')::INTEGER) AS empty_share, avg(num_tokens) AS mean_tokens,
+            avg(mean_logprob) AS mean_logprob, avg(clip_score) AS mean_clip_score
+        FROM captions
+        """,
+    )[0]
+    return found | {name: value if value is None else round(value, 6) for name, value in rates.items()}
+
+
+def _histogram(connection: Connection) -> list[dict[str, int]]:
+    """Return at most ten bins of equal width, each with its least and greatest number of tokens."""
+    least, greatest = _row(connection, "SELECT min(num_tokens), max(num_tokens) FROM captions")
+    if least is None:
+        return []
+    width = (greatest - least) // _NUM_BINS + 1
+    counts = dict(
+        _rows(connection, f"SELECT (num_tokens - {least}) // {width} AS bin, count(*) FROM captions GROUP BY bin")
+    )
+    starts = range(least, greatest + 1, width)
+    return [
+        {"from": start, "to": min(start + width - 1, greatest), "captions": counts.get(number, 0)}
+        for number, start in enumerate(starts)
+    ]
+
+
+def _frequent(connection: Connection) -> list[dict[str, Any]]:
+    return _dicts(
+        connection,
+        f"""
+        SELECT caption, count(*) AS n FROM captions GROUP BY caption HAVING n > 1
+        ORDER BY n DESC, caption LIMIT {_NUM_EXAMPLES}
+        """,
+    )
+
+
+def _frequent_grams(connection: Connection, num_captions: int) -> dict[str, Any]:
+    """Return the most frequent 3-grams of every k-th caption by key, and of how many captions."""
+    step = max(1, num_captions // _NUM_SAMPLED)
+    captions = [row[0] for row in _rows(connection, f"SELECT caption FROM captions WHERE key % {step} = 0")]
+    counts: Counter[str] = Counter()
+    for own in map(words, captions):
+        grams = zip(*(own[place:] for place in range(_GRAM_WORDS)), strict=False)
+        counts.update({" ".join(gram) for gram in grams})
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_NUM_EXAMPLES]
+    return {"of_captions": len(captions), "grams": [{"gram": gram, "captions": count} for gram, count in ranked]}
+
+
+def _lowest(connection: Connection, score: str) -> list[dict[str, Any]]:
+    return _dicts(
+        connection,
+        f"""
+        SELECT image_id, caption, {score} FROM captions
+        WHERE key IN (SELECT key FROM captions WHERE {score} IS NOT NULL ORDER BY {score}, key LIMIT {_NUM_EXAMPLES})
+        ORDER BY {score}, key
+        """,
+    )
+
+
+def _rows(connection: Connection, sql: str) -> list[tuple[Any, ...]]:
+    return connection.execute(sql).fetchall()
+
+
+def _row(connection: Connection, sql: str) -> tuple[Any, ...]:
+    return _rows(connection, sql)[0]
+
+
+def _dicts(connection: Connection, sql: str) -> list[dict[str, Any]]:
+    found = connection.execute(sql)
+    names = [column[0] for column in found.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+
+
+# As people read it
+
+
+def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the summary as people read it."""
+    yield f"{summary['images']:,} images: {summary['captioned']:,} captioned, {summary['failed']:,} failed"
+    yield from (f"  {reason:16} {count:>12,}" for reason, count in summary["failed_by_reason"].items())
+    if summary["captioned"]:
+        yield from _quality_lines(summary)
+        yield from _example_lines(summary)
+    yield ""
+    yield f"{len(summary['runs']):,} runs of {summary['models']:,} models"
+    for run in summary["runs"][-_NUM_EXAMPLES:]:
+        end = (
+            f"{run['captioned'] or 0:,} captioned, {run['failed'] or 0:,} failed, {run['images_per_s'] or 0:g} images/s"
+        )
+        yield f"  {run['run_id']}  {run['model'] or '?'}  {end if run['is_finished'] else 'not finished'}"
+
+
+def _quality_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("repetitive_share", "truncated_share", "empty_share"):
+        share = summary[name]
+        yield f"  {name.removesuffix('_share'):16} {'unknown' if share is None else f'{share:.2%}':>12}"
+    yield ""
+    yield f"tokens a caption, {summary['mean_tokens']:.1f} on average"
+    most = max(bin_["captions"] for bin_ in summary["tokens_histogram"])
+    for bin_ in summary["tokens_histogram"]:
+        bar = "█" * round(_BAR_WIDTH * bin_["captions"] / most)
+        yield f"  {bin_['from']:>5} to {bin_['to']:<5} {bin_['captions']:>12,} {bar}".rstrip()
+
+
+def _example_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    yield from _counted("most frequent captions", [(row["n"], row["caption"]) for row in summary["frequent_captions"]])
+    grams = summary["frequent_3_grams"]
+    title = f"most frequent 3-grams, of {grams['of_captions']:,} captions looked at"
+    yield from _counted(title, [(row["captions"], row["gram"]) for row in grams["grams"]])
+    for score, rows in summary["lowest"].items():
+        if rows:
+            yield from ["", f"lowest {score}"]
+            yield from (
+                f"  {row[score]:>12.3f}  {_short(row['image_id'], 30):30} {_short(row['caption'])}" for row in rows
+            )
+
+
+def _counted(title: str, rows: Sequence[tuple[int, str]]) -> Iterator[str]:
+    if rows:
+        yield from ["", title]
+        yield from (f"  {count:>12,}  {_short(text)}" for count, text in rows)
+
+
+def _short(text: str, length: int = 80) -> str:
+    """Return a text on one line; of a long one the end, which tells image ids apart, or of a caption the beginning."""
+    plain = "".join(char if char.isprintable() else " " for char in text)
+    return plain if len(plain) <= length else plain[: length - 1] + "…"

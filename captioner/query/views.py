@@ -1,0 +1,262 @@
+"""A caption table as DuckDB's views, as its parts are now, and nothing else of the machine or the net.
+
+    captions    one row an image that has a caption
+    failures    one row an image whose last word is a failure: its last attempt
+    attempts    every failed attempt, those too whose image got its caption later
+    images      captions and failures: one row an image
+    runs        one row an invocation of the job
+
+No import: DuckDB reads of the Parquet files the columns and row groups that a query needs. A table may be written,
+mended or compacted meanwhile: a query whose parts were taken away is asked again of those that are there then.
+"""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import duckdb
+import pyarrow as pa
+
+from captioner.errors import CaptionerError, ConfigError, InputError, JobError
+from captioner.query.part_files import PROTOCOL, PartFiles
+from captioner.query.runs import read_runs
+from captioner.rows import CAPTIONS, FAILURES
+from captioner.sources.faults import output_errors
+from captioner.sources.store import Entry
+from captioner.sources.urls import has_glob, join, name, redact, scheme
+from captioner.tables import CaptionTable
+
+__all__ = ["VIEWS", "Connection", "ask", "open_table", "read_rows", "select"]
+
+T = TypeVar("T")
+Connection = duckdb.DuckDBPyConnection
+VIEWS = ("captions", "failures", "attempts", "images", "runs")
+_FOLDERS = ("captions", "failures")
+_EMPTY = "empty"  # schema of the tables without rows that say what columns a view has at least
+_PARTS_BY_NAME = 16  # more are found by a pattern
+_ATTEMPTS = 5  # a compaction takes parts away once; a table that loses some all the time is not merely being written
+_SETTINGS = {
+    "autoinstall_known_extensions": False,  # nothing is ever downloaded
+    "autoload_known_extensions": False,
+    "allow_community_extensions": False,
+    "allow_persistent_secrets": False,
+    "python_enable_replacements": False,  # a name in SQL is a view's, never a variable's of this program
+}
+
+
+def open_table(url: str, storage_options: dict[str, object]) -> CaptionTable:
+    """Return a table that is there. Raises InputError where none is."""
+    table = CaptionTable(url, storage_options)
+    with output_errors(table.url):
+        if table.identity() is None and not any(_parts(table)):
+            raise InputError(
+                f"{redact(table.url)} is no caption table; expected the OUTPUT of jobs/caption.py, the folder in which"
+                f" captions/ and _run/ lie{_near(table)}"
+            )
+    return table
+
+
+def _near(table: CaptionTable) -> str:
+    """Return a hint at the table that the path is a folder of, or nothing."""
+    above, _, last = table.url.rpartition("/")
+    if last in (*_FOLDERS, "_run") and table.store.info(join(above, "_run", "run.json")):
+        return f": {redact(above)}"
+    return ""
+
+
+def ask(table: CaptionTable, question: Callable[[Connection], T], sql: str = "") -> T:
+    """Return what `question` returns when it is given the views of a table; asked anew if parts went away meanwhile.
+
+    sql: what it will ask, so that only the views it names are made; by default all are.
+    Raises ConfigError for SQL that is wrong, InputError for a part that cannot be read, JobError where neither helps.
+    """
+    with output_errors(table.url):
+        for attempt in range(1, _ATTEMPTS + 1):
+            parts = _parts(table)
+            try:
+                with _connection(table, parts, sql) as connection:
+                    return question(connection)
+            except duckdb.Error as error:
+                if attempt == _ATTEMPTS or set(parts) <= set(_parts(table)):
+                    raise _explained(error, table) from error
+    raise AssertionError("unreachable")
+
+
+def read_rows(table: CaptionTable, sql: str) -> pa.Table:
+    """Return the rows of one SELECT. Raises as `ask` does."""
+    return ask(table, lambda connection: select(connection, sql).to_arrow_table(), sql)
+
+
+def select(connection: Connection, sql: str) -> duckdb.DuckDBPyRelation:
+    """Return the rows of one SELECT, not yet read. Raises ConfigError for any other statement."""
+    _check_select(connection, sql)
+    return connection.sql(sql)
+
+
+def _check_select(connection: Connection, sql: str) -> None:
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1:
+        raise ConfigError(f"SQL holds {len(statements)} statements; expected one SELECT")
+    if statements[0].type != duckdb.StatementType.SELECT:
+        raise ConfigError(
+            f"SQL is {statements[0].type.name}, and a caption table is only read; expected one SELECT,"
+            " WITH ... SELECT, FROM, DESCRIBE or SUMMARIZE"
+        )
+
+
+# The connection
+
+
+def _parts(table: CaptionTable) -> dict[str, Entry]:
+    """Return the parts that are there now: `captions/part-...` -> what the listing says of it."""
+    return {
+        f"{folder}/{name(entry.url)}": entry
+        for folder in _FOLDERS
+        for entry in table.store.entries(join(table.url, folder))
+        if entry.url.endswith(".parquet") and not entry.is_folder and not name(entry.url).startswith((".", "_"))
+    }
+
+
+@contextlib.contextmanager
+def _connection(table: CaptionTable, parts: dict[str, Entry], sql: str) -> Iterator[Connection]:
+    """Give a connection that has the views of `sql`, or all, may read these parts, and may do nothing else."""
+    is_local = scheme(table.url) == "file"
+    root = table.store.path(table.url) if is_local else f"{PROTOCOL}:/"
+    with tempfile.TemporaryDirectory(prefix="captioner-query-") as spill:
+        connection = duckdb.connect(config={**_SETTINGS, "temp_directory": spill})
+        try:
+            if not is_local:
+                connection.register_filesystem(PartFiles(table.store, parts))
+            folders = [f"{root}/{folder}/" for folder in _FOLDERS]
+            connection.execute(f"SET allowed_directories = {_list(folders)}")
+            connection.execute("SET enable_external_access = false; SET lock_configuration = true")
+            _Views(connection, table, root, list(parts)).create(sql)
+            yield connection
+        finally:
+            if not is_local:
+                connection.unregister_filesystem(PROTOCOL)
+            connection.close()
+
+
+@dataclass(frozen=True)
+class _Views:
+    """Makes the views. To make one costs the footers of some parts, so that only those are made that are named."""
+
+    connection: Connection
+    table: CaptionTable
+    root: str
+    """What DuckDB calls the table."""
+
+    parts: Sequence[str]
+    """`captions/part-...`, below the root."""
+
+    def create(self, sql: str) -> None:
+        """Create the views that `sql` names; all where it names none, or one that does not exist."""
+        named = self._named(sql) if sql else set()
+        wanted = named if named and named <= set(VIEWS) else set(VIEWS)
+        self.connection.execute(f"CREATE SCHEMA {_EMPTY}")
+        if wanted != {"runs"}:
+            self._create_of_parts("captions", "captions", CAPTIONS)
+            self._create_joined(wanted)
+        if "runs" in wanted:
+            self._create_table("runs", read_runs(self.table))
+
+    def _named(self, sql: str) -> set[str]:
+        _check_select(self.connection, sql)
+        return {found.lower() for found in self.connection.get_table_names(sql)}
+
+    def _create_joined(self, wanted: set[str]) -> None:
+        if wanted & {"attempts", "failures", "images"}:
+            self._create_of_parts("attempts", "failures", FAILURES)
+        if wanted & {"failures", "images"}:
+            self.connection.execute(_FAILURES)
+        if "images" in wanted:
+            self.connection.execute("CREATE VIEW images AS FROM captions UNION ALL BY NAME FROM failures")
+
+    def _create_of_parts(self, view: str, folder: str, schema: pa.Schema) -> None:
+        """Create a view of the columns of `schema`, null in parts that are older than the column, and of their own."""
+        own = [part for part in self.parts if part.startswith(f"{folder}/")]
+        kinds = [self._columns(f"FROM read_parquet({self._paths([part])})") for part in _one_a_run(own)]
+        is_uniform = all(kind == kinds[0] for kind in kinds)  # what it is not takes the footers of all parts to see
+        parts = f"read_parquet({self._paths(own)}, union_by_name = {not is_uniform})"
+        found = {column: kind for columns in kinds for column, kind in columns.items()}
+        if [column for column in found if column in schema.names] != schema.names:
+            self._create_table(f"{_EMPTY}.{view}", schema.empty_table())
+            parts = self._with_all_columns(f"{_EMPTY}.{view}", found, parts) if own else f"{_EMPTY}.{view}"
+        self.connection.execute(f"CREATE VIEW {view} AS FROM {parts}")
+
+    def _paths(self, parts: Sequence[str]) -> str:
+        """Return parts of one folder as DuckDB lists them; for all of them a pattern, which it opens faster."""
+        if len(parts) > _PARTS_BY_NAME and self.root.startswith("/") and not has_glob(self.root):
+            return _list([f"{self.root}/{parts[0].partition('/')[0]}/[!._]*.parquet"])
+        return _list([f"{self.root}/{part}" for part in parts])
+
+    def _with_all_columns(self, empty: str, found: Mapping[str, str], parts: str) -> str:
+        """Return SQL of the parts with the columns of the table `empty`, and their own before the last one."""
+        fixed = self._columns(f"FROM {empty}")
+        known = [_quoted(column) if column in found else f"NULL::{kind} AS {column}" for column, kind in fixed.items()]
+        own = [_quoted(column) for column in found if column not in fixed]
+        return f"(SELECT {', '.join([*known[:-1], *own, known[-1]])} FROM {parts})"
+
+    def _columns(self, sql: str) -> dict[str, str]:
+        return {column: kind for column, kind, *_ in self.connection.execute(f"DESCRIBE {sql}").fetchall()}
+
+    def _create_table(self, table: str, rows: pa.Table) -> None:
+        self.connection.register("rows_of_arrow", rows)
+        self.connection.execute(f"CREATE TABLE {table} AS FROM rows_of_arrow")
+        self.connection.unregister("rows_of_arrow")
+
+
+_FAILURES = """
+    CREATE VIEW failures AS
+        SELECT attempts.* FROM attempts ANTI JOIN captions USING (key)
+        QUALIFY row_number() OVER (PARTITION BY key ORDER BY attempt DESC, run_id DESC) = 1
+"""
+
+
+def _one_a_run(parts: Sequence[str]) -> list[str]:
+    """Return one part of each run: one release of this package wrote all parts of a run."""
+    return list({part.rsplit("-", 2)[0]: part for part in parts}.values())
+
+
+def _list(paths: Sequence[str]) -> str:
+    return "[" + ", ".join("'" + path.replace("'", "''") + "'" for path in paths) + "]"
+
+
+def _quoted(column: str) -> str:
+    return '"' + column.replace('"', '""') + '"'
+
+
+# What went wrong
+
+_DAMAGED = re.compile(r"parquet|magic bytes|thrift|snappy|zstd|corrupt|Could not read enough bytes", re.IGNORECASE)
+_HINT_AT_CATALOG = re.compile(r'\nDid you mean "(pg_|sqlite_|duckdb_|empty)[^\n]*')
+_SOURCE_LINE = re.compile(r"\s*^LINE \d.*", re.MULTILINE | re.DOTALL)
+
+
+def _explained(error: duckdb.Error, table: CaptionTable) -> CaptionerError:
+    """Return what DuckDB said as an error of ours, with what a person can do about it."""
+    text = redact(str(error).strip())
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return JobError(f"the query needs more memory than there is: {text.splitlines()[0]}")
+    if isinstance(error, duckdb.PermissionException):
+        return ConfigError(f"SQL reads this table and no other file: {text}")
+    if isinstance(error, duckdb.CatalogException):
+        text = _HINT_AT_CATALOG.sub("", text)
+    if isinstance(error, duckdb.CatalogException | duckdb.ParserException | duckdb.BinderException):
+        return ConfigError(f"{text}\nThe views are {', '.join(VIEWS)}; `DESCRIBE captions` shows the columns of one")
+    is_of_a_part = isinstance(error, duckdb.IOException) or type(error) is duckdb.Error or _DAMAGED.search(text)
+    if is_of_a_part:
+        return InputError(
+            f"{_last_words(text)}; expected whole parts. See what jobs/verify.py {redact(table.url)} says"
+        )
+    return ConfigError(f"the query failed: {text}")
+
+
+def _last_words(text: str) -> str:
+    """Return an error of a part without the SQL of the view, and without the traceback around an error of its store."""
+    lines = [line for line in _SOURCE_LINE.sub("", text).splitlines() if line.strip()]
+    return lines[-1] if "Traceback" in lines[0] else " ".join(lines)
