@@ -146,11 +146,20 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         settings = yaml.safe_load(file.read_text()) or {}
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}; expected a YAML file of settings") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"--config {file} is not YAML: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file} is not YAML: {_problem(error)}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {file} holds a {type(settings).__name__}; expected `name: value` lines")
     return {str(name).replace("-", "_"): value for name, value in settings.items()}
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """Return what is wrong with a file, and where, but none of it: it may hold a secret."""
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}" if mark else ""
+    return f"{getattr(error, 'problem', None) or type(error).__name__}{where}"
 
 
 def _flag(name: str, value: object) -> list[str]:

@@ -130,6 +130,7 @@ def open_folder(location: str, storage_options: StorageOptions = None, *, inside
     this order. Raises BundleError if none of these is there.
     """
     if "://" in location:
+        _check_no_login(location)
         return _open_url(location, storage_options)
     if inside is not None and not Path(location).is_absolute() and inside.has(location):
         return inside.child(location)
@@ -146,6 +147,11 @@ def open_folder(location: str, storage_options: StorageOptions = None, *, inside
         f"no model at {location!r} (looked in: {looked_in}{path.absolute()}); expected `demo`, a folder, a URL as "
         "s3://bucket/folder, or a hub id as org/name"
     )
+
+
+def _check_no_login(url: str) -> None:
+    if login := re.search(r"://([^/@\s]*:[^/@\s]*)@", url):
+        raise BundleError(f"{url.replace(login.group(1), '***')} holds credentials; pass them with --storage-options")
 
 
 def _open_url(url: str, storage_options: StorageOptions) -> Folder:

@@ -65,6 +65,10 @@ class Entry(NamedTuple):
 def open_store(url: str, storage_options: Mapping[str, Any] | None = None) -> "Store":
     """Return the store that `url` lies in. Connects to nothing yet; raises InputError when its package is missing."""
     scheme = urls.scheme(url)
+    if urls.holds_login(url) and scheme not in ("http", "https", "file"):
+        raise InputError(
+            f"{urls.redact(url)} holds credentials; pass them with --storage-options, or by the environment"
+        )
     _check_scheme(scheme)
     kinds = {"file": LocalStore, "s3": S3Store, "http": HttpStore, "https": HttpStore}
     return kinds.get(scheme, Store)(url, storage_options or {})
@@ -309,7 +313,10 @@ class S3Store(Store):
     _num_retries = 7  # 24 s or so: throttling passes with patience
 
     def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
-        config_kwargs = {**_S3_CONFIG, **storage_options.get("config_kwargs", {})}
+        given = storage_options.get("config_kwargs") or {}
+        if not isinstance(given, Mapping):
+            raise InputError(f"config_kwargs of --storage-options is a {type(given).__name__}; expected an object")
+        config_kwargs = {**_S3_CONFIG, **given}
         super().__init__(url, {**storage_options, "config_kwargs": config_kwargs})
 
     def _connect(self) -> Any:

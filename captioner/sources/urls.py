@@ -22,6 +22,7 @@ __all__ = [
     "glob_prefix",
     "has_braces",
     "has_glob",
+    "holds_login",
     "host",
     "join",
     "local_path",
@@ -49,13 +50,15 @@ _BYTES_SCHEME = "file+percent://"  # a local name that is not UTF-8 and so canno
 _SUFFIX = re.compile(r"\.(?=[a-z0-9]*[a-z])[a-z0-9]{1,8}\Z")
 _HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)\Z")
-_SECRET_NAME = re.compile(
-    r"x-(amz|goog|ms)-.*|sig|signature|.*token.*|.*secret.*|passw.*|pwd|(api|access)?[-_]?key(-pair-id|id)?|policy|auth.*|credential.*"
-    r"|awsaccesskeyid|googleaccessid",
+_SOME = r"[^=&;#\s'\"]*"
+_SECRET = re.compile(
+    rf"(?<=[?&;#])(x-(?:amz|goog|ms)-{_SOME}|sig|signature|{_SOME}token{_SOME}|{_SOME}secret{_SOME}|passw{_SOME}|pwd"
+    rf"|(?:api|access)?[-_]?key(?:-pair-id|id)?|policy|auth{_SOME}|credential{_SOME}|awsaccesskeyid|googleaccessid)"
+    r"=[^&\s'\"#]*",
     re.IGNORECASE,
 )
-_QUERY_VALUE = re.compile(r"(?<=[?&])([^=&\s'\"#]+)=([^&\s'\"#]*)")
 _USERINFO = re.compile(r"\b((?:https?|s?ftp|ssh|webdavs?)://)[^/@\s]+@", re.IGNORECASE)
+_LOGIN = re.compile(r"(://|Invalid bucket name \")[^/@\s\"]*:[^/@\s\"]*@")  # also where no store takes one
 
 
 def scheme(url: str) -> str:
@@ -74,9 +77,15 @@ def absolute(path: str) -> str:
 
 def _absolute_local(path: str) -> str:
     match = _SCHEME.match(path)
-    plain = path[match.end() :] if match else os.path.expanduser(path)  # noqa: PTH111 - paths stay strings here
+    plain = path[match.end() :] if match else _expanded(path)
     folder_mark = "/" if plain.endswith("/") else ""
     return os.path.abspath(plain).rstrip("/") + folder_mark or "/"  # noqa: PTH100
+
+
+def _expanded(path: str) -> str:
+    if "\0" in path:  # a user's name cannot be asked for with it
+        return path
+    return os.path.expanduser(path)  # noqa: PTH111 - paths stay strings here
 
 
 def local_url(path: str) -> str:
@@ -190,12 +199,12 @@ def printable(text: str) -> str:
 
 def redact(text: str) -> str:
     """Return `text` without the credentials of the URLs in it: user info, and the values of signing parameters."""
-    return _QUERY_VALUE.sub(_hide, _USERINFO.sub(r"\1***@", text))
+    return _SECRET.sub(r"\1=***", _LOGIN.sub(r"\1***@", _USERINFO.sub(r"\1***@", text)))
 
 
-def _hide(match: re.Match[str]) -> str:
-    key, value = match.groups()
-    return f"{key}={'***' if _SECRET_NAME.fullmatch(key) else value}"
+def holds_login(url: str) -> bool:
+    """Say whether a URL has a user's name and password in it, which every store but a web server takes for a name."""
+    return _LOGIN.search(url) is not None
 
 
 def shown(url: str) -> str:

@@ -152,3 +152,9 @@ def test_a_bundle_on_a_store_can_name_a_model_on_disk(memory: str, original: Pat
     edit_json(content, llama=str(original / "llama"))
     fsspec.filesystem("memory").pipe_file("/bucket/bundle/bundle.json", content.read_bytes())
     assert load(memory, device="cpu").fingerprint == describe(str(original)).fingerprint
+
+
+def test_credentials_in_the_address_of_a_model_are_refused_unseen():
+    with pytest.raises(BundleError, match=r"s3://\*\*\*@bucket/model holds credentials") as error:
+        describe("s3://AKIA:s3cr3t@bucket/model")
+    assert "s3cr3t" not in str(error.value)

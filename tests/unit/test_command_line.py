@@ -48,6 +48,13 @@ def test_a_config_file_sets_what_flags_do_not(tmp_path: Path) -> None:
     assert config.decoding.do_sample
 
 
+def test_a_broken_config_file_is_not_quoted_for_it_may_hold_a_secret(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("limit: 1\nstorage_options: {secret: s3cr3t\n")
+    with pytest.raises(ConfigError, match=r"job.yaml is not YAML: expected .*, line 3") as error:
+        parse(CaptionJobConfig, ["--config", str(tmp_path / "job.yaml")])
+    assert "s3cr3t" not in str(error.value)
+
+
 def test_a_config_file_that_is_no_text_is_wrong_use(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_bytes(b"\x80\x81")
     with pytest.raises(ConfigError, match=r"job.yaml is not YAML: 'utf-8' codec"):

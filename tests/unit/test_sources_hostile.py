@@ -309,3 +309,28 @@ def test_headers_for_the_server_of_a_list_are_sent_to_no_other(enemy: _Enemy) ->
     assert Fetcher(f"{enemy.url}/list.txt", access, ImageConfig()).fetch(uris) == [b"secret"] * 2
     sent = {path: "s3cr3t" in str(headers) for path, headers in enemy.seen}
     assert sent == {"/own": True, "/other": False}
+
+
+# -- credentials
+
+
+@pytest.mark.parametrize("url", ["s3://AKIA:s3cr3t@bucket/x", "gs://me:s3cr3t@bucket/x", "memory://me:s3cr3t@x/y"])
+def test_credentials_in_a_url_that_takes_none_are_refused_unseen(url: str) -> None:
+    with pytest.raises(InputError, match=r"://\*\*\*@.* holds credentials; pass them with --storage-options") as error:
+        open_store(url)
+    assert "s3cr3t" not in str(error.value)
+
+
+def test_credentials_in_a_uri_of_a_list_are_not_in_its_reject() -> None:
+    uris = ["s3://bucket/x", "s3://AKIA:s3cr3t@bucket/x"]
+    access = InputConfig(storage_options={"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:1"})
+    for order in (uris, uris[::-1]):
+        outcomes = Fetcher("s3://bucket/list.txt", access, ImageConfig(fetch_retries=0)).fetch(order)
+        assert all(isinstance(outcome, Reject) for outcome in outcomes)
+        assert "s3cr3t" not in str(outcomes)
+
+
+def test_options_of_the_wrong_kind_are_an_error_that_does_not_show_them() -> None:
+    with pytest.raises(InputError, match="config_kwargs of --storage-options is a str") as error:
+        open_store("s3://bucket/x", {"config_kwargs": "s3cr3t"})
+    assert "s3cr3t" not in str(error.value)

@@ -32,6 +32,10 @@ def test_braces_without_a_range_or_a_comma_mean_themselves(path):
         ("https://h/a?X-Goog-Credential=abc&n=1", "https://h/a?X-Goog-Credential=***&n=1"),
         ("https://h/a?sig=abc&sv=2024&keyword=cat", "https://h/a?sig=***&sv=2024&keyword=cat"),
         ("404 for https://h/a?token=t, gone", "404 for https://h/a?token=*** gone"),
+        ("https://h/a#access_token=t", "https://h/a#access_token=***"),
+        ("https://h/a?b=c;sig=t", "https://h/a?b=c;sig=***"),
+        ("s3://AKIA:pw@bucket/a", "s3://***@bucket/a"),
+        ('Invalid bucket name "AKIA:pw@bucket": must match', 'Invalid bucket name "***@bucket": must match'),
         ("s3://bucket/me@work.jpg", "s3://bucket/me@work.jpg"),
         ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
     ],
@@ -94,3 +98,7 @@ def test_a_local_name_that_is_not_utf8_survives_as_a_url():
     assert url.encode()
     assert urls.local_path(url) == path
     assert urls.shown(url) == r"/data/\xff\xfe %41.jpg"
+
+
+def test_a_null_byte_in_a_name_leads_to_no_file_and_no_error():
+    assert urls.resolve("~\0/x.jpg", "/lists").endswith("~\0/x.jpg")
