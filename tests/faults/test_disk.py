@@ -1,0 +1,55 @@
+"""A disk that is full: the job says so, nothing torn is left, and with room again the same command does the rest."""
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.faults.running_job import Job, assert_only_parts, assert_same, table, verified, wait_for_parts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"only root may mount a disk: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave no room for another byte, and return what takes it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    assert shutil.disk_usage(disk).free == 0, "the injector did nothing"
+    return filler
+
+
+def test_a_full_disk_ends_the_job_and_a_rerun_with_room_finishes_the_table(
+    start: Callable[..., Job], images: Path, unbroken: pd.DataFrame, disk: Path
+) -> None:
+    first = start(images, disk / "table")
+    wait_for_parts(first, disk / "table")
+    filler = fill(disk)
+    code, _, log = first.end()
+    assert code == 1, log
+    assert "No space left on device" in log.partition("error: ")[2], log
+    assert_only_parts(disk / "table")
+    done = len(table(disk / "table"))
+    assert 0 < done < len(unbroken), "the disk was full too late"
+
+    filler.unlink()
+    assert start(images, disk / "table").summary()["skipped_done"] == done
+    assert_same(table(disk / "table"), unbroken)
+    verified(str(disk / "table"))

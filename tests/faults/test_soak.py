@@ -1,0 +1,54 @@
+"""Twenty kills and more, of everything that a job has, over one table: it ends as if there had been none."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.faults.conftest import SlowStore
+from tests.faults.running_job import Job, assert_only_parts, assert_same, kill, table, verified
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+NUM_KILLS = 20
+KILLS_A_LIFE = 5  # then the driver or all of its Ray goes too
+TARGETS = ("captioner", "decoder", "decode child", "decode child", "reader", "writer")
+
+
+def test_a_table_outlives_twenty_random_kills(
+    start: Callable[..., Job], store: SlowStore, images: Path, unbroken: pd.DataFrame, tmp_path: Path
+) -> None:
+    moments, killed, output = random.Random(2026), Counter[str](), tmp_path / "table"
+    store.latency_s = 0.1  # so that no life sees the end
+    while killed.total() < NUM_KILLS:
+        job = start(images, output)
+        for _ in range(KILLS_A_LIFE):
+            killed.update(_kill_one(job, moments))
+        if job.process.poll() is None:
+            last = moments.choice(["driver", "everything"])
+            job.kill_driver() if last == "driver" else job.kill_everything()
+            killed[last] += 1
+        assert_only_parts(output)
+    store.latency_s = 0
+    assert len(killed) >= 5, f"the injector was not impartial: {killed}"
+    start(images, output).summary()
+    assert_same(table(output), unbroken)
+    verified(str(output))
+
+
+def _kill_one(job: Job, moments: random.Random) -> list[str]:
+    """Kill one process of a random kind after a random while, and return its kind; none if the job is over."""
+    give_up = time.monotonic() + 30
+    time.sleep(moments.uniform(0, 1.5))
+    wanted = moments.sample(TARGETS, len(TARGETS))
+    while job.process.poll() is None and time.monotonic() < give_up:
+        if job.pids("decode child"):  # it has begun
+            found = next((kind for kind in wanted if job.pids(kind)), None)
+            if found and kill(job.pids(found)[0]):
+                return [found]
+        time.sleep(0.05)
+    return []
