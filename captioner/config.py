@@ -446,6 +446,9 @@ class GalleryConfig:
     compare: str | None = None
     """Another table of the same images, whose captions to set beside these, the largest changes first."""
 
+    references: str | None = None
+    """Captions by people to set beside them: any file that jobs/evaluate.py reads; `demo` is the embedded images."""
+
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of the tables' store, as JSON. By default the usual environment variables."""
 
@@ -462,6 +465,7 @@ class GalleryConfig:
         is_page = self.output.lower().endswith((".html", ".htm"))
         _check(is_page, "OUT.html", self.output, "a name that ends in .html")
         _check(1 <= self.sample <= MAX_CARDS, "--sample", self.sample, f"1 to {MAX_CARDS:,}")
+        _check(not (self.compare and self.references), "--references", self.references, "none with --compare")
 
 
 @dataclass(frozen=True, kw_only=True)

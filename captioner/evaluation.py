@@ -20,9 +20,9 @@ from captioner.errors import InputError
 from captioner.metrics import METRICS, CaptionEncoder, EncodedCaptions, ImageScores, IntArray, score_encoded
 from captioner.sources.urls import redact
 
-__all__ = ["Captions", "Matching", "evaluate", "match"]
+__all__ = ["RULES", "Captions", "Matching", "evaluate", "match"]
 
-_RULES = {
+RULES = {
     "id": "image_id",
     "name": "file name without folder and suffix",
     "number": "number at the end of the file name",
@@ -109,11 +109,11 @@ def _matching(captions: Captions, references: Captions, config: EvaluateConfig) 
     for side, path in ((captions, config.captions), (references, config.references)):
         if not side.num_images:
             raise InputError(f"{redact(path)} holds no caption; expected at least one")
-    rules = _RULES if config.match_by == "auto" else [config.match_by]
+    rules = RULES if config.match_by == "auto" else [config.match_by]
     matchings = [match(captions, references, rule) for rule in rules]
     best = min(matchings, key=lambda matching: matching.num_unmatched)  # the first of equals is the strictest
     if not len(best.rows):
-        how = " or ".join(_RULES[rule] for rule in rules)
+        how = " or ".join(RULES[rule] for rule in rules)
         raise InputError(
             f"no caption has a reference by {how}: {redact(config.captions)} has {_examples(captions.image_ids)};"
             f" {redact(config.references)} has {_examples(references.image_ids)}. Expected names of the same images:"
@@ -221,7 +221,7 @@ def _gates(config: EvaluateConfig, figures: Mapping[str, float], share: float) -
 
 def _lines(summary: Mapping[str, Any], matching: Matching) -> Iterator[str]:
     """Yield what people read: what was compared with what, and the figures."""
-    yield f"{summary['images']:,} images have a caption and references, matched by {_RULES[matching.rule]}"
+    yield f"{summary['images']:,} images have a caption and references, matched by {RULES[matching.rule]}"
     examples = ", ".join(matching.unmatched_examples)
     yield from _counted(summary["captions_unmatched"], "captions without references", f", such as {examples}")
     yield from _counted(summary["captions_repeated"], "captions of an image that had one: the first counts", "")

@@ -4,7 +4,7 @@ import sys
 
 from captioner.command_line import run
 from captioner.config import GalleryConfig
-from captioner.gallery import gallery
+from captioner.gallery_job import gallery
 
 if __name__ == "__main__":
     sys.exit(run(GalleryConfig, gallery))

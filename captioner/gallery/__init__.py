@@ -7,13 +7,14 @@
     caption_cards.py   rows and pictures -> cards
     differences.py     two captions, word by word
     comparison.py      two tables: the captions that differ most
-    gallery.py         what jobs/gallery.py does
+    references.py      references of the same images, from a file
+    gallery.py         the pages of a table: its rows, or two tables beside each other
 
 Whoever has pictures and texts of his own makes `Card`s of them and calls `write_page`.
 """
 
 from captioner.gallery.cards import Card, Text
-from captioner.gallery.gallery import gallery, write_gallery
+from captioner.gallery.gallery import open_table, write_comparison, write_gallery
 from captioner.gallery.page import Page, write_page
 
-__all__ = ["Card", "Page", "Text", "gallery", "write_gallery", "write_page"]
+__all__ = ["Card", "Page", "Text", "open_table", "write_comparison", "write_gallery", "write_page"]

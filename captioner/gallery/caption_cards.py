@@ -11,6 +11,7 @@ from captioner.gallery.cards import Card, Fact, Text
 from captioner.gallery.differences import difference
 from captioner.gallery.pictures import Picture
 from captioner.rows import Reject, RejectReason
+from captioner.sources.urls import redact
 
 __all__ = ["SCORES", "Row", "caption_card", "pair_card"]
 
@@ -56,7 +57,7 @@ def _pair_texts(rows: tuple[Row, Row], labels: tuple[str, str]) -> list[Text]:
     failures = [row for row in rows if row.get("reason") is not None]
     if failures:
         return [_plain_text(row, label) for row, label in zip(rows, labels, strict=True)]
-    found = difference(*(row["caption"] or "" for row in rows))
+    found = difference(*(redact(row["caption"] or "") for row in rows))  # a URL in pieces could not be told any more
     return [Text(found.first, labels[0]), Text(found.second, labels[1])]
 
 

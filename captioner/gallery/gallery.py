@@ -1,4 +1,4 @@
-"""What `jobs/gallery.py` does: rows of a caption table, their pictures fetched again, on one page.
+"""Pages of a caption table: rows and their pictures, or two tables beside each other.
 
 write_gallery(rows, "doubtful.html", table_url="s3://bucket/captions", title="The most doubtful captions")
 """
@@ -9,39 +9,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.config import GalleryConfig
 from captioner.errors import InputError
 from captioner.gallery.caption_cards import SCORES, Row, caption_card, pair_card
 from captioner.gallery.comparison import Comparison, compare, settings_that_differ
 from captioner.gallery.page import Page, write_page
 from captioner.gallery.pictures import Picture, Pictures
+from captioner.gallery.references import references_of
 from captioner.gallery.table_rows import TableRows
-from captioner.rows import Reject, RejectReason
+from captioner.rows import CAPTIONS, FAILURES, Reject, RejectReason
 from captioner.sources.faults import output_errors
 from captioner.sources.urls import absolute, name, redact, scheme
 from captioner.tables import CaptionTable
 
-__all__ = ["gallery", "write_gallery"]
+__all__ = ["open_table", "write_comparison", "write_gallery"]
 
 _NO_KEY = Reject(RejectReason.MISSING, "the table has no such image")
-
-
-def gallery(config: GalleryConfig) -> Mapping[str, Any]:
-    """Write the page and return its summary. Raises InputError where no table is, or tables share no image."""
-    table = _open(config.table, config.storage_options)
-    rows = TableRows.of(table)
-    pictures = Pictures.of(
-        table, config.storage_options, config.image_storage_options, allow_local_uris=config.allow_local_uris
-    )
-    if config.compare:
-        other = _open(config.compare, config.storage_options)
-        comparison = compare(rows, TableRows.of(other), config.sample, config.seed)
-        page, seen = _comparison_page(comparison, (table, other), pictures)
-    else:
-        sample = rows.draw(config.sample, config.seed)
-        line = _sampled(sample.num_rows, rows, config.seed)
-        page, seen = _page(sample.to_pylist(), _title(table), [line, *_made_by(table)], pictures)
-    return _write(page, seen, config.output, table, config.storage_options)
+_NUM_OWN = 3  # columns of a query that stand on each card
 
 
 def write_gallery(
@@ -50,24 +33,67 @@ def write_gallery(
     *,
     table_url: str,
     storage_options: Mapping[str, Any] | None = None,
+    image_storage_options: Mapping[str, Any] | None = None,
+    allow_local_uris: bool = False,
     title: str = "",
     lines: Sequence[str] = (),
+    references: str | None = None,
 ) -> Mapping[str, Any]:
     """Write a page of `rows`, in their order, and return a summary: rows, pictures, size_bytes, output.
 
-    rows: any columns, `key` or `image_id` of the table among them; what else the table knows of these images is added.
-    `storage_options` are the table's, and those of `output` and the images where they are on the same kind of store.
-    `lines` stand below the title. Raises InputError for a table that is none, or rows that name no image.
+    rows: any columns, `key` or `image_id` of the table among them; what else the table knows of these images is added,
+    and columns that the table does not have stand on each card. `storage_options` are the table's, and those of
+    `output`, `references` and the images where they are on the same kind of store. `lines` stand below the title.
+    Raises InputError for a table that is none, or rows that name no image.
     """
     options = storage_options or {}
-    table = _open(table_url, options)
-    found = _completed(rows, TableRows.of(table))
-    pictures = Pictures.of(table, options)
-    page, seen = _page(found, title or _title(table), [*lines, *_made_by(table)], pictures)
-    return _write(page, seen, output, table, options)
+    table = open_table(table_url, options)
+    pictures = Pictures.of(table, options, image_storage_options, allow_local_uris=allow_local_uris)
+    found = _completed(rows, table)
+    told = references_of([_id(row) for row in found], references, options) if references and found else {}
+    seen = pictures.get([row["key"] for row in found if row.get("key") is not None and row.get("reason") is None])
+    page = Page(
+        title=title or _title(table),
+        cards=[caption_card(row, seen.get(row.get("key", -1), _NO_KEY), told.get(_id(row), ())) for row in found],
+        lines=[*lines, *_made_by(table)],
+        scores=[*_own(rows.column_names, pictures), *(score for score in SCORES[:2] if _has(score, found))],
+    )
+    return _written(page, list(seen.values()), output, table, options)
 
 
-def _open(url: str, storage_options: Mapping[str, Any]) -> CaptionTable:
+def write_comparison(
+    table_url: str,
+    other_url: str,
+    output: str,
+    *,
+    num_pairs: int,
+    seed: int = 0,
+    storage_options: Mapping[str, Any] | None = None,
+    image_storage_options: Mapping[str, Any] | None = None,
+    allow_local_uris: bool = False,
+) -> Mapping[str, Any]:
+    """Write a page of the largest changes from one table to another, and return a summary as `write_gallery` does.
+
+    Raises InputError for a table that is none, or two that share no image.
+    """
+    options = storage_options or {}
+    tables = open_table(table_url, options), open_table(other_url, options)
+    pictures = Pictures.of(tables[0], options, image_storage_options, allow_local_uris=allow_local_uris)
+    comparison = compare(TableRows.of(tables[0]), TableRows.of(tables[1]), num_pairs, seed)
+    labels = _labels(tables)
+    seen = pictures.get([pair.rows[0]["key"] for pair in comparison.pairs])
+    page = Page(
+        title=f"{labels[0]} and {labels[1]}",
+        cards=[pair_card(pair.rows, labels, seen[pair.rows[0]["key"]], pair.change) for pair in comparison.pairs],
+        lines=_compared(comparison, tables, labels),
+        scores=["change"],
+        layout="pairs",
+    )
+    return _written(page, list(seen.values()), output, tables[0], options)
+
+
+def open_table(url: str, storage_options: Mapping[str, Any]) -> CaptionTable:
+    """Return a table that is there. Raises InputError where none is."""
     table = CaptionTable(absolute(url), storage_options)
     with output_errors(table.url):
         if table.identity() is None:
@@ -75,9 +101,12 @@ def _open(url: str, storage_options: Mapping[str, Any]) -> CaptionTable:
     return table
 
 
-def _completed(rows: pa.Table, table: TableRows) -> list[Row]:
+def _completed(rows: pa.Table, table: CaptionTable) -> list[Row]:
     """Return the rows with what the table has of their images; their own columns win."""
-    column = next((name for name in ("key", "image_id") if name in rows.column_names), None)
+    names = set(rows.column_names)
+    if {"key", "image_id"} <= names and {"caption", "reason"} & names:
+        return list(rows.to_pylist())
+    column = next((name for name in ("key", "image_id") if name in names), None)
     if column is None:
         raise InputError(
             f"the rows have the columns {', '.join(rows.column_names)}; expected key or image_id among them, which say"
@@ -86,42 +115,27 @@ def _completed(rows: pa.Table, table: TableRows) -> list[Row]:
     values = rows.column(column).combine_chunks().drop_null().unique()
     if column == "key" and not pa.types.is_integer(values.type):
         raise InputError(f"the rows' key is {values.type}; expected the table's own, an int64")
-    known = table.with_keys(values.cast(pa.int64()).to_numpy()) if column == "key" else table.of_images(values)
+    parts = TableRows.of(table)
+    known = parts.with_keys(values.cast(pa.int64()).to_numpy()) if column == "key" else parts.of_images(values)
     by_value = {row[column]: row for row in reversed(known.to_pylist())}
     return [{**by_value.get(row[column], {}), **row} for row in rows.to_pylist()]
 
 
-# What stands on the page
+def _own(names: Sequence[str], pictures: Pictures) -> list[str]:
+    """Return the columns that a query made: what a person asked for, he wants to see."""
+    known = {*CAPTIONS.names, *FAILURES.names, *(field.name for field in pictures.frozen.columns.kept)}
+    return [name for name in names if name not in known][:_NUM_OWN]
 
 
-def _page(rows: Sequence[Row], title: str, lines: Sequence[str], pictures: Pictures) -> tuple[Page, list[Picture]]:
-    keys = [row["key"] for row in rows if row.get("key") is not None and row.get("reason") is None]
-    found = pictures.get(keys)
-    cards = [caption_card(row, found.get(row.get("key", -1), _NO_KEY)) for row in rows]
-    scores = [score for score in SCORES[:2] if any(row.get(score) is not None for row in rows)]
-    return Page(title=title, cards=cards, lines=lines, scores=scores), list(found.values())
+def _has(column: str, rows: Sequence[Row]) -> bool:
+    return any(row.get(column) is not None for row in rows)
 
 
-def _comparison_page(
-    comparison: Comparison, tables: tuple[CaptionTable, CaptionTable], pictures: Pictures
-) -> tuple[Page, list[Picture]]:
-    labels = _labels(tables)
-    keys = [pair.rows[0]["key"] for pair in comparison.pairs]
-    found = pictures.get(keys)
-    cards = [
-        pair_card(pair.rows, labels, found[key], pair.change) for key, pair in zip(keys, comparison.pairs, strict=True)
-    ]
-    page = Page(
-        title=f"{labels[0]} and {labels[1]}",
-        cards=cards,
-        lines=list(_compared(comparison, tables, labels)),
-        scores=["change"],
-        layout="pairs",
-    )
-    return page, list(found.values())
+def _id(row: Row) -> str:
+    return str(row.get("image_id") or "")
 
 
-def _write(
+def _written(
     page: Page, pictures: Sequence[Picture], output: str, table: CaptionTable, options: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     is_shared = scheme(absolute(output)) == scheme(table.url)
@@ -147,14 +161,6 @@ def _labels(tables: tuple[CaptionTable, CaptionTable]) -> tuple[str, str]:
     """Return short names of two tables that differ."""
     first, second = (_title(table) for table in tables)
     return (first, second) if first != second else (redact(tables[0].url), redact(tables[1].url))
-
-
-def _sampled(num_rows: int, rows: TableRows, seed: int) -> str:
-    failures = f" and {rows.num_failures:,} failed attempts" if rows.num_failures else ""
-    whole = f"{rows.num_captions:,} captions{failures}"
-    if num_rows >= rows.num_captions + rows.num_failures:
-        return f"{whole}: the whole table."
-    return f"{num_rows:,} of {whole}, drawn at random (seed {seed})."
 
 
 def _made_by(table: CaptionTable) -> list[str]:

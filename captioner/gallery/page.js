@@ -117,9 +117,10 @@ function makeAbout(card) {
   name.title = card.id;
   about.append(name);
   for (const score of page.scores) {
-    if (typeof card.facts[score] !== "number") continue;
+    const value = card.facts[score];
+    if (value === undefined || value === null || value === "") continue;
     const item = make("span", "", `${spoken(score)} `);
-    item.append(make("b", "", shortNumber(card.facts[score])));
+    item.append(make("b", "", typeof value === "number" ? shortNumber(value) : String(value)));
     about.append(item);
   }
   if (card.hasText) about.append(make("span", "", numberOf(card.numWords, "word")));
@@ -308,7 +309,7 @@ byId("large-picture").addEventListener("click", () => byId("large").close());
 // ---- The tools
 
 function fillTools() {
-  const names = new Set(page.scores);
+  const names = new Set();
   cards.forEach((card) => Object.entries(card.facts).forEach(([name, value]) => typeof value === "number" && names.add(name)));
   const options = [["listed", "as listed"], ...[...names].map((name) => [`fact:${name}`, spoken(name)]), ["words", "words"], ["name", "name"]];
   byId("sort").replaceChildren(...options.map(([value, text]) => new Option(text, value)));

@@ -108,7 +108,7 @@ def _card(card: Card) -> dict[str, Any]:
             {
                 "label": _clean(text.label),
                 "missing": text.is_missing,
-                "runs": [[kind, _readable(words)] for kind, words in text.runs],
+                "runs": [[kind, _clean(words)] for kind, words in text.runs],
             }
             for text in card.texts
         ],

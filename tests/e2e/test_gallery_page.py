@@ -13,8 +13,9 @@ from playwright.sync_api import Browser, Error, sync_playwright
 from playwright.sync_api import Page as Tab
 
 from captioner.config import GalleryConfig
-from captioner.gallery import Card, Page, Text, gallery, write_page
+from captioner.gallery import Card, Page, Text, write_page
 from captioner.gallery.caption_cards import pair_card
+from captioner.gallery_job import gallery
 from captioner.images.thumbnails import Thumbnail
 from captioner.rows import Reject, RejectReason
 from tests.caption_tables import add_part, begin_table, caption_row

@@ -16,12 +16,13 @@ from PIL import Image
 from captioner.command_line import run
 from captioner.config import GalleryConfig, ImageConfig
 from captioner.errors import InputError
-from captioner.gallery import Card, Page, Text, gallery, write_gallery
+from captioner.gallery import Card, Page, Text, write_gallery
 from captioner.gallery.caption_cards import pair_card
 from captioner.gallery.differences import change, difference
 from captioner.gallery.page import page_html
 from captioner.gallery.pictures import Pictures, _room
 from captioner.gallery.table_rows import TableRows, _some
+from captioner.gallery_job import gallery
 from captioner.images.thumbnails import Thumbnail, Thumbnailer
 from captioner.rows import Reject, RejectReason, row_key
 from captioner.tables import CaptionTable
@@ -222,6 +223,25 @@ def test_a_table_and_its_images_on_s3_need_no_more_than_the_options_of_the_table
         "caption 1",
         "caption 2",
     ]
+
+
+def test_columns_that_a_query_made_stand_on_the_cards(table: CaptionTable, tmp_path: Path) -> None:
+    rows = pa.table({"key": [7], "doubt": [0.9], "why": ["low clip_score"]})
+    write_gallery(rows, str(tmp_path / "out.html"), table_url=table.url)
+    assert data_of(tmp_path / "out.html")["scores"] == ["doubt", "why", "mean_logprob"]
+
+
+def test_references_stand_below_the_captions_of_their_images(table: CaptionTable, tmp_path: Path) -> None:
+    (tmp_path / "references.csv").write_text("image_id,caption\n003,a first one\n003,another\nelsewhere,of no image\n")
+    cards = page_of(table, tmp_path, references=str(tmp_path / "references.csv"))["cards"]
+    told = [[(text["label"], text["runs"][0][1]) for text in card["texts"][1:]] for card in cards[:10]]
+    assert told == [[], [], [], [("reference", "a first one"), ("reference", "another")], [], [], [], [], [], []]
+
+
+def test_references_of_other_images_are_refused(table: CaptionTable, tmp_path: Path) -> None:
+    (tmp_path / "references.csv").write_text("image_id,caption\nelsewhere,a caption\n")
+    with pytest.raises(InputError, match=r"has a reference of none of 12 images, such as .*/000\.jpg"):
+        page_of(table, tmp_path, references=str(tmp_path / "references.csv"))
 
 
 # Two tables

@@ -1,0 +1,32 @@
+"""References of the images of some rows, from whatever file holds them, matched as `jobs/evaluate.py` matches them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from captioner.caption_files import CaptionRow, read_captions
+from captioner.errors import InputError
+from captioner.evaluation import RULES, Captions, match
+from captioner.metrics import CaptionEncoder
+from captioner.sources.urls import redact
+
+__all__ = ["references_of"]
+
+
+def references_of(image_ids: Sequence[str], path: str, storage_options: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the references of each image that has some; by the rule that finds most. Raises InputError for none."""
+    encoder = CaptionEncoder()
+    listed = list(read_captions(path, storage_options))
+    mine = Captions.read((CaptionRow(image_id, "") for image_id in image_ids), encoder)
+    theirs = Captions.read(iter(listed), encoder)
+    best = min((match(mine, theirs, rule) for rule in RULES), key=lambda matching: matching.num_unmatched)
+    if image_ids and not len(best.rows):
+        raise InputError(
+            f"{redact(path)} has a reference of none of {len(image_ids):,} images, such as {image_ids[0]}; expected"
+            " captions of the same images"
+        )
+    texts: dict[int, list[str]] = {}
+    for row, image in zip(listed, theirs.image.tolist(), strict=True):
+        texts.setdefault(image, []).append(row.caption)
+    owners = mine.image_ids.to_pylist()
+    images = zip(mine.image[best.rows].tolist(), best.images.tolist(), strict=True)
+    return {owners[own]: texts[other] for own, other in images}

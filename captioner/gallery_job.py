@@ -1,0 +1,43 @@
+"""What `jobs/gallery.py` does: a sample, the rows of a query, or two tables beside each other, on one page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from captioner.config import GalleryConfig
+from captioner.gallery import open_table, write_comparison, write_gallery
+from captioner.gallery.table_rows import TableRows
+
+__all__ = ["gallery"]
+
+
+def gallery(config: GalleryConfig) -> Mapping[str, Any]:
+    """Write the page and return its summary. Raises InputError where no table is, or tables share no image."""
+    stores: Mapping[str, Any] = {
+        "storage_options": config.storage_options,
+        "image_storage_options": config.image_storage_options,
+        "allow_local_uris": config.allow_local_uris,
+    }
+    if config.compare:
+        return write_comparison(
+            config.table, config.compare, config.output, num_pairs=config.sample, seed=config.seed, **stores
+        )
+    rows, line = _sample(config)
+    return write_gallery(
+        rows, config.output, table_url=config.table, lines=[line], references=config.references, **stores
+    )
+
+
+def _sample(config: GalleryConfig) -> tuple[pa.Table, str]:
+    """Return rows drawn at random, and how they were chosen."""
+    rows = TableRows.of(open_table(config.table, config.storage_options))
+    sample = rows.draw(config.sample, config.seed)
+    num_rows = rows.num_captions + rows.num_failures
+    failures = f" and {rows.num_failures:,} failed attempts" if rows.num_failures else ""
+    whole = f"{rows.num_captions:,} captions{failures}"
+    if not num_rows:
+        return sample, "The table has no rows yet."
+    if config.sample >= num_rows:
+        return sample, f"{whole}: the whole table."
+    return sample, f"{sample.num_rows:,} of {whole}, drawn at random (seed {config.seed})."
