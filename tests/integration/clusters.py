@@ -146,6 +146,17 @@ def autoscaling_cluster(node_types: Mapping[str, Any], idle_timeout_s: float = 6
 
 
 @contextmanager
+def job_server(environment: Mapping[str, str], num_cpus: int = 2) -> Iterator[tuple[LocalCluster, str]]:
+    """Yield a cluster of one node and the address of its job server; `environment` is its jobs'."""
+    port, dashboard = _free_port(), _free_port()
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        flags = [f"--num-cpus={num_cpus}", "--include-dashboard=true", f"--dashboard-port={dashboard}"]
+        own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_metrics_report_interval_ms": "500"}
+        with _head(port, Path(folder), flags, {**own, **environment}) as cluster:
+            yield cluster, f"http://127.0.0.1:{dashboard}"
+
+
+@contextmanager
 def _head(port: int, folder: Path, flags: list[str], environment: Mapping[str, str]) -> Iterator[LocalCluster]:
     shared = {"RAY_AUTH_MODE": "disabled"}
     python = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts"]
