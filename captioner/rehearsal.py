@@ -2,10 +2,12 @@
 
     frozen input -> sample -> fetch | decode | encode | generate -> Costs -> predict
 
-Knows the steps and a clock; no Ray. Writes nothing but OUTPUT/_run/plan.json, and that only where an OUTPUT is given.
+Knows the steps and a clock; of Ray only that a job starts it. Writes OUTPUT/_run/plan.json where an OUTPUT is given.
 """
 
+import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -23,9 +25,9 @@ import pyarrow.compute as pc
 import torch
 
 from captioner import demo
-from captioner.config import CaptionJobConfig, PlanConfig
+from captioner.config import CaptionJobConfig, InputConfig, PlanConfig
 from captioner.decode_worker import DecodeWorker
-from captioner.errors import InputError
+from captioner.errors import InputError, JobError
 from captioner.model.bundle import BundleDescription, describe
 from captioner.plan import output_options
 from captioner.prediction import Costs, Prediction, Prices, cpus_per_worker, keep, predict, recommended_decoders
@@ -43,8 +45,11 @@ _CALLS = 4  # calls that share one engine, as in a job
 _STEADY = 8  # captions for each slot: the last ones, which leave slots empty, then weigh little
 _LONG_S = 10.0  # a model that took this long for the sample is not asked again
 _SCALES = (1, 8, 64)
-_RAY_START_S = 4.5  # to start or join Ray and its pools, beside what the workers import; on 2 quiet cores
-_COLD_START = "import ray.data, captioner.worker"
+_SMALLEST = """
+import json, pickle, sys
+from captioner.caption_pipeline import caption_images
+print(json.dumps(caption_images(pickle.load(sys.stdin.buffer))))
+"""
 
 
 def rehearse(config: PlanConfig) -> Mapping[str, Any]:
@@ -108,8 +113,7 @@ def _costs(job: CaptionJobConfig, model: BundleDescription, rows: pa.Table, allo
             f"none of {rows.num_rows} images of {redact(job.input_path)} can be captioned:"
             f" {decoded.column('reason')[0]}: {decoded.column('detail')[0]}"
         )
-    _, import_s, _ = _timed(lambda: subprocess.run([sys.executable, "-W", "ignore", "-c", _COLD_START], check=True))
-    worker, load_s, _ = _timed(lambda: CaptionWorker(job, _kept(rows), allocation.torch_threads))
+    worker = CaptionWorker(job, _kept(rows), allocation.torch_threads)
     encode_s = _encode_s(worker, images)
     model_s, num_tokens = _model_s(worker, images)
     captioner = worker.captioner
@@ -125,7 +129,7 @@ def _costs(job: CaptionJobConfig, model: BundleDescription, rows: pa.Table, allo
         tokens_per_image=num_tokens,
         slots=captioner.num_slots,
         model_threads=allocation.torch_threads,
-        start_s=_RAY_START_S + import_s + load_s,
+        start_s=_start_s(job),
         fingerprint=model.fingerprint,
     )
 
@@ -186,6 +190,31 @@ def _model_s(worker: CaptionWorker, images: pa.Table) -> tuple[float, float]:
     with ThreadPoolExecutor(_CALLS) as threads:
         _, seconds, _ = _timed(lambda: list(threads.map(worker, [images] * calls)))
     return seconds / (calls * images.num_rows + slots / 2), tokens
+
+
+def _start_s(job: CaptionJobConfig) -> float:
+    """Return what a job takes beside its images: a real one, of the embedded images, on a Ray of this machine."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with tempfile.TemporaryDirectory() as output:
+        smallest = CaptionJobConfig(
+            input_path="demo",
+            output=output,
+            input=InputConfig(storage_options=job.input.storage_options),  # of the model's store
+            model=job.model,
+            decoding=job.decoding,
+            scoring=job.scoring,
+            resources=job.resources,
+        )
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _SMALLEST],
+            input=pickle.dumps(smallest),
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+    if done.returncode:
+        raise JobError(f"the smallest job failed: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
 def _summary(config: PlanConfig, frozen: Frozen, costs: Costs, allocation: Allocation, here: Cluster) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from captioner import demo
+from captioner import demo, rehearsal
 from captioner.config import PlanConfig, ResourceConfig
 from captioner.errors import ConfigError, InputError
 from captioner.prediction import Costs, Prices, cpus_per_worker, keep, kept, predict, recommended_decoders
@@ -91,8 +91,9 @@ def test_costs_are_kept_beside_the_table_and_found_again(tmp_path: Path) -> None
 
 
 def test_a_rehearsal_measures_every_step_and_writes_only_its_costs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rehearsal, "_start_s", lambda _: 20.0)  # a real job: see tests/integration
     images = tmp_path / "images"
     shutil.copytree(demo.images_path(), images)
     (images / "broken.png").write_bytes(b"<html>")

@@ -1,0 +1,85 @@
+"""Crashes while a model loads, for real: one is tried again, a model that never loads is reported with its cause."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bundles import save_tiny_bundle
+from tests.pictures import encoded
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+INJECTOR = """
+import importlib.util, os, signal, sys
+from pathlib import Path
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "captioner.worker":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            real = module.CaptionWorker.__init__
+            def load(worker, *args, **kwargs):
+                marks = Path(os.environ["CRASH_MARKS"])
+                tries = len(list(marks.iterdir()))
+                (marks / str(tries)).touch()
+                if os.environ["CRASH"] == "raise":
+                    raise RuntimeError("the weights melted")
+                if tries == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                real(worker, *args, **kwargs)
+            module.CaptionWorker.__init__ = load
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("images")
+    for seed in range(8):
+        (folder / f"{seed}.jpg").write_bytes(encoded(seed=seed))
+    return folder, save_tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def run_job(inputs: tuple[Path, str], tmp_path: Path, crash: str) -> "tuple[subprocess.CompletedProcess[str], int]":
+    """Return the job, and how often its model was loaded."""
+    images, bundle = inputs
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(INJECTOR)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "caption.py"), str(images), str(tmp_path / "out"), "--model", bundle],
+        env={**kept, "PYTHONPATH": f"{tmp_path}:{ROOT}", "CRASH": crash, "CRASH_MARKS": str(marks)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return done, len(list(marks.iterdir()))
+
+
+def test_a_worker_that_dies_loading_is_tried_again(inputs: tuple[Path, str], tmp_path: Path) -> None:
+    done, num_loads = run_job(inputs, tmp_path, "kill")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["captioned"] == 8
+    assert num_loads == 2
+
+
+def test_a_model_that_never_loads_is_reported_with_its_cause(inputs: tuple[Path, str], tmp_path: Path) -> None:
+    done, num_loads = run_job(inputs, tmp_path, "raise")
+    assert done.returncode == 1
+    assert "RuntimeError: the weights melted" in done.stderr.splitlines()[-1]
+    assert num_loads == 3

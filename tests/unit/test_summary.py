@@ -1,0 +1,44 @@
+"""What the summary sets beside the figures of a run."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from captioner.config import ResourceConfig
+from captioner.prediction import keep
+from captioner.resources import Cluster, allocate
+from captioner.sources import open_store
+from captioner.summary import predicted
+from tests.unit.test_prediction import COSTS
+
+CLUSTER = Cluster(cpus=8, gpus=2)
+ON_GPUS = allocate(ResourceConfig(), CLUSTER)
+ON_CPUS = allocate(ResourceConfig(gpus_per_worker=0), CLUSTER)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Any:
+    table = SimpleNamespace(store=open_store(str(tmp_path), {}), url=str(tmp_path))
+    return SimpleNamespace(table=table, model=SimpleNamespace(fingerprint="f"))
+
+
+def test_nothing_is_predicted_where_nobody_planned(plan: Any) -> None:
+    assert predicted(plan, ON_GPUS, CLUSTER, 1000) is None
+
+
+def test_the_prediction_is_for_the_pools_that_ran(plan: Any) -> None:
+    keep(COSTS, plan.table.store, plan.table.url)
+    found = predicted(plan, ON_GPUS, CLUSTER, 1000)
+    assert found is not None
+    assert found["seconds"] == pytest.approx(60 + 1000 / 100, rel=0.01)
+    assert found["images_per_s"] == pytest.approx(1000 / found["seconds"], abs=0.01)
+
+
+def test_costs_of_another_model_or_device_predict_nothing(plan: Any) -> None:
+    keep(COSTS, plan.table.store, plan.table.url)
+    assert predicted(plan, ON_CPUS, CLUSTER, 1000) is None
+    keep(replace(COSTS, fingerprint="another"), plan.table.store, plan.table.url)
+    assert predicted(plan, ON_GPUS, CLUSTER, 1000) is None
