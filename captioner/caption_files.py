@@ -245,7 +245,7 @@ def _token(store: Store, url: str) -> Iterator[Record]:
                 yield Record(file_name, caption, file_name)
             elif line.strip():
                 yield Record(
-                    problem=f"{shown(url)}, line {number} is {line[:40]!r}; expected `name.jpg#0`, a tab, a caption"
+                    problem=f"{shown(url)}, line {number} is {line.strip()[:40]!r}; expected `name.jpg#0`, a tab, a caption"
                 )
 
 

@@ -100,7 +100,12 @@ def _featured(
     decoder = {"config": plan.job, "preprocessing": model.preprocessing, "kept": STAMPED}
     featured: Dataset = decode_slices(source, decoder, allocation).map_batches(
         FeatureWorker,
-        fn_constructor_kwargs={"clip": model.clip, "model": config, "num_threads": allocation.torch_threads},
+        fn_constructor_kwargs={
+            "clip": model.clip,
+            "model": config,
+            "storage_options": plan.job.input.storage_options,
+            "num_threads": allocation.torch_threads,
+        },
         batch_size=256,
         batch_format="pyarrow",
         zero_copy_batch=True,

@@ -38,6 +38,7 @@ from captioner.splits import SPLITS, Split, read_split_lists, split_of_file
 __all__ = ["LabelFiles", "LabelRow", "read_rows"]
 
 _DEMO_IMAGES: dict[Split, int] = {"train": 8000, "validation": 400, "test": 1000}
+_DEMO_GROUP_ROWS = 512
 _FILE_NAMES = (
     *("uri", "url", "image", "image_path", "image_url", "img_path", "file_name", "filename", "file_path", "filepath"),
     *("file", "path"),
@@ -317,5 +318,6 @@ def _drawn(sizes: Mapping[Split, int]) -> bytes:
         for field, value in (row | {"split": example.split}).items():
             columns[field].append(value)
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, compression="none")  # the images are compressed already
+    # the images are compressed already; small groups, since one is the least that is read
+    pq.write_table(pa.table(columns), buffer, compression="none", row_group_size=_DEMO_GROUP_ROWS)
     return buffer.getvalue()
