@@ -244,9 +244,8 @@ def _token(store: Store, url: str) -> Iterator[Record]:
             if tab and mark:
                 yield Record(file_name, caption, file_name)
             elif line.strip():
-                yield Record(
-                    problem=f"{shown(url)}, line {number} is {line.strip()[:40]!r}; expected `name.jpg#0`, a tab, a caption"
-                )
+                seen = f"{shown(url)}, line {number} is {line.strip()[:40]!r}"
+                yield Record(problem=f"{seen}; expected `name.jpg#0`, a tab, a caption")
 
 
 def _demo() -> Iterator[CaptionRow]:

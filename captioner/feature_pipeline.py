@@ -84,6 +84,7 @@ def _compute(
         featured = _featured(source, plan, model, config, allocation)
         task = {"num_cpus": allocation.task_cpus, "label_selector": OFF_MODEL_NODES}
         featured.write_datasink(sink, ray_remote_args=task)
+    plan.clear()
 
 
 def _rows_per_part(num_rows: int) -> int:

@@ -72,6 +72,10 @@ class FeaturePlan:
         with output_errors(self.run_folder):
             return list(self._listed() if self.labels.frozen is None else self._contained())
 
+    def clear(self) -> None:
+        """Remove what `slices` wrote down: it is computed, and a URI may hold a signature."""
+        ListingWriter(self.run_folder, self.output_options, lambda _: None).discard()
+
     @property
     def reader(self) -> "LabelReader":
         """What reads the slices, in any process."""

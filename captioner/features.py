@@ -181,7 +181,9 @@ class FeatureCache:
                 "version": pa.array([versions[place] for place in here.tolist()]),
                 "features": features_array(values),
             }
-            self._write("features", pa.table([new.get(name, rows[name]) for name in schema.names], schema))
+            self._write(
+                "features", pa.table([new[name] if name in new else rows[name] for name in schema.names], schema)
+            )
 
 
 def features_array(values: npt.NDArray[np.float16]) -> pa.Array:
