@@ -38,8 +38,6 @@ STAMPED = (
 )
 """What travels with an image through reading and decoding: which version of what it is."""
 
-_STAMPS_AT_ONCE = 10_000
-
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePlan:
@@ -223,9 +221,7 @@ def _versions(labels: Labels, image: ImageConfig) -> tuple[pa.Array, list[Reject
     if labels.frozen is not None:
         stamps = {unit.ordinal: _file_stamp(fetcher, unit) for unit in labels.frozen.units}
         return pa.array([stamps[key >> 32] for key in labels.table["key"].to_pylist()], pa.string()), []
-    found: list[str | Reject] = []
-    for start in range(0, labels.table.num_rows, _STAMPS_AT_ONCE):
-        found += fetcher.stamps(labels.table["uri"].slice(start, _STAMPS_AT_ONCE).to_pylist())
+    found = fetcher.stamps(labels.table["uri"].to_pylist())
     versions = [None if isinstance(stamp, Reject) else stamp for stamp in found]
     return pa.array(versions, pa.string()), [stamp for stamp in found if isinstance(stamp, Reject)]
 

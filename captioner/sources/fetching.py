@@ -12,8 +12,10 @@ import asyncio
 import functools
 import os
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
 from typing import Any, TypeVar
 
 import fsspec.asyn
@@ -24,7 +26,7 @@ from captioner.errors import InputError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import hosts, urls
 from captioner.sources.blocks import too_large
-from captioner.sources.faults import diagnose
+from captioner.sources.faults import StoreError, diagnose
 from captioner.sources.store import S3Store, Store, http_client, open_store, pause_s
 
 __all__ = ["Fetcher"]
@@ -33,6 +35,9 @@ T = TypeVar("T")
 Access = Callable[[str], Awaitable[T | Reject]]
 
 _CHUNK_BYTES = 1 << 20
+_STAMPS_AT_ONCE = 10_000
+_LISTED_FROM = 100  # objects of a folder from which on its listing is tried
+_ASKED_PER_PAGE = 10  # single questions that cost as much as a page of a listing
 _NO_FILE = "not a file but a folder, a device or a pipe"
 _NO_HEAD = (403, 405, 501)  # what servers answer that give the object but not what they know of it
 _CHANGING = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "mtime", "LastModified", "last_modified", "created")
@@ -67,7 +72,25 @@ class Fetcher:
 
         Empty where the store does not say; a reject where it says that there is no such object, or nothing at all.
         """
-        return self._ask(uris, lambda uri: self._reader(uri).stamp(uri))
+        known = self._listed_stamps(uris)
+        asked = [uri for uri in uris if uri not in known]
+        for start in range(0, len(asked), _STAMPS_AT_ONCE):
+            these = asked[start : start + _STAMPS_AT_ONCE]
+            known |= zip(these, self._ask(these, lambda uri: self._reader(uri).stamp(uri)), strict=True)
+        return [known[uri] for uri in uris]
+
+    def _listed_stamps(self, uris: Sequence[str]) -> dict[str, str | Reject]:
+        """Return the stamps of objects on S3 that lie beside many others: a thousand come in one answer."""
+        folders: dict[str, set[str]] = {}
+        for uri in uris:
+            if urls.scheme(uri) == "s3":
+                folders.setdefault(urls.parent(uri), set()).add(uri)
+        known: dict[str, str | Reject] = {}
+        for folder, wanted in folders.items():
+            reader = self._reader(folder)
+            if len(wanted) >= _LISTED_FROM and isinstance(reader, _S3Reader):
+                known |= reader.stamps_in(folder, wanted)
+        return known
 
     def _ask(self, uris: Sequence[str], access: Access[T]) -> list[T | Reject]:
         loop = fsspec.asyn.get_loop()
@@ -253,6 +276,17 @@ class _S3Reader(_Reader):
         bucket, key = self._store.bucket_and_key(uri)
         answer = await self._fs._call_s3("head_object", Bucket=bucket, Key=key)
         return _joined(answer["ETag"], answer["ContentLength"])
+
+    def stamps_in(self, folder: str, wanted: Set[str]) -> dict[str, str]:
+        """Return the stamps of these objects of a folder, as far as its listing has them before it costs more."""
+        found: dict[str, str] = {}
+        with suppress(StoreError):  # who may read objects may not be allowed to list them
+            pages = self._store.stamped_pages(folder + "/")
+            for page in islice(pages, max(1, len(wanted) // _ASKED_PER_PAGE)):
+                found |= {uri: _joined(*facts) for uri, *facts in page if uri in wanted}
+                if len(found) == len(wanted):
+                    break
+        return found
 
 
 class _StoreReader(_Reader):

@@ -348,11 +348,20 @@ class S3Store(Store):
 
     def pages(self, prefix: str) -> Iterator[list[Entry]]:
         """As Store.pages, but holds one page only; in the service's order, that of the keys' bytes."""
+        for page, bucket in self._pages(prefix):
+            yield [Entry(f"s3://{bucket}/{item['Key']}", item["Size"]) for item in page]
+
+    def stamped_pages(self, prefix: str) -> Iterator[list[tuple[str, str, int]]]:
+        """Yield URL, ETag and size in bytes of every object, page by page. Raises StoreError."""
+        for page, bucket in self._pages(prefix):
+            yield [(f"s3://{bucket}/{item['Key']}", item["ETag"], item["Size"]) for item in page]
+
+    def _pages(self, prefix: str) -> Iterator[tuple[list[dict[str, Any]], str]]:
         bucket, key = self.bucket_and_key(prefix)
         continued: dict[str, str] = {}
         while True:
             page = self._page(bucket, key, continued)
-            yield [Entry(f"s3://{bucket}/{item['Key']}", item["Size"]) for item in page.get("Contents", ())]
+            yield page.get("Contents", []), bucket
             if not page.get("IsTruncated"):
                 return
             continued = {"ContinuationToken": page["NextContinuationToken"]}

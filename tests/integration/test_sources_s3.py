@@ -17,7 +17,7 @@ import pytest
 
 from captioner.config import ImageConfig, InputConfig
 from captioner.errors import InputError
-from captioner.rows import Reject
+from captioner.rows import Reject, RejectReason
 from captioner.sources import Fetcher, count_images, freeze, load_frozen, open_store, read_unit
 from captioner.sources.faults import StoreError
 
@@ -257,3 +257,17 @@ def test_a_listing_five_times_as_long_takes_no_more_memory(endless_bucket, tmp_p
     told = []
     assert peak_bytes(10_000, told) < 1.2 * peak_bytes(2_000, [])
     assert told == list(range(1_000, 10_001, 1_000))
+
+
+def test_a_listing_stamps_objects_as_asking_for_each_does(s3):
+    uris = [s3.put(f"many/{number:03}.jpg", b"x" * number) for number in range(120)]
+    few = Fetcher(f"{s3.url}/many", _config(s3), ImageConfig())
+    alone = [few.stamps([uri])[0] for uri in uris[:3]]
+    *found, missing, other = few.stamps([*uris, f"{s3.url}/many/gone.jpg", s3.put("elsewhere.jpg", b"y")])
+    assert found[:3] == alone
+    assert len(set(found)) == 120
+    assert missing.reason == RejectReason.MISSING
+    assert other
+    s3.put("many/007.jpg", b"z" * 7)
+    again = few.stamps(uris)
+    assert [uri for uri, stamp, before in zip(uris, again, found, strict=True) if stamp != before] == [uris[7]]
