@@ -24,7 +24,7 @@ from filelock import FileLock
 from captioner.errors import JobError
 from captioner.feature_plan import FeaturePlan, count_reasons
 from captioner.features import FeatureCache, FeatureIndex, Positions
-from captioner.labels import Count, Labels, check_failed
+from captioner.labels import Count, Labels
 from captioner.model.mirror import cache_folder
 from captioner.sources.store import open_store
 from captioner.sources.urls import absolute, join, shown
@@ -110,7 +110,7 @@ def gather(plan: FeaturePlan, num_features: int) -> FeatureSet:
     places = index.find(sources, plan.versions)
     failures = index.failures_of(sources, plan.versions, are_final=False).filter(pa.array(places < 0))
     failed = Counter(plan.rejected) + count_reasons(failures)
-    check_failed(labels, failed, _example(failures))
+    labels.check_failed(failed, _example(failures))
     num_lost = int((places < 0).sum()) - failed.total()
     if num_lost:
         raise JobError(f"{num_lost:,} images of {shown(labels.location)} changed while they were read; run it again")
@@ -142,7 +142,7 @@ def _restamp(plan: FeaturePlan) -> int:
 
 
 def _example(failures: pa.Table) -> str:
-    rows = failures.slice(0, failures.num_rows).drop_null().slice(0, 1).to_pylist()
+    rows = failures.drop_null().slice(0, 1).to_pylist()
     return f"{rows[0]['reason']}: {rows[0]['detail']}" if rows else ""
 
 

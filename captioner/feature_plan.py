@@ -18,8 +18,8 @@ from captioner.config import CaptionJobConfig, ImageConfig, ModelConfig
 from captioner.errors import InputError, JobError
 from captioner.features import FeatureCache, FeatureIndex, Positions
 from captioner.images import Preprocessing
-from captioner.labels import Labels, check_failed
-from captioner.rows import TRANSIENT_REASONS, Reject, split_key
+from captioner.labels import Labels
+from captioner.rows import MAX_UNIT_ROWS, TRANSIENT_REASONS, Reject, split_key
 from captioner.slices import Slice, SliceReader, cut
 from captioner.sources import Columns, Fetcher, Unit
 from captioner.sources.faults import output_errors
@@ -100,24 +100,26 @@ class FeaturePlan:
 
     def _contained(self) -> "Iterator[LabelSlice]":
         assert self.labels.frozen is not None
-        keys = self.labels.table["key"].to_numpy()[self.missing]
-        sources = self.labels.table["source"].take(pa.array(self.missing)).to_pylist()
-        known = self.index.digests(sources)
-        digests = {key: known[source][1] for key, source in zip(keys.tolist(), sources, strict=True) if source in known}
-        versions = dict(zip((keys >> 32).tolist(), self.versions.take(pa.array(self.missing)).to_pylist(), strict=True))
+        missing = pa.array(self.missing)
+        rows, versions = self.labels.table.take(missing), self.versions.take(missing)
+        keys, known = rows["key"].to_numpy(), self.index.digests(rows["source"].to_pylist())
         for unit in self.labels.frozen.units:
-            positions = keys[keys >> 32 == unit.ordinal] & (2**32 - 1)
-            if len(positions):
-                finished = np.ones(int(positions.max()) + 1, bool)
-                finished[positions] = False
-                for piece in cut(unit, len(finished), finished, {}):
-                    here = {key: digest for key, digest in digests.items() if _is_in(piece, key)}
-                    yield LabelSlice(**vars(piece), version=versions[unit.ordinal], digests=here)
+            here = np.flatnonzero(keys >> 32 == unit.ordinal)
+            if len(here):
+                sources = rows["source"].take(pa.array(here)).to_pylist()
+                pairs = zip(keys[here].tolist(), sources, strict=True)
+                digests = {key: known[source][1] for key, source in pairs if source in known}
+                yield from _slices(unit, keys[here], versions[int(here[0])].as_py(), digests)
 
 
-def _is_in(piece: Slice, key: int) -> bool:
-    unit, position = split_key(key)
-    return unit == piece.unit.ordinal and piece.start <= position < (piece.stop or 0)
+def _slices(unit: Unit, keys: Positions, version: str, digests: Mapping[int, str]) -> "Iterator[LabelSlice]":
+    """Yield the slices of a unit that lead to these rows."""
+    positions = keys & (MAX_UNIT_ROWS - 1)
+    finished = np.ones(int(positions.max()) + 1, bool)
+    finished[positions] = False
+    for piece in cut(unit, len(finished), finished, {}):
+        here = {key: digest for key, digest in digests.items() if piece.start <= split_key(key)[1] < (piece.stop or 0)}
+        yield LabelSlice(**vars(piece), version=version, digests=here)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +196,7 @@ def plan_features(
     failures = index.failures_of(sources, versions, are_final=True)
     rejected = Counter(str(reject.reason) for reject in rejects)
     example = f"{rejects[0].reason}: {rejects[0].detail}" if rejects else ""
-    check_failed(labels, rejected + count_reasons(failures), example)
+    labels.check_failed(rejected + count_reasons(failures), example)
     is_open = pc.and_(versions.is_valid(), pc.is_null(failures["reason"].combine_chunks()))
     missing = np.flatnonzero(is_open.to_numpy(zero_copy_only=False) & (index.find(sources, versions) < 0))
     return FeaturePlan(

@@ -24,7 +24,7 @@ from captioner.sources.units import Frozen
 from captioner.sources.urls import shown
 from captioner.splits import SPLITS, Split, draw_split, split_called
 
-__all__ = ["LABELS", "Count", "Labels", "check_failed", "read_labels"]
+__all__ = ["LABELS", "Count", "Labels", "read_labels"]
 
 LABELS = pa.schema(
     [
@@ -76,6 +76,13 @@ class Labels:
         """Return the rows of one split."""
         return self.table.filter(pc.equal(self.table["split"], split))
 
+    def check_failed(self, failed: Mapping[str, int], example: str = "") -> None:
+        """Raise InputError, naming the counts, when these failures, beside the labels' own, are more than allowed."""
+        is_cut = "limit" in self.left_out  # then the labels' own failures are of images that nobody asked for, too
+        counts = Counter(failed) if is_cut else Counter(self.failed) + Counter(failed)
+        total = self.table.num_rows + (0 if is_cut else sum(self.failed.values()))
+        _check_share(self.config, counts, total, example)
+
     @property
     def fingerprint(self) -> str:
         """Hex digest of the images' names, captions and splits, wherever they lie."""
@@ -99,7 +106,9 @@ def read_labels(config: LabelsConfig, run_folder: str, output_options: Mapping[s
     images = _Images()
     for row in files.rows:
         images.add(row)
-    rows, left_out = _limited(images.in_splits(config), config.limit)
+    found = images.in_splits(config)
+    _check_share(config, images.failed, len(found) + images.failed.total(), images.first_problem)
+    rows, left_out = _limited(found, config.limit)
     labels = Labels(
         config=config,
         location=files.location,
@@ -109,24 +118,18 @@ def read_labels(config: LabelsConfig, run_folder: str, output_options: Mapping[s
         failed=dict(images.failed),
         left_out=dict(images.left_out + left_out),
     )
-    check_failed(labels, {}, images.first_problem)
     if not labels.counts()["train"].num_images:
         raise InputError(f"{_shown(config)} has no image of the split train; expected images with captions to fit on")
     return labels
 
 
-def check_failed(labels: Labels, failed: Mapping[str, int], example: str = "") -> None:
-    """Raise InputError, naming the counts, when more images failed than `max_failed_share` allows.
-
-    failed: by reason, beside those that have failed in the labels already.
-    """
-    config, counts = labels.config, Counter(labels.failed) + Counter(failed)
-    total = labels.table.num_rows + sum(labels.failed.values())
-    if counts.total() > config.max_failed_share * total:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+def _check_share(config: LabelsConfig, failed: Mapping[str, int], total: int, example: str) -> None:
+    num_failed = sum(failed.values())
+    if num_failed > config.max_failed_share * total:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(failed.items()))
         first = f"; one of them: {example}" if example else ""
         raise InputError(
-            f"{counts.total():,} of {total:,} images of {_shown(config)} cannot be used ({reasons}), more than"
+            f"{num_failed:,} of {total:,} images of {_shown(config)} cannot be used ({reasons}), more than"
             f" --max-failed-share {config.max_failed_share:g}{first}. Mend them, or raise it"
         )
 

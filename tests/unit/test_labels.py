@@ -254,6 +254,15 @@ def test_a_limit_takes_the_first_images_of_each_split(tmp_path: Path) -> None:
     assert labels.left_out == {"limit": 6}
 
 
+def test_images_beyond_a_limit_do_not_count_as_failures(tmp_path: Path) -> None:
+    rows = [{"image": f"{n}.jpg", "caption": "x" if n % 50 else "", "split": "train"} for n in range(1, 101)]
+    labels = read(jsonl(tmp_path, rows), tmp_path, limit=2, validation_share=0)
+    assert labels.failed == {"no_caption": 2}
+    labels.check_failed({})
+    with pytest.raises(InputError, match=r"1 of 2 images .* \(1 missing\)"):
+        labels.check_failed({"missing": 1})
+
+
 def test_an_image_in_two_splits_is_an_error_that_names_it(tmp_path: Path) -> None:
     rows = [{"image": "a.jpg", "caption": "x", "split": "train"}, {"image": "a.jpg", "caption": "y", "split": "val"}]
     with pytest.raises(InputError, match=r"image a.jpg is in two splits, train and validation; expected each image in"):
