@@ -22,7 +22,7 @@ from captioner.errors import CaptionerError, ConfigError, UsageError
 __all__ = ["parse", "run"]
 
 Config = TypeVar("Config")
-_POSITIONALS = ("input_path", "table", "output", "sql", "captions", "references")
+_POSITIONALS = ("input_path", "table", "labels_path", "output", "sql", "captions", "references")
 
 
 def run(

@@ -76,6 +76,12 @@ def write_caption_table(folder: Path) -> Path:
     return folder / "out"
 
 
+def write_token(folder: Path) -> Path:
+    path = folder / "Flickr8k.token.txt"
+    path.write_text("".join(f"{row.image_id}#{number}\t{row.caption}\n" for number, row in enumerate(ROWS)))
+    return path
+
+
 def write_json(folder: Path, value: Any) -> Path:
     path = folder / "references.json"
     path.write_text(json.dumps(value))
@@ -111,6 +117,7 @@ def karpathy(*, has_cocoid: bool) -> dict[str, Any]:
         pytest.param(write_image_parquet, id="parquet with the images themselves"),
         pytest.param(write_parquet_folder, id="a folder of parquet"),
         pytest.param(write_caption_table, id="a caption table"),
+        pytest.param(write_token, id="Flickr8k's token file"),
         pytest.param(lambda folder: write_json(folder, annotations()), id="COCO results"),
         pytest.param(lambda folder: write_json(folder, {"annotations": annotations()}), id="COCO without images"),
         pytest.param(lambda folder: write_json(folder, coco()), id="COCO"),

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from captioner.command_line import parse
 from captioner.config import LabelsConfig
 from captioner.errors import ConfigError, InputError
 from captioner.labels import LABELS, Labels, read_labels
@@ -347,3 +348,10 @@ def test_what_holds_no_labels_is_an_error_that_names_it(
 def test_a_share_out_of_range_is_an_error(options: Mapping[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LabelsConfig(**options)
+
+
+def test_the_command_line_and_a_config_file_name_the_labels_alike(tmp_path: Path) -> None:
+    (tmp_path / "fit.yaml").write_text("labels_path: labels.csv\ncaption_column: text\nvalidation_share: 0.1\n")
+    config = parse(LabelsConfig, ["--config", str(tmp_path / "fit.yaml")])
+    assert config == parse(LabelsConfig, ["labels.csv", "--caption-column", "text", "--validation-share", "0.1"])
+    assert (config.labels_path, config.caption_column) == ("labels.csv", "text")
