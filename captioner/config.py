@@ -438,10 +438,14 @@ class GalleryConfig:
     """The page to write, on any fsspec store. By default the table's name with .html, in this folder."""
 
     sample: int = 200
-    """Images on the page: drawn at random, or with --compare the largest changes."""
+    """Images on the page: drawn at random, the first rows of --query, or with --compare the largest changes."""
 
     seed: int = 0
     """Seed of the draw."""
+
+    query: str | None = None
+    """SQL whose rows to show, in their order, in place of a sample; as jobs/query.py has it.
+    The rows need `key` or `image_id`; columns that the SQL makes stand on each card."""
 
     compare: str | None = None
     """Another table of the same images, whose captions to set beside these, the largest changes first."""
@@ -466,6 +470,7 @@ class GalleryConfig:
         _check(is_page, "OUT.html", self.output, "a name that ends in .html")
         _check(1 <= self.sample <= MAX_CARDS, "--sample", self.sample, f"1 to {MAX_CARDS:,}")
         _check(not (self.compare and self.references), "--references", self.references, "none with --compare")
+        _check(not (self.compare and self.query), "--query", self.query, "none with --compare")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import pyarrow as pa
 from captioner.config import GalleryConfig
 from captioner.gallery import open_table, write_comparison, write_gallery
 from captioner.gallery.table_rows import TableRows
+from captioner.query.views import ask, select
 
 __all__ = ["gallery"]
 
@@ -23,10 +24,19 @@ def gallery(config: GalleryConfig) -> Mapping[str, Any]:
         return write_comparison(
             config.table, config.compare, config.output, num_pairs=config.sample, seed=config.seed, **stores
         )
-    rows, line = _sample(config)
+    rows, line = _query(config) if config.query else _sample(config)
     return write_gallery(
         rows, config.output, table_url=config.table, lines=[line], references=config.references, **stores
     )
+
+
+def _query(config: GalleryConfig) -> tuple[pa.Table, str]:
+    """Return the first rows of the query, and how they were chosen. Raises ConfigError for SQL that is wrong."""
+    sql = config.query or ""
+    table = open_table(config.table, config.storage_options)
+    rows = ask(table, lambda found: select(found, sql).limit(config.sample + 1).to_arrow_table(), sql)
+    more = f"The first {config.sample:,} rows of: " if rows.num_rows > config.sample else ""
+    return rows.slice(0, config.sample), more + sql
 
 
 def _sample(config: GalleryConfig) -> tuple[pa.Table, str]:

@@ -231,6 +231,15 @@ def test_columns_that_a_query_made_stand_on_the_cards(table: CaptionTable, tmp_p
     assert data_of(tmp_path / "out.html")["scores"] == ["doubt", "why", "mean_logprob"]
 
 
+def test_rows_of_sql_come_in_its_order_and_the_page_says_so(table: CaptionTable, tmp_path: Path) -> None:
+    sql = "SELECT image_id, length(caption) AS letters FROM captions WHERE caption LIKE '%picture%' ORDER BY key DESC"
+    page = page_of(table, tmp_path, query=sql, sample=3)
+    assert [card["id"].rpartition("/")[2] for card in page["cards"]] == ["009.jpg", "008.jpg", "007.jpg"]
+    assert (page["lines"][0], page["scores"][0]) == (f"The first 3 rows of: {sql}", "letters")
+    failed = page_of(table, tmp_path, query="SELECT * FROM images WHERE reason = 'corrupt'")
+    assert [card["picture"]["reason"] for card in failed["cards"]] == ["corrupt", "corrupt"]
+
+
 def test_references_stand_below_the_captions_of_their_images(table: CaptionTable, tmp_path: Path) -> None:
     (tmp_path / "references.csv").write_text("image_id,caption\n003,a first one\n003,another\nelsewhere,of no image\n")
     cards = page_of(table, tmp_path, references=str(tmp_path / "references.csv"))["cards"]
@@ -373,12 +382,21 @@ def test_a_thumbnail_keeps_the_shape_and_its_bytes_in_bounds_and_is_never_enlarg
         (["nowhere", "out.html"], "nowhere is no caption table; expected the OUTPUT of jobs/caption.py"),
         (["nowhere", "out.pdf"], "OUT.html is out.pdf; expected a name that ends in .html"),
         (["nowhere", "out.html", "--sample", "0"], "--sample is 0; expected 1 to 5,000"),
+        (["nowhere", "out.html", "--compare", "b", "--query", "FROM captions"], "expected none with --compare"),
+        (["captions", "out.html", "--query", "SELECT captoin FROM captions"], '"captoin" not found'),
+        (["captions", "out.html", "--query", "SELECT count(*) AS n FROM captions"], "the rows have the columns n;"),
+        (["captions", "out.html", "--query", "DROP TABLE captions"], "expected one SELECT"),
     ],
 )
 def test_wrong_use_says_what_was_expected_and_exits_with_2(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str],
+    message: str,
+    table: CaptionTable,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(Path(table.url).parent)
     assert run(GalleryConfig, gallery, flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.html").exists()
