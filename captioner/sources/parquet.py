@@ -115,7 +115,7 @@ class _Reader:
         names = [name for name in wished if name and name in present]
         self._next = first
         for batch in self._file.iter_batches(
-            batch_size=self._batch_size(group, set(names)), row_groups=[group], columns=names, use_threads=False
+            batch_size=self._batch_size(group), row_groups=[group], columns=names, use_threads=False
         ):
             stop = self._next + batch.num_rows
             positions = wanted[(wanted >= self._next) & (wanted < stop)]
@@ -127,14 +127,13 @@ class _Reader:
             if stop > wanted[-1]:
                 return  # who wants one row does not wait for the rest of its group
 
-    def _batch_size(self, group: int, names: set[str]) -> int:
-        """Return as many rows as make a block on average: those of one file are of like size."""
+    def _batch_size(self, group: int) -> int:
+        """Return as many rows as make a block on average: those of one file are of like size.
+
+        Columns that are not read count too: to ask Arrow 26 about a single one ends the process if it is damaged.
+        """
         metadata = self._file.metadata.row_group(group)
-        chunks = (metadata.column(index) for index in range(metadata.num_columns))
-        size_bytes = sum(
-            chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names
-        )
-        rows: int = MAX_BLOCK_BYTES * metadata.num_rows // max(1, size_bytes)
+        rows: int = MAX_BLOCK_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
         return max(1, min(rows, self._limits.rows_per_block))
 
     def _table(self, batch: pa.RecordBatch, positions: Positions) -> pa.Table:

@@ -1,7 +1,10 @@
 """What an input made by an enemy must not do: end the job, read what is not its own, or learn our credentials."""
 
 import gzip
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import threading
 import uuid
@@ -165,6 +168,34 @@ def test_a_pickle_in_a_column_stays_bytes(tmp_path: Path, name: str, nesting: st
     [row] = read.to_pylist()
     assert (row["data"], row["odd"]) == (JPEG, expected)
     assert not (tmp_path / "exploded").exists()
+
+
+_READ = """
+import sys
+from captioner.config import InputConfig
+from captioner.sources import freeze, read_unit
+path, run = sys.argv[1:]
+config = InputConfig(image_column="image")
+frozen = freeze(path, config, run)
+tables = read_unit(frozen.units[0], frozen.columns, config, run_folder=run)
+print([row["reason"] for table in tables for row in table.to_pylist()])
+"""
+
+
+def test_a_column_that_lies_about_its_type_ends_no_process(tmp_path: Path) -> None:
+    """Arrow 26 calls std::terminate when Python asks about this column: it must not be asked."""
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [JPEG, JPEG], "other": [JPEG, JPEG]}), path)
+    head, bytes_column, tail = path.read_bytes().rpartition(b"\x15\x0c\x25")  # SchemaElement.type of the last column
+    assert bytes_column, "Arrow writes its footers in another way now"
+    path.write_bytes(head + b"\x15\x04\x25" + tail)
+    child = subprocess.run(
+        [sys.executable, "-c", _READ, str(path), str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert child.stdout.strip() == "[None, None]", child.stderr
 
 
 # -- addresses
