@@ -378,6 +378,20 @@ class VerifyConfig:
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of its store, as JSON. By default the usual environment variables."""
 
+    repair: bool = False
+    """Put aside, below OUTPUT/_run/removed, what a crash or a late writer left: torn parts, rows that stand twice,
+    temporaries. Says first what and why; deletes nothing."""
+
+    compact: bool = False
+    """Make few, large parts, sorted by key, out of many small ones."""
+
+    dry_run: bool = False
+    """With --repair: say what it would do, and stop."""
+
+    def __post_init__(self) -> None:
+        _check(not self.dry_run or self.repair, "--dry-run", self.dry_run, "--repair beside it")
+        _check(not (self.dry_run and self.compact), "--dry-run", self.dry_run, "--repair without --compact")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:

@@ -4,6 +4,7 @@ Everything a job refuses is refused here, before any model is loaded and any acc
 no Ray. Rows are planned as slices: a unit, the positions in it that are left, and where to stop.
 """
 
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +19,11 @@ from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
 from captioner.slices import Slice, SliceReader, cut
 from captioner.sources import Frozen, count_images, freeze, load_frozen
 from captioner.sources.urls import absolute, redact, scheme
-from captioner.tables import CaptionTable, Done
+from captioner.tables import CaptionTable, Done, Lease, holder, mend
 
 __all__ = ["Plan", "output_options", "plan_job"]
+
+log = logging.getLogger("captioner")
 
 _PART_ROWS = (256, 16_384)  # fewest and most rows of a part by default
 _PARTS = 64  # parts of a job whose size lies between: a crash costs at most this share of the work
@@ -38,6 +41,9 @@ class Plan:
     slices: list[Slice]
     num_skipped: int
     """Images that earlier runs finished, among those asked for."""
+
+    lease: Lease | None = None
+    """What keeps other jobs away from the table; None for a dry run."""
 
     @property
     def num_left(self) -> int | None:
@@ -71,15 +77,22 @@ class Plan:
         yield f"images    {counted} in {len(self.frozen.units):,} units" + (f"; left out: {skipped}" if skipped else "")
         yield f"model     {self.model.summary}"
         yield f"output    {redact(self.table.url)}"
+        if self.lease is None and (writer := holder(self.table.store, self.table.run_folder)):
+            yield f"in use    by {writer.purpose} run {writer.run_id}, process {writer.pid} on {writer.host}"
         yield f"done      {self.done.num_captioned:,} captioned, {self.done.num_failed:,} failed for good"
         left = "unknown" if self.num_left is None else f"{self.num_left:,}"
         again = f", of which {len(self.done.attempts):,} failed before" if self.done.attempts else ""
         yield f"left      {left}{again}"
 
 
-def plan_job(config: CaptionJobConfig, on_progress: Callable[[int], None] = lambda _: None) -> Plan:
+def plan_job(
+    config: CaptionJobConfig,
+    on_progress: Callable[[int], None] = lambda _: None,
+    take_lease: Callable[[CaptionTable], Lease | None] = lambda _: None,
+) -> Plan:
     """Return the plan of a job; with `config.dry_run` nothing is written.
 
+    take_lease: called before the first byte is written, when nothing else is left to refuse.
     Raises UsageError for whatever cannot run: no input, no model, another job's output, a flag out of range.
     """
     config = _resolve(config)
@@ -89,10 +102,14 @@ def plan_job(config: CaptionJobConfig, on_progress: Callable[[int], None] = lamb
     _check_scoring(config, model)
     table = CaptionTable(config.output, output_options(config))
     table.check(identity := _identity(config, model))
+    lease = None if config.dry_run else take_lease(table)
     frozen = _frozen(config, table, on_progress)
     if not config.dry_run:
         table.claim(identity)
     done = table.done(is_retried)
+    if done.num_doubled and lease:
+        log.info("doubled=%d reason=%s", mend(table, lease.run_id), "a writer outlived its driver")
+        done = table.done(is_retried)
     slices, num_skipped = _slices(frozen, done, config.input)
     return Plan(
         config=config,
@@ -102,6 +119,7 @@ def plan_job(config: CaptionJobConfig, on_progress: Callable[[int], None] = lamb
         done=done,
         slices=slices,
         num_skipped=num_skipped,
+        lease=lease,
     )
 
 

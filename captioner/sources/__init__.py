@@ -13,7 +13,7 @@ from captioner.sources.blocks import MAX_BLOCK_BYTES, Limits
 from captioner.sources.faults import StoreError
 from captioner.sources.fetching import Fetcher
 from captioner.sources.freezing import freeze
-from captioner.sources.listing import ROWS_PER_LISTING
+from captioner.sources.listing import ROWS_PER_LISTING, listed_ids
 from captioner.sources.reading import count_images, read_unit
 from captioner.sources.selection import describe
 from captioner.sources.store import Entry, Store, open_store
@@ -36,6 +36,7 @@ __all__ = [
     "describe",
     "freeze",
     "join",
+    "listed_ids",
     "load_frozen",
     "open_store",
     "read_unit",

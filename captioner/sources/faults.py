@@ -20,7 +20,7 @@ from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.hosts import UNSAFE
 
-__all__ = ["Fault", "StoreError", "diagnose", "output_errors"]
+__all__ = ["Fault", "StoreError", "diagnose", "is_taken", "output_errors"]
 
 _MAX_DETAIL = 300
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 529})
@@ -89,6 +89,11 @@ def diagnose(error: BaseException) -> Fault:
     if status := _status(error):
         return _by_status(status, detail, _retry_after_s(error))
     return _by_type(error, detail)
+
+
+def is_taken(error: BaseException) -> bool:
+    """Say whether a store refused an exclusive write because something stands there already."""
+    return isinstance(error, FileExistsError) or _status(error) == 412 or _code(error) == "BlobAlreadyExists"
 
 
 def _detail(error: BaseException) -> str:

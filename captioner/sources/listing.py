@@ -4,6 +4,7 @@ One part is one unit. Never holds more than one part. Knows no other kind of inp
 """
 
 import csv
+import functools
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,11 +20,12 @@ from captioner.sources import columns, urls
 from captioner.sources.blocks import Done, Limits, assemble, positions_left
 from captioner.sources.faults import output_errors
 from captioner.sources.store import Store, open_store
-from captioner.sources.units import Columns, Unit
+from captioner.sources.units import Columns, Frozen, Unit
 
-__all__ = ["ROWS_PER_LISTING", "ListingWriter", "read_listing", "write_uri_list"]
+__all__ = ["ROWS_PER_LISTING", "ListingWriter", "listed_ids", "read_listing", "write_uri_list"]
 
 ROWS_PER_LISTING = 10_000
+_KEPT_UNITS = 32  # a megabyte each
 
 _FOLDER = "listing"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -108,6 +110,26 @@ def read_listing(
         "detail": pc.if_else(is_empty, "the list has no URI here", pa.scalar(None, pa.string())),
     }
     yield assemble(unit.ordinal, {"position": positions, **taken, **reject}, kept)
+
+
+def listed_ids(
+    frozen: Frozen, run_folder: str, output_options: Mapping[str, Any] | None
+) -> Callable[[int], pa.ChunkedArray | None]:
+    """Return what finds the image_ids of a unit by its ordinal: None for a unit that is no part of the listing.
+
+    Keeps those of the last units it was asked for. Raises StoreError.
+    """
+    store = open_store(run_folder, output_options)
+    paths = {unit.ordinal: unit.path for unit in frozen.units if unit.kind == "listing"}
+
+    @functools.lru_cache(_KEPT_UNITS)
+    def ids(ordinal: int) -> pa.ChunkedArray | None:
+        if ordinal not in paths:
+            return None
+        data = store.read_bytes(urls.join(urls.absolute(run_folder), paths[ordinal]))
+        return pq.read_table(io.BytesIO(data), columns=["image_id"], use_threads=False).column(0)
+
+    return ids
 
 
 def write_uri_list(store: Store, url: str, config: InputConfig, writer: ListingWriter) -> Columns:

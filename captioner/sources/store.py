@@ -10,6 +10,7 @@ nothing of images, units or tables.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import io
@@ -28,10 +29,10 @@ import aiohttp
 import fsspec
 
 from captioner import __version__
-from captioner.errors import InputError
+from captioner.errors import CaptionerError, InputError
 from captioner.rows import RejectReason
 from captioner.sources import urls
-from captioner.sources.faults import StoreError, diagnose
+from captioner.sources.faults import StoreError, diagnose, is_taken
 from captioner.sources.hosts import socket_guard
 
 __all__ = ["PAGE_SIZE", "Entry", "S3Store", "Store", "http_client", "open_store", "pause_s"]
@@ -51,6 +52,7 @@ _BUFFER_BYTES = {"file": 1 << 18}
 _REMOTE_BUFFER_BYTES = 4 << 20
 _PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "s3": "s3fs", "hf": "huggingface_hub"}
 _EXTRAS = {"gcsfs": "captioner[gcs]", "adlfs": "captioner[azure]"}
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and stdio.h
 _SCHEMES_WITHOUT_CACHE_OPTION = frozenset({"http", "https", "memory", "file"})
 
 
@@ -207,13 +209,48 @@ class Store:
             raise EOFError(f"{len(data)} of {stop - start} bytes at {start}")
         return data
 
-    def write_atomic(self, url: str, data: bytes) -> None:
+    def write_atomic(self, url: str, data: bytes, check: Callable[[], None] = lambda: None) -> None:
         """Make `url` hold exactly `data`, or leave it as it was. Raises StoreError.
 
+        `check` is called as late as can be before each try, and prevents it by raising a CaptionerError.
         Object stores: one upload that is only visible when complete; never `open(.., "wb")`, whose files some stores
         commit on close even after an exception.
         """
-        self._steady(lambda: self.fs.pipe_file(self.path(url), data))
+
+        def write() -> None:
+            check()
+            self.fs.pipe_file(self.path(url), data)
+
+        self._steady(write)
+
+    def create(self, url: str, data: bytes) -> bool:
+        """Make `url` hold `data` unless something stands there; return whether it now holds it. Raises StoreError.
+
+        Of several that create one URL at the same time one succeeds: on S3 by `If-None-Match: *`, on other stores as
+        far as their fsspec package has an exclusive write.
+        """
+        is_ours = self._steady(lambda: self._create_once(url, data))
+        # An earlier try may have arrived though its answer was lost.
+        return is_ours or self._or_none(lambda: self.read_bytes(url)) == data
+
+    def _create_once(self, url: str, data: bytes) -> bool:
+        try:
+            self.fs.pipe_file(self.path(url), data, mode="create")
+        except Exception as error:  # each fsspec store raises its own kinds
+            if is_taken(error):
+                return False
+            raise
+        return True
+
+    def move(self, url: str, target: str) -> None:
+        """Make `target` hold what stands at `url`, then `url` nothing. Raises StoreError."""
+        self._steady(lambda: self.fs.cp_file(self.path(url), self.path(target)))
+        self.remove(url)
+
+    def exchange(self, folder: str, other: str) -> bool:
+        """Make each of two folders hold what the other held, at one moment; return False where that is not possible."""
+        del folder, other
+        return False
 
     def remove(self, url: str) -> None:
         """Make `url` hold nothing; it may be nothing already. Raises StoreError."""
@@ -240,6 +277,8 @@ class Store:
         for attempt in itertools.count():
             try:
                 return access()
+            except CaptionerError:
+                raise
             except Exception as error:  # each fsspec store raises its own kinds; diagnose() keeps type and text
                 fault = diagnose(error)
                 if attempt == self._num_retries or not fault.is_transient:
@@ -442,17 +481,45 @@ class LocalStore(Store):
         """As Store.read_bytes."""
         return self._steady(Path(self.path(url)).read_bytes)
 
-    def write_atomic(self, url: str, data: bytes) -> None:
+    def write_atomic(self, url: str, data: bytes, check: Callable[[], None] = lambda: None) -> None:
         """As Store.write_atomic: a hidden file in the same folder, flushed to the disk, then renamed."""
         target = Path(self.path(url))
         temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.tmp")
         try:
             _write_through(temporary, data)
+            check()
             temporary.replace(target)
         except OSError as error:
+            raise StoreError(diagnose(error)) from error
+        finally:
             with contextlib.suppress(OSError):  # where the folder is a file, say, there is nothing to remove
                 temporary.unlink()
-            raise StoreError(diagnose(error)) from error
+
+    def _create_once(self, url: str, data: bytes) -> bool:
+        """As Store.create: a whole file under a hidden name, then linked, which fails where the name is taken."""
+        target = Path(self.path(url))
+        temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.tmp")
+        try:
+            _write_through(temporary, data)
+            target.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        return True
+
+    def move(self, url: str, target: str) -> None:
+        """As Store.move; also of folders."""
+        path = Path(self.path(target))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._steady(lambda: Path(self.path(url)).rename(path))
+
+    def exchange(self, folder: str, other: str) -> bool:
+        """As Store.exchange, by the renameat2 of Linux."""
+        rename = getattr(ctypes.CDLL(None), "renameat2", None)
+        first, second = (os.fsencode(self.path(url)) for url in (folder, other))
+        return rename is not None and rename(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0
 
     def remove(self, url: str) -> None:
         """As Store.remove."""

@@ -11,7 +11,8 @@ import pytest
 from captioner.errors import JobError, OutputError
 from captioner.keys import KeySet
 from captioner.rows import CAPTIONS, FAILURES, TRANSIENT_REASONS, captioned_schema, row_key
-from captioner.tables import CaptionTable, Stamp
+from captioner.sources import Frozen, Unit
+from captioner.tables import Audit, CaptionTable, Stamp, audit
 
 IDENTITY = {"input": "in", "model": {"name": "demo", "fingerprint": "abc"}}
 
@@ -38,7 +39,18 @@ def table(tmp_path: Path) -> CaptionTable:
 @pytest.fixture
 def stamp(table: CaptionTable) -> Stamp:
     table.claim(IDENTITY)
+    for run_id in ("run-1", "run-2"):
+        table.record(run_id, {})
     return Stamp("run-1", table.digest)
+
+
+def audited(table: CaptionTable, unit_rows: dict[int, int | None]) -> Audit:
+    """The audit of a table over tars of so many rows."""
+    units = [
+        Unit(ordinal=ordinal, kind="webdataset", path="x", name="x", num_rows=num_rows, size_bytes=None)
+        for ordinal, num_rows in unit_rows.items()
+    ]
+    return audit(table, Frozen(kind="webdataset", units=tuple(units)))[0]
 
 
 def is_transient(reason: str) -> bool:
@@ -123,7 +135,7 @@ def test_a_part_with_keys_that_are_none_counts_as_torn(table: CaptionTable, stam
     (part,) = Path(table.url, "captions").iterdir()
     rows = pq.read_table(part).set_column(0, "key", keys)
     pq.write_table(rows.replace_schema_metadata(stamp.footer), part)
-    assert table.audit({0: 2}).torn_parts == [str(part)]
+    assert audited(table, {0: 2}).torn_parts == [str(part)]
 
 
 def test_captions_that_stand_among_the_failures_count_as_torn(table: CaptionTable, stamp: Stamp) -> None:
@@ -131,7 +143,7 @@ def test_captions_that_stand_among_the_failures_count_as_torn(table: CaptionTabl
     (part,) = Path(table.url, "captions").iterdir()
     Path(table.url, "failures").mkdir()
     moved = part.rename(Path(table.url, "failures", part.name))
-    assert table.audit({0: 2}).torn_parts == [str(moved)]
+    assert audited(table, {0: 2}).torn_parts == [str(moved)]
 
 
 def test_a_folder_with_parts_but_no_run_is_refused(tmp_path: Path) -> None:
@@ -151,7 +163,7 @@ def test_a_torn_part_stops_a_rerun_instead_of_being_captioned_again(table: Capti
 def test_an_audit_of_a_whole_table_finds_nothing(table: CaptionTable, stamp: Stamp) -> None:
     table.write(captioned([0, 1], {2: "fetch_failed"}), stamp)
     table.write(captioned([2], {row_key(1, 0): "corrupt"}, attempt=2), stamp)
-    audit = table.audit({0: 3, 1: 1})
+    audit = audited(table, {0: 3, 1: 1})
     assert audit.is_whole
     assert (audit.read, audit.captioned, audit.failed) == (4, 3, 1)
     assert audit.failed_by_reason == {"corrupt": 1}
@@ -161,7 +173,7 @@ def test_an_audit_finds_what_is_missing_doubled_and_alien(table: CaptionTable, s
     table.write(captioned([0, 1]), stamp)
     table.write(captioned([1, 9, row_key(5, 0)], {2: "corrupt"}), stamp)
     table.write(captioned([], {2: "corrupt", 3: "corrupt"}), stamp)
-    audit = table.audit({0: 5, 1: None})
+    audit = audited(table, {0: 5, 1: None})
     assert not audit.is_whole
     assert (audit.missing, audit.duplicated, audit.alien, audit.unread_units) == (1, 2, 2, 1)
 
@@ -170,7 +182,7 @@ def test_an_audit_names_torn_and_foreign_parts(table: CaptionTable, stamp: Stamp
     table.write(captioned([0]), stamp)
     table.write(captioned([0]), Stamp("run-2", "another identity"))
     (Path(table.url) / "captions" / "part-torn.parquet").write_bytes(b"PAR1 half a file")
-    audit = table.audit({0: 1})
+    audit = audited(table, {0: 1})
     assert [Path(part).name for part in audit.torn_parts] == ["part-torn.parquet"]
     assert "run-2" in audit.foreign_parts[0]
     assert not audit.is_whole

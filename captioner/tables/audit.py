@@ -1,0 +1,234 @@
+"""The proof: every row of the input came out exactly once, and every byte of every part is as it was written.
+
+    audit(table, frozen, listing)
+
+Streams: memory holds a few parts, a byte for each row of the input, and the key, attempt and reason of each failed
+attempt. Reads every part whole. Changes nothing; what to do about what it finds is in `repair`.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from captioner.keys import KeySet
+from captioner.rows import FAILURES, MAX_UNIT_ROWS, captions_schema
+from captioner.sources import Frozen
+from captioner.sources.faults import StoreError
+from captioner.sources.urls import join, name, redact
+from captioner.tables.parts import PartName, digest_of_keys, footer, is_intact, read_ahead
+from captioner.tables.table import (
+    FAILURE_COLUMNS,
+    FOLDERS,
+    CaptionTable,
+    concat_attempts,
+    last_attempts,
+    light,
+)
+
+__all__ = ["Audit", "IdsOf", "Problem", "audit"]
+
+_READERS = 4  # parts that are held at the same time
+_COLUMNS = {"captions": ["key", "image_id", "run_id"], "failures": [*FAILURE_COLUMNS, "image_id", "run_id"]}
+IdsOf = Callable[[int], pa.ChunkedArray | None]
+"""Unit ordinal -> image_id of each of its rows as the frozen input has them; None where that is not cheap to know."""
+
+
+class Problem(NamedTuple):
+    """Something in `captions/` or `failures/` that is not a part as it was written."""
+
+    kind: Literal["torn", "foreign", "stranger"]
+    url: str
+    why: str
+
+
+@dataclass
+class Audit:
+    """What `audit` found; the table is right when `is_whole`."""
+
+    read: int | None
+    captioned: int
+    failed: int
+    failed_by_reason: dict[str, int]
+    missing: int
+    duplicated: int
+    alien: int
+    misnamed: int
+    unread_units: int
+    torn_parts: list[str]
+    foreign_parts: list[str]
+    strangers: list[str]
+
+    @property
+    def is_whole(self) -> bool:
+        """True if every row of the input came out exactly once, and nothing else did."""
+        wrong = self.missing or self.duplicated or self.alien or self.misnamed or self.unread_units
+        return not (wrong or self.torn_parts or self.foreign_parts or self.strangers)
+
+
+class _Part(NamedTuple):
+    """A part that was read: a problem, or its rows."""
+
+    problem: Problem | None
+    rows: pa.Table | None = None  # FAILURE_COLUMNS, or the key alone
+    num_misnamed: int = 0
+
+
+def audit(table: CaptionTable, frozen: Frozen, ids_of: IdsOf = lambda _: None) -> tuple[Audit, list[Problem]]:
+    """Return whether each row of the input came out exactly once, and what is wrong with which file. Raises StoreError.
+
+    ids_of: what each row's image_id is compared with.
+    """
+    reader = _Reader(table, frozen, ids_of)
+    seen = _Seen()
+    for folder in FOLDERS:
+        for entry in table.store.entries(join(table.url, folder)):
+            if entry.is_folder or not _is_part(name(entry.url)):
+                seen.note_stranger(entry.url)
+        for _, part in read_ahead(reader.part, [(folder, url) for url in table.parts(folder)], _READERS):
+            seen.add(folder, part)
+    return seen.judge({unit.ordinal: unit.num_rows for unit in frozen.units}), seen.problems
+
+
+def _is_part(base: str) -> bool:
+    return base.endswith(".parquet") and not base.startswith((".", "_"))
+
+
+class _Reader:
+    """Reads one part and checks whatever can be checked of it alone; called by several threads."""
+
+    def __init__(self, table: CaptionTable, frozen: Frozen, ids_of: IdsOf) -> None:
+        self._store = table.store
+        self._identity = table.digest
+        self._run_ids = table.run_ids()
+        self._schemas = {"captions": captions_schema(frozen.columns.kept), "failures": FAILURES}
+        self._ids_of = ids_of
+
+    def part(self, place: tuple[str, str]) -> _Part:
+        """Return what the part (folder, URL) holds, or what is wrong with it."""
+        folder, url = place
+        try:
+            data = self._store.read_bytes(url)
+            with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+                metadata, schema = file.metadata.metadata, file.schema_arrow
+                rows = file.read(columns=_COLUMNS[folder], use_threads=False)
+        except StoreError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
+            return _Part(Problem("torn", url, f"cannot be read: {' '.join(str(error).split())[:200]}"))
+        if why := self._is_foreign(metadata):
+            return _Part(Problem("foreign", url, why))
+        if not is_intact(data):
+            return _Part(Problem("torn", url, "its bytes are not those that were written"))
+        if not schema.remove_metadata().equals(self._schemas[folder]):
+            return _Part(Problem("torn", url, f"its columns are not those of {folder}"))
+        if why := self._is_wrong(url, rows):
+            return _Part(Problem("torn", url, why))
+        columns = ["key"] if folder == "captions" else FAILURE_COLUMNS
+        return _Part(None, rows.select(columns), self._num_misnamed(rows))
+
+    def _is_foreign(self, metadata: dict[bytes, bytes]) -> str:
+        said = footer(metadata)
+        if said.identity != self._identity:
+            return f"belongs to another table: its footer says {said.identity or 'nothing'}"
+        if said.run_id not in self._run_ids:
+            return f"run {said.run_id} stands in its footer, and _run/runs/ knows no such run"
+        return ""
+
+    def _is_wrong(self, url: str, rows: pa.Table) -> str:
+        said = PartName.parse(name(url))
+        if said is None:
+            return "its name is not one that a part has"
+        keys = rows.column("key").to_numpy()
+        if (said.num_rows, said.keys) != (len(keys), digest_of_keys(keys)):
+            return "it holds other rows than its name says"
+        strange = set(rows.column("run_id").unique().to_pylist()) - self._run_ids
+        return f"rows of runs that _run/runs/ does not know: {', '.join(sorted(strange))}" if strange else ""
+
+    def _num_misnamed(self, rows: pa.Table) -> int:
+        """Return how many rows have another image_id than the frozen input; rows of no input count as alien."""
+        keys, ids = rows.column("key").to_numpy(), rows.column("image_id")
+        count = 0
+        for unit in np.unique(keys >> 32):
+            expected = self._ids_of(int(unit))
+            if expected is None:
+                continue
+            is_here = (keys >> 32 == unit) & (keys & (MAX_UNIT_ROWS - 1) < len(expected))
+            wanted = expected.take(pa.array(keys[is_here] & (MAX_UNIT_ROWS - 1)))
+            count += pc.sum(pc.not_equal(ids.filter(pa.array(is_here)), wanted)).as_py() or 0
+        return count
+
+
+@dataclass
+class _Seen:
+    """What an audit has read so far."""
+
+    captioned: KeySet = field(default_factory=KeySet)
+    failures: list[pa.Table] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    duplicated: int = 0
+    misnamed: int = 0
+
+    def note_stranger(self, url: str) -> None:
+        if not name(url).startswith("."):  # temporaries of writers, which readers of *.parquet do not see
+            kind = "folder" if url.endswith("/") else "file"
+            self.problems.append(Problem("stranger", url, f"a {kind} that no run writes"))
+
+    def add(self, folder: str, part: _Part) -> None:
+        if part.problem is not None or part.rows is None:
+            self.problems += [part.problem] if part.problem else []
+            return
+        self.misnamed += part.num_misnamed
+        if folder == "captions":
+            self.duplicated += len(self.captioned.add(part.rows.column("key").to_numpy()))
+        else:
+            self.failures.append(light(part.rows))
+
+    def judge(self, unit_rows: dict[int, int | None]) -> Audit:
+        failed, reasons = self._failed()
+        present = _union(self.captioned, failed)
+        expected = [(unit, rows) for unit, rows in unit_rows.items() if rows is not None]
+        missing = sum(int((~present.positions(unit, rows)).sum()) for unit, rows in expected)
+        alien = sum(int(present.positions(unit)[rows:].sum()) for unit, rows in expected)
+        alien += sum(present.count(unit) for unit in present.units - set(unit_rows))
+        return Audit(
+            read=sum(rows for _, rows in expected) if len(expected) == len(unit_rows) else None,
+            captioned=self.captioned.count(),
+            failed=failed.count(),
+            failed_by_reason=reasons,
+            missing=missing,
+            duplicated=self.duplicated,
+            alien=alien,
+            misnamed=self.misnamed,
+            unread_units=len(unit_rows) - len(expected),
+            torn_parts=self._urls("torn"),
+            foreign_parts=self._urls("foreign"),
+            strangers=self._urls("stranger"),
+        )
+
+    def _urls(self, kind: str) -> list[str]:
+        return [redact(problem.url) for problem in self.problems if problem.kind == kind]
+
+    def _failed(self) -> tuple[KeySet, dict[str, int]]:
+        """Return the keys whose last word is a failure, and how many have each reason."""
+        attempts = concat_attempts(self.failures)
+        distinct = attempts.group_by(["key", "attempt"]).aggregate([])
+        self.duplicated += attempts.num_rows - distinct.num_rows
+        last = last_attempts(attempts)
+        last = last.filter(pa.array(~self.captioned.contains(last.column("key").to_numpy())))
+        failed = KeySet()
+        failed.add(last.column("key").to_numpy())
+        return failed, dict(Counter(last.column("reason").to_pylist()))
+
+
+def _union(first: KeySet, second: KeySet) -> KeySet:
+    union = KeySet()
+    for keys in (first, second):
+        for unit in keys.units:
+            union.add((unit << 32) + np.flatnonzero(keys.positions(unit)))
+    return union

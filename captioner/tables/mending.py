@@ -1,0 +1,122 @@
+"""Rows that stand in a table twice: each is dropped from all parts but one, and at no moment from the last.
+
+A part that loses all its rows is put aside, below `_run/removed/`. One that loses some is first written anew without
+them; then the old file is put aside. Whichever of these steps a crash comes after, each row is still there, and to mend
+again ends as if there had been no crash. Of equal rows the one of the latest run stays; within a run that of the
+smaller part, which is what an interrupted mend has written anew. Knows the parts of one table; asks for no lease.
+"""
+
+import logging
+from collections.abc import Container, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from captioner.sources.urls import join, name, redact
+from captioner.tables.parts import PartName, footer, is_intact, read_ahead
+from captioner.tables.table import FOLDERS, CaptionTable
+
+__all__ = ["Doubled", "doubled", "mend", "put_aside"]
+
+log = logging.getLogger("captioner")
+
+_IDENTITY = {"captions": ["key"], "failures": ["key", "attempt"]}
+
+
+class Doubled(NamedTuple):
+    """A part some of whose rows stand in another part too."""
+
+    folder: str
+    url: str
+    is_dropped: np.ndarray
+    """bool[N], true for the rows that this part loses."""
+
+    @property
+    def why(self) -> str:
+        """What a person reads of it."""
+        return f"{int(self.is_dropped.sum()):,} of its {len(self.is_dropped):,} rows stand in another part too"
+
+
+def doubled(table: CaptionTable, without: Container[str] = ()) -> Iterator[Doubled]:
+    """Yield the parts that have to lose rows, in the order in which they may.
+
+    Only whole parts of this table count, so that no row is dropped for one that cannot be read. without: URLs of parts
+    that are known not to be. Raises StoreError.
+    """
+    for folder in FOLDERS:
+        parts = [url for url in sorted(table.parts(folder), key=_age) if url not in without]
+        found = _identities(table, folder, parts)
+        while not all(is_sound := [_is_sound(table, url, again) for url, _, again in _again(folder, found)]):
+            found = [part for part, sound in zip(found, is_sound, strict=True) if sound]
+        yield from (
+            Doubled(folder, url, is_dropped) for url, is_dropped, _ in _again(folder, found) if is_dropped.any()
+        )
+
+
+def _age(url: str) -> tuple[str, int, str]:
+    """Order parts from the one that loses its rows first to the one that keeps them."""
+    said = PartName.parse(name(url))
+    return ("", 0, name(url)) if said is None else (said.run_id, -said.num_rows, name(url))
+
+
+def _identities(table: CaptionTable, folder: str, parts: Sequence[str]) -> list[tuple[str, pa.Table]]:
+    """Return what tells the rows of each part of this table apart."""
+    identity = table.digest
+    read = read_ahead(lambda url: table.read(url, _IDENTITY[folder]), parts)
+    return [
+        (url, part.replace_schema_metadata())
+        for url, part in read
+        if part is not None and footer(part.schema.metadata).identity == identity
+    ]
+
+
+def _again(folder: str, found: Sequence[tuple[str, pa.Table]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield (URL, bool[N], bool[N]) of each part: which rows stand in a later part, which in any other."""
+    if not found:
+        return
+    rows = pa.concat_tables([part for _, part in found])
+    columns = [rows.column(column).to_numpy() for column in reversed(_IDENTITY[folder])]
+    order = np.lexsort([np.arange(rows.num_rows), *columns])  # equal rows stand together, the one that stays last
+    is_next_equal = np.ones(max(0, rows.num_rows - 1), bool)
+    for column in columns:
+        is_next_equal &= column[order][1:] == column[order][:-1]
+    is_dropped, is_again = np.zeros(rows.num_rows, bool), np.zeros(rows.num_rows, bool)
+    is_dropped[order[:-1][is_next_equal]] = True
+    is_again[order[1:][is_next_equal]] = True
+    starts = np.cumsum([0, *(part.num_rows for _, part in found)])
+    for (url, _), start, stop in zip(found, starts[:-1], starts[1:], strict=True):
+        yield url, is_dropped[start:stop], is_dropped[start:stop] | is_again[start:stop]
+
+
+def _is_sound(table: CaptionTable, url: str, is_again: np.ndarray) -> bool:
+    """Say whether a part may keep, or lose, the rows that stand in another one too."""
+    return not is_again.any() or is_intact(table.store.read_bytes(url))
+
+
+def mend(table: CaptionTable, run_id: str) -> int:
+    """Drop every row that stands in another part too; return how many rows went.
+
+    run_id: of the run that mends, which holds the lease; what it puts aside lies below `_run/removed/<run_id>/`.
+    """
+    num_dropped = 0
+    for part in list(doubled(table)):
+        num_left = int((~part.is_dropped).sum())
+        log.info("mended=%s reason=%s", redact(part.url), part.why)
+        if num_left:
+            _rewrite(table, part)
+        put_aside(table, part.url, run_id)
+        num_dropped += int(part.is_dropped.sum())
+    return num_dropped
+
+
+def _rewrite(table: CaptionTable, part: Doubled) -> None:
+    with pq.ParquetFile(table.store.open(part.url)) as file:
+        stamp, rows = footer(file.metadata.metadata), file.read()
+    table.write_part(part.folder, rows.filter(pa.array(~part.is_dropped)).replace_schema_metadata(), stamp)
+
+
+def put_aside(table: CaptionTable, url: str, run_id: str) -> None:
+    """Move a file of the table to its place below `_run/removed/<run_id>/`."""
+    table.store.move(url, join(table.run_folder, "removed", run_id, url.removeprefix(table.url + "/")))
