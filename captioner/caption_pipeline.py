@@ -8,14 +8,13 @@ One of the modules that import ray. Knows how rows move and what each stage rese
 
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,7 +36,7 @@ from captioner.resources import Allocation, Cluster, allocate
 from captioner.slices import BLOCK_ROWS, Slice
 from captioner.sources.faults import output_errors
 from captioner.summary import facts, farewell, planned, predicted, summarize
-from captioner.tables import CaptionTable, PartSummary, Stamp
+from captioner.tables import CaptionTable, PartSummary, Stamp, mend_late
 from captioner.telemetry import METRICS
 from captioner.tracebacks import error_in
 
@@ -76,8 +75,8 @@ def caption_images(config: CaptionJobConfig) -> Mapping[str, Any]:
     """
     from captioner.plan import plan_job  # here, not above: read and write tasks import this module, and no torch
 
-    with output_errors(config.output):  # what reads the input has turned its own into errors that name it
-        plan = plan_job(config, _report_listing)
+    with output_errors(config.output), ExitStack() as held:  # what reads the input has turned its own into errors
+        plan = plan_job(config, _report_listing, lambda table: held.enter_context(table.take_lease("caption")))
         for line in plan.lines():
             print(line, file=sys.stderr if not config.dry_run else sys.stdout)
         if config.dry_run:
@@ -92,19 +91,22 @@ def caption_images(config: CaptionJobConfig) -> Mapping[str, Any]:
 def _run(plan: "Plan") -> dict[str, Any]:
     """Caption what is left and return the summary, which `_run/runs/` keeps beside the config and the versions."""
     start = time.monotonic()
-    run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
+    assert plan.lease is not None
+    run_id = plan.lease.run_id
     with joined_cluster() as cluster:
         allocation = allocate(plan.config.resources, cluster, plan.num_left)
         check_device(plan.config.model.device, allocation)
         known = facts(plan, allocation)
         plan.table.record(run_id, known)
         _announce(allocation, cluster)
-        sink = WriteParts(plan.table, Stamp(run_id, plan.table.digest), plan.frozen.columns.kept, plan.rows_per_part)
+        stamp = Stamp(run_id, plan.table.digest, is_leased=True)
+        sink = WriteParts(plan.table, stamp, plan.frozen.columns.kept, plan.rows_per_part)
         count, url = partial(plan.table.num_written, run_id), plan.table.url
         with progress(plan.num_left, count, url, partial(shortage, allocation)), job_errors():
             captioned = _captioned(plan, allocation)
             task = {"num_cpus": allocation.task_cpus, "label_selector": OFF_MODEL_NODES}
             captioned.write_datasink(sink, ray_remote_args=task)
+        mend_late(plan.table, plan.done.parts.union(*(part.parts for part in sink.parts)), run_id)
         seconds = time.monotonic() - start
         num_read = sum(part.captioned + part.failed for part in sink.parts)
         summary = summarize(plan, sink.parts, seconds, predicted(plan, allocation, cluster, num_read))

@@ -91,7 +91,7 @@ def farewell(plan: "Plan", summary: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a person wants to see at the end: some captions, and what to type next."""
     output = redact(plan.table.url)
     if not summary["read"]:
-        yield f"nothing was left to do: {plan.num_skipped:,} images were done already"
+        yield f"nothing was left to do: {plan.num_skipped:,} images were done already, and no part was changed"
     for row in plan.table.sample(5):
         yield f"  {row['image_id'].rpartition('/')[2]:24} {row['caption']}"
     yield f"table     {output}/captions (read it with pandas.read_parquet), failures beside it"

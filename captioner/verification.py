@@ -14,7 +14,7 @@ from captioner.errors import InputError, OutputError
 from captioner.sources import Frozen, listed_ids, load_frozen
 from captioner.sources.faults import output_errors
 from captioner.sources.urls import absolute, redact
-from captioner.tables import Audit, CaptionTable, Finding, audit, compact, findings, holder, repair, take_lease
+from captioner.tables import Audit, CaptionTable, Finding, audit, compact, findings, holder, repair
 from captioner.tables.audit import Problem
 from captioner.tables.lease import refuse_if_held
 
@@ -50,7 +50,7 @@ def _change(table: CaptionTable, frozen: Frozen, config: VerifyConfig) -> dict[s
     if config.dry_run:
         _, found = _findings(table, frozen, config)
         return {"dry_run": True, "repairs": len(found)}
-    with take_lease(table.store, table.run_folder, "repair" if config.repair else "compact") as lease:
+    with table.take_lease("repair" if config.repair else "compact") as lease:
         audited, found = _findings(table, frozen, config)
         changed: dict[str, Any] = {}
         if config.repair and found:

@@ -29,8 +29,8 @@ with each row once.
 
 from captioner.tables.audit import Audit, audit
 from captioner.tables.compaction import compact
-from captioner.tables.lease import Lease, holder, take_lease
-from captioner.tables.mending import mend
+from captioner.tables.lease import Lease, holder
+from captioner.tables.mending import mend, mend_late
 from captioner.tables.parts import PartName, Stamp
 from captioner.tables.repair import Finding, findings, repair
 from captioner.tables.table import CaptionTable, Done, PartSummary
@@ -49,6 +49,6 @@ __all__ = [
     "findings",
     "holder",
     "mend",
+    "mend_late",
     "repair",
-    "take_lease",
 ]

@@ -18,7 +18,7 @@ from captioner.sources.urls import join, name, redact
 from captioner.tables.parts import PartName, footer, is_intact, read_ahead
 from captioner.tables.table import FOLDERS, CaptionTable
 
-__all__ = ["Doubled", "doubled", "mend", "put_aside"]
+__all__ = ["Doubled", "doubled", "mend", "mend_late", "put_aside"]
 
 log = logging.getLogger("captioner")
 
@@ -108,6 +108,19 @@ def mend(table: CaptionTable, run_id: str) -> int:
             _rewrite(table, part)
         put_aside(table, part.url, run_id)
         num_dropped += int(part.is_dropped.sum())
+    return num_dropped
+
+
+def mend_late(table: CaptionTable, known: Container[str], run_id: str) -> int:
+    """Mend the table if it has parts beside the known ones, those that a run found and wrote; return as `mend` does.
+
+    Such a part is of a writer that outlived its driver, or of a task that Ray made twice.
+    """
+    late = [url for folder in FOLDERS for url in table.parts(folder) if url not in known]
+    if not late:
+        return 0
+    num_dropped = mend(table, run_id)
+    log.info("late_parts=%d doubled=%d reason=%s", len(late), num_dropped, "a writer outlived its driver")
     return num_dropped
 
 

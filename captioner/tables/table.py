@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +144,10 @@ class CaptionTable:
         """Return the ids of all runs that were recorded."""
         names = self.store.names(join(self.run_folder, "runs"))
         return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+    def take_lease(self, purpose: str) -> AbstractContextManager[lease.Lease]:
+        """Return what keeps every other job from writing this table; see `lease.take_lease`."""
+        return lease.take_lease(self.store, self.run_folder, purpose)
 
     # What is done
 
