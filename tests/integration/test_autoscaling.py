@@ -77,7 +77,6 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
         history.exit_code = job.returncode
         history.summary = json.loads(stdout.splitlines()[-1]) if stdout.strip() else {}
         wait_until(lambda: history.note(cluster) == [] and history.num_gpu_nodes[-1] == 0, 90)
-        Path("/tmp/cluster_history").write_text(repr(history))
         yield history
 
 
