@@ -93,6 +93,11 @@ def test_every_kind_of_file_with_names_gives_the_same_labels(write: Callable[[Pa
     assert labels.counts() == {"train": (1, 2), "validation": (1, 1), "test": (1, 2)}
 
 
+def test_a_file_with_a_name_that_says_nothing_is_read_as_the_format_that_is_given(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path).rename(tmp_path / "labels.data")
+    assert as_dict(read(path, tmp_path, labels_format="jsonl")) == as_dict(read(write_csv(tmp_path), tmp_path))
+
+
 def coco(folder: Path, name: str, images: Mapping[int, str]) -> Path:
     annotations = [
         {"image_id": number, "id": n, "caption": f"{file} {n}"} for number, file in images.items() for n in (1, 2)
