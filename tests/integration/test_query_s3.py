@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -123,19 +124,21 @@ def test_files_of_a_table_are_its_parts_and_can_only_be_read(table: CaptionTable
 
 @pytest.mark.usefixtures("on_ray")
 def test_the_lines_of_the_readme_read_the_table_with_pandas_pyarrow_and_ray_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     images = write_images(tmp_path / "images", 2)
     table, _ = begin_table(str(tmp_path / "captions-demo"), str(images))
     add_part(table, [caption_row(0, "a", "a dog")])
     add_part(table, [caption_row(1, "b", "a cat")])
-    monkeypatch.chdir(tmp_path)
     section = (ROOT / "README.md").read_text().split("## Querying the captions")[1]
     code = re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert code
-    found: dict[str, Any] = {}
-    exec(code[1], found)
-    assert sorted(found["frame"]["caption"]) == ["a cat", "a dog"]
-    assert sorted(found["table"]["caption"].to_pylist()) == ["a cat", "a dog"]
-    assert sorted(row["caption"] for row in found["rows"].take_all()) == ["a cat", "a dog"]
-    found["ray"].shutdown()
+    read = (
+        "[sorted(frame.caption), sorted(table['caption'].to_pylist()), sorted(r['caption'] for r in rows.take_all())]"
+    )
+    script = f"{code[1]}\nimport json; print(json.dumps({read}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [["a cat", "a dog"]] * 3
