@@ -25,18 +25,19 @@ def doubtful_sql(connection: Connection, num_rows: int) -> str:
     """Return the SELECT of the most doubtful captions, the worst first: doubt, why, and all columns of `captions`.
 
     Reads the scores of the whole table. Raises ConfigError where there is no caption."""
-    doubts = {f"low {score}": doubt for score in _SCORES if (doubt := _doubt_of(connection, score))}
+    doubts = {f"low {score}": term for score in _SCORES if (term := _doubt_of(connection, score))}
     doubts |= {
         "repetitive": f"{_FLAG_WEIGHT} * coalesce(is_repetitive, false)::INTEGER",
         "truncated": f"{_FLAG_WEIGHT} * (finish_reason = 'length')::INTEGER",
     }
     if not connection.execute("SELECT count(*) FROM captions").fetchall()[0][0]:
         raise ConfigError("--review looks for doubtful captions, and the table has no caption yet")
-    why = ", ".join(f"CASE WHEN {doubt} >= {_TOO_LOW} THEN '{name}' END" for name, doubt in doubts.items())
+    why = ", ".join(f"CASE WHEN {term} >= {_TOO_LOW} THEN '{name}' END" for name, term in doubts.items())
+    doubt = " + ".join(doubts.values())
     # The worst are found by key, doubt and nothing else: captions are read of those alone.
     return f"""
         WITH doubted AS (
-            SELECT key, round({" + ".join(doubts.values())}, {_PLACES}) AS doubt, concat_ws(', ', {why}) AS why
+            SELECT key, round(({doubt})::DOUBLE, {_PLACES}) AS doubt, concat_ws(', ', {why}) AS why
             FROM captions ORDER BY doubt DESC, key LIMIT {num_rows}
         )
         SELECT doubt, why, captions.* FROM captions JOIN doubted USING (key) ORDER BY doubt DESC, key

@@ -81,6 +81,31 @@ def test_the_table_of_the_first_run_is_proven_whole(
     assert json.loads(proof.stdout)["ok"]
 
 
+def test_the_table_of_the_first_run_is_summarised_queried_and_reviewed(
+    demo_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = demo_run
+    num_images = len(list(demo.images_path().iterdir()))
+    sql = "SELECT count(*) AS n FROM captions WHERE NOT is_repetitive AND clip_score IS NULL"
+    for arguments, name, expected in (
+        ([], "captioned", num_images),
+        (["captions-demo", sql, "--format", "json"], "n", num_images),
+        (["captions-demo", "--review", "3"], "pictures", 3),
+    ):
+        command = [sys.executable, ROOT / "jobs" / "query.py", *arguments]
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])[name] == expected
+    assert (folder / "review.html").stat().st_size > 10_000
+
+
 def test_the_captions_of_the_first_run_are_measured_against_the_demo_references(
     demo_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
