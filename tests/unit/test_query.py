@@ -19,7 +19,7 @@ from captioner.query import query, read_rows
 from captioner.query.output import table_lines, write_rows
 from captioner.query.views import VIEWS, ask, open_table, select
 from captioner.rows import CAPTIONS, FAILURES, captions_schema
-from captioner.tables import CaptionTable
+from captioner.tables import CaptionTable, compact
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
 
 ROOT = Path(__file__).parents[2]
@@ -153,13 +153,10 @@ def test_a_query_reads_of_the_parts_only_the_columns_and_row_groups_that_it_need
 
 
 def compacted(table: CaptionTable) -> None:
-    """Put one part in the place of all, as a compaction does."""
-    folder = Path(table.url, "captions")
-    parts = sorted(folder.iterdir())
-    whole = pa.concat_tables([pq.read_table(part) for part in parts])
-    pq.write_table(whole, folder / "part-run-3-3-0123456789abcdef.parquet")
-    for part in parts:
-        part.unlink()
+    """Put one part in the place of all."""
+    with table.take_lease("compact") as lease:
+        table.record(lease.run_id, {})
+        assert compact(table, lease.run_id)["captions"] == (2, 1)
 
 
 def test_a_query_whose_parts_are_taken_away_is_asked_again_of_those_that_are_there(full: CaptionTable) -> None:
