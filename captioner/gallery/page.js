@@ -119,7 +119,7 @@ function makeAbout(card) {
   for (const score of page.scores) {
     const value = card.facts[score];
     if (value === undefined || value === null || value === "") continue;
-    const item = make("span", "", `${spoken(score)} `);
+    const item = make("span", typeof value === "number" ? "" : "said", `${spoken(score)} `);
     item.append(make("b", "", typeof value === "number" ? shortNumber(value) : String(value)));
     about.append(item);
   }
