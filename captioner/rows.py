@@ -53,6 +53,7 @@ class RejectReason(StrEnum):
     CORRUPT = "corrupt"  # recognised, but cannot be read to its end
     TOO_LARGE = "too_large"  # more bytes than --max-image-bytes
     TOO_MANY_PIXELS = "too_many_pixels"  # more pixels than --max-image-pixels
+    OUT_OF_MEMORY = "out_of_memory"  # needs more memory than its decoder may take, or than the machine had
     DECODE_TIMEOUT = "decode_timeout"  # took longer than --decode-timeout-s
 
 
@@ -64,7 +65,14 @@ class Reject:
     detail: str
 
 
-TRANSIENT_REASONS = frozenset({RejectReason.FETCH_FAILED, RejectReason.DECODE_TIMEOUT})
+TRANSIENT_REASONS = frozenset(
+    {
+        RejectReason.FORBIDDEN,  # credentials are the run's, not the image's
+        RejectReason.FETCH_FAILED,
+        RejectReason.OUT_OF_MEMORY,
+        RejectReason.DECODE_TIMEOUT,
+    }
+)
 """Reasons that another attempt may mend; every other one is a property of the image."""
 
 
@@ -100,6 +108,10 @@ _CAPTION = [
     pa.field("is_repetitive", pa.bool_()),
 ]
 _OPTIONAL = {"clip_score"}  # null in a job without --clip-score
+_CLOCK = pa.field(  # what the clock of the model worker said when the row left it; see `captioner.waiting`
+    "model_clock",
+    pa.struct([("worker", pa.string()), ("waited_s", pa.float64()), ("ready_s", pa.float64())]),
+)
 _RUN = pa.field("run_id", pa.string(), nullable=False)
 
 
@@ -130,9 +142,9 @@ def captioned_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
     """Return the columns after the model: `caption` and its scores, null when rejected.
 
     `candidates` lists every caption of the image with the same columns, best first, when more than one was asked for;
-    null otherwise. `clip_score` is null unless it was asked for.
+    null otherwise. `clip_score` is null unless it was asked for. `model_clock` goes no further than the summary.
     """
-    return pa.schema([*_IDENTITY, _ATTEMPT, *_REJECT, *_CAPTION, _CANDIDATES, *_SIZE, *kept])
+    return pa.schema([*_IDENTITY, _ATTEMPT, *_REJECT, *_CAPTION, _CANDIDATES, *_SIZE, _CLOCK, *kept])
 
 
 def captions_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:

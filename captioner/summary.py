@@ -16,6 +16,7 @@ from captioner.prediction import kept, predict
 from captioner.resources import Allocation, Cluster
 from captioner.sources.urls import redact
 from captioner.tables import PartSummary
+from captioner.waiting import waited_share
 
 if TYPE_CHECKING:
     from captioner.plan import Plan  # not at run time: it brings the model room, and tasks import this
@@ -31,6 +32,7 @@ def summarize(
     failed = sum((Counter(part.failed_by_reason) for part in parts), Counter[str]())
     num_tokens = sum(part.num_tokens for part in parts)
     read = captioned + failed.total()
+    waited = waited_share(reading for part in parts for reading in part.clocks)
     return {
         "read": read,
         "captioned": captioned,
@@ -40,6 +42,7 @@ def summarize(
         "seconds": round(seconds, 2),
         "images_per_s": round(read / seconds, 2) if seconds else 0.0,
         "tokens_per_s": round(num_tokens / seconds, 2) if seconds else 0.0,
+        "model_waited_share": None if waited is None else round(waited, 4),
         "predicted": predicted,
         "output": redact(plan.table.url),
     }

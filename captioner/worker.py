@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from captioner.model.caption_model import CaptionModel
 from captioner.repetition import is_repetitive
 from captioner.rows import Reject, RejectReason, build_table, captioned_schema
 from captioner.telemetry import Pulse, Recorder, Silent
+from captioner.waiting import ModelClock
 
 __all__ = ["ENCODE_ROWS", "Caption", "CaptionWorker", "Captioner", "image_seed", "pixel_tensor"]
 
@@ -259,6 +260,7 @@ class CaptionWorker:
             slots=config.resources.slots,
             storage_options=config.input.storage_options,
         )
+        self._clock = ModelClock()  # runs from when the model is ready
         self._recorder = recorder or Silent()
         self._recorder.gauge("captioner_slots", self._captioner.num_slots)
         self._pulse = self._captioner.pulse(self._recorder)
@@ -278,12 +280,15 @@ class CaptionWorker:
         captions: Iterator[Caption] = iter(())
         if images.num_rows:
             pixels = pixel_tensor(images.column("pixels"), self._captioner.model.image_size)
-            with self._pulse:
+            with self._pulse, self._clock.busy():
                 captions = iter(self._captioner.caption_pixels(pixels, images.column("image_id").to_pylist()))
         found = [next(captions) if wanted else None for wanted in is_image.to_pylist()]
         names = [field.name for field in fields(Caption) if field.name != "candidates"]
         made = {name: [caption and getattr(caption, name) for caption in found] for name in names}
         made["candidates"] = [caption and _candidates(caption, names) for caption in found]
+        made["model_clock"] = pa.repeat(
+            pa.scalar(asdict(self._clock.read()), self._schema.field("model_clock").type), rows.num_rows
+        )
         self._count(rows, found)
         return build_table(self._schema, rows, made)
 

@@ -7,9 +7,9 @@ from captioner.model.projector import ProjectorConfig, build_projector
 from tests.unit import tiny_models
 
 
-def save_tiny_bundle(folder: Path, num_image_tokens: int = 1) -> str:
-    """Write a linear bundle that captions 32-pixel images with noise, quickly."""
-    tiny_models.save_clip(folder / "clip")
+def save_tiny_bundle(folder: Path, num_image_tokens: int = 1, image_size: int = tiny_models.IMAGE_SIZE) -> str:
+    """Write a linear bundle that captions small images with noise, quickly."""
+    tiny_models.save_clip(folder / "clip", tiny_models.clip_config(image_size=image_size))
     tiny_models.save_llama(folder / "llama")
     config = ProjectorConfig(
         kind="linear",

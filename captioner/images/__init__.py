@@ -8,7 +8,8 @@ normalisation belongs on the device, so that an image travels as 3 bytes a pixel
     colours.py         any Pillow mode -> L or RGB
     resampling.py      Pillow's resize, as two products of small matrices
     reader.py          `decode`: one image, in this process
-    decoder.py         `Decoder`: the same in child processes, with a hard deadline
+    child.py           the same in a child process, with a hard deadline and a limit on memory
+    decoder.py         `Decoder`: as many children as there are cores to use
 
 A job uses `Decoder`: an image that hangs or crashes C code then costs one child process and becomes one reject.
 """

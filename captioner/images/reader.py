@@ -130,6 +130,9 @@ def _attempt(
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             limit = f"--max-image-pixels is {config.max_image_pixels}"
             return _reject(RejectReason.TOO_MANY_PIXELS, f"{str(error).split(', could')[0]}; {limit}")
+        except MemoryError:
+            limit = f"--max-image-pixels {config.max_image_pixels} allows for"
+            return _reject(RejectReason.OUT_OF_MEMORY, f"decoding takes more memory than {limit}")
         # Thirty decoders, fed with any bytes, raise anything. The one broad except of this package: the row names the
         # error, and the job goes on.
         except Exception as error:
@@ -138,8 +141,10 @@ def _attempt(
 
 def _decode(data: bytes, preprocessing: Preprocessing, config: ImageConfig) -> Decoded:
     with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
-        is_jpeg = isinstance(image, JpegImageFile)
-        reduced = _reduced(image, preprocessing, is_fast=config.fast_decode) if is_jpeg else None
+        scale = _scale(image, preprocessing, is_fast=config.fast_decode) if isinstance(image, JpegImageFile) else 1
+        if scale == 1:
+            return _whole(image, preprocessing)
+        reduced = _reduced(image, scale, preprocessing, is_fast=config.fast_decode)
     if reduced is not None:
         return reduced
     with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
@@ -151,14 +156,17 @@ def _whole(image: Image.Image, preprocessing: Preprocessing) -> Decoded:
     return Decoded(pixels, *_upright(image.size, _turn(image)))  # loaded by now: only then are size and EXIF certain
 
 
-def _reduced(image: ImageFile.ImageFile, preprocessing: Preprocessing, *, is_fast: bool) -> Decoded | None:
-    """Return a JPEG decoded at 1/8, 1/4 or 1/2 of its size; None where only the whole one will do."""
+def _scale(image: Image.Image, preprocessing: Preprocessing, *, is_fast: bool) -> int:
+    """Return by how much a JPEG may be reduced while it is decoded: 8, 4, 2 or 1."""
+    box = _stored_box(image.size, _turn(image), preprocessing)
+    spare = min(box[2] - box[0], box[3] - box[1]) / preprocessing.size / (1 if is_fast else _CARE)
+    return next(scale for scale in (8, 4, 2, 1) if scale <= max(spare, 1))
+
+
+def _reduced(image: ImageFile.ImageFile, scale: int, preprocessing: Preprocessing, *, is_fast: bool) -> Decoded | None:
+    """Return a JPEG decoded at a fraction of its size; None where only the whole one will do."""
     size, turn = image.size, _turn(image)
     box = _stored_box(size, turn, preprocessing)
-    spare = min(box[2] - box[0], box[3] - box[1]) / preprocessing.size / (1 if is_fast else _CARE)
-    if spare < 2:
-        return None
-    scale = next(scale for scale in (8, 4, 2) if scale <= spare)
     image.draft(None, (image.width // scale, image.height // scale))
     image.load()
     pixels = _seen(image, _divided(box, scale), turn, preprocessing)

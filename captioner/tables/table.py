@@ -26,6 +26,7 @@ from captioner.sources.store import Store, open_store
 from captioner.sources.urls import join, redact
 from captioner.tables import lease
 from captioner.tables.parts import PartName, Stamp, digest_of_keys, encode, footer, read_ahead
+from captioner.waiting import Reading, last_readings
 
 __all__ = [
     "FAILURE_COLUMNS",
@@ -54,6 +55,8 @@ class PartSummary:
     num_tokens: int
     parts: tuple[str, ...] = ()
     """URLs of the files."""
+    clocks: tuple[Reading, ...] = ()
+    """What the model workers' clocks said last among these rows, one reading a worker."""
 
     @property
     def failed(self) -> int:
@@ -221,7 +224,13 @@ class CaptionTable:
         ]
         reasons = Counter(failures.column("reason").to_pylist())
         num_tokens = pc.sum(captions.column("num_tokens")).as_py() or 0
-        return PartSummary(captions.num_rows, dict(reasons), num_tokens, tuple(part for part in parts if part))
+        return PartSummary(
+            captions.num_rows,
+            dict(reasons),
+            num_tokens,
+            tuple(part for part in parts if part),
+            last_readings(rows.column("model_clock")),
+        )
 
     def _write_new(self, folder: str, rows: pa.Table, schema: pa.Schema, stamp: Stamp) -> str | None:
         if not rows.num_rows:

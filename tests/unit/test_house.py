@@ -15,7 +15,7 @@ PACKAGE = Path(captioner.__file__).parent
 ORDER = [
     {"errors"},
     {"config", "repetition", "rows", "telemetry"},
-    {"command_line", "demo", "tracebacks"},
+    {"command_line", "demo", "tracebacks", "waiting"},
     {"keys", "resources", "sources", "images", "model"},
     {"decoding", "fitting", "metrics", "tables", "slices", "prediction", "decode_worker", "caption_files", "splits"},
     {"evaluation", "verification", "demo.train", "label_files"},

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hostile_decoders import crash_on_c, hang_on_h
+from hostile_decoders import crash_on_c, greedy_on_g, hang_always, hang_on_h, killed_on_k
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -21,7 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from captioner.config import ImageConfig
 from captioner.errors import BundleError, JobError
 from captioner.images import Decoded, Decoder, Preprocessing, decode, pixels_of
-from captioner.images import decoder as decoder_module
+from captioner.images import child as child_module
 from captioner.images.resampling import axes, resample
 from captioner.rows import Reject, RejectReason
 
@@ -436,7 +436,7 @@ def test_a_detail_is_one_line_of_valid_text() -> None:
         detail.encode()
 
 
-@pytest.mark.parametrize("error", [ValueError, MemoryError, RecursionError, struct.error, KeyError, AssertionError])
+@pytest.mark.parametrize("error", [ValueError, RecursionError, struct.error, KeyError, AssertionError])
 def test_whatever_a_decoder_raises_is_a_reject_that_says_what(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -585,6 +585,41 @@ def test_an_image_that_crashes_its_decoder_is_corrupt_and_the_next_one_is_decode
     assert decoder.num_killed == 2
 
 
+def test_an_image_whose_decoder_is_killed_is_out_of_memory_and_takes_no_neighbour_along() -> None:
+    files = [saved(scene(64, 48, seed=seed)) for seed in range(5)]
+    with Decoder(CLIP, CONFIG, decode_one=killed_on_k) as decoder:
+        outcomes = decoder.decode_batch([*files[:3], b"k", b"", b"x", *files[3:]])
+        assert decoder.num_killed == 2
+    killed, empty, strange = outcomes[3:6]
+    assert isinstance(killed, Reject)
+    assert isinstance(empty, Reject)
+    assert isinstance(strange, Reject)
+    assert (killed.reason, empty.reason, strange.reason) == ("out_of_memory", "empty", "not_an_image")
+    for outcome, data in zip(outcomes[:3] + outcomes[6:], files, strict=True):
+        assert same(outcome, decode(data, CLIP, CONFIG))
+
+
+def test_an_image_that_asks_for_too_much_memory_is_refused_and_its_process_lives_on() -> None:
+    with Decoder(CLIP, CONFIG, decode_one=greedy_on_g) as decoder:
+        greedy, good = decoder.decode_batch([b"g", saved(scene(64, 48))])
+        assert decoder.num_killed == 0
+    assert isinstance(greedy, Reject)
+    assert greedy.reason is RejectReason.OUT_OF_MEMORY
+    assert "--max-image-pixels" in greedy.detail
+    assert isinstance(good, Decoded)
+
+
+def test_a_picture_that_was_opened_but_not_loaded_has_the_deadline_too(tmp_path: Path) -> None:
+    path = tmp_path / "lazy.png"
+    path.write_bytes(saved(scene(64, 48)))
+    with Decoder(CLIP, ImageConfig(decode_timeout_s=0.5), decode_one=hang_always) as decoder, Image.open(path) as image:
+        lazy = decoder.decode_image(image)
+        assert isinstance(lazy, Reject)
+        assert lazy.reason is RejectReason.DECODE_TIMEOUT
+        image.load()
+        assert same(decoder.decode_image(image), decode(path.read_bytes(), CLIP, CONFIG))
+
+
 def test_a_child_process_gives_what_this_process_gives() -> None:
     files = [saved(scene(300, 200, seed=seed), kind) for seed, kind in enumerate(("PNG", "JPEG", "GIF", "WEBP"))]
     files += [b"", b"hello", files[1][:900], b"x" * 10]
@@ -663,7 +698,7 @@ def test_a_child_that_is_killed_while_it_starts_is_started_again(
         "    path.touch()\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    monkeypatch.setattr("captioner.images.decoder._BOOT", killed_once + decoder_module._BOOT)
+    monkeypatch.setattr("captioner.images.child._BOOT", killed_once + child_module._BOOT)
     with Decoder(CLIP, CONFIG) as decoder:
         assert isinstance(decoder.decode(saved(scene(64, 48))), Decoded)
     assert was_killed.exists(), "the injector did nothing"

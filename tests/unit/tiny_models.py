@@ -111,8 +111,9 @@ def edit_json(path: Path, **changes: object) -> None:
 
 def save_clip(folder: Path, config: CLIPConfig | None = None, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    CLIPModel(config or clip_config()).save_pretrained(folder)
-    write_json(folder / "preprocessor_config.json", preprocessor_config())
+    config = config or clip_config()
+    CLIPModel(config).save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(config.vision_config.image_size))
     return folder
 
 
