@@ -12,7 +12,7 @@ import pyarrow as pa
 from captioner.config import CaptionJobConfig
 from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.rows import Reject, build_table, decoded_schema
-from captioner.sources import Fetcher
+from captioner.sources import Fetcher, Refusals
 
 __all__ = ["DecodeWorker"]
 
@@ -24,14 +24,16 @@ class DecodeWorker:
         self, config: CaptionJobConfig, preprocessing: Mapping[str, Any], kept: Sequence[pa.Field] = ()
     ) -> None:
         self._fetcher = Fetcher(config.input_path, config.input, config.image)
+        self._refusals = Refusals(config.input_path)
         self._decoder = Decoder(Preprocessing.from_config(preprocessing), config.image)
         self._schema = decoded_schema(self._decoder.preprocessing.size, kept)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return rows of `rows.decoded_schema` for rows of `rows.source_schema`. Never raises for an image."""
-        sources = self._fetcher.fetch_rows(rows)
-        outcomes = [source if isinstance(source, Reject) else self._decoder.decode(source) for source in sources]
-        sizes = [None if isinstance(source, Reject) else len(source) for source in sources]
+        """Return rows of `rows.decoded_schema` for rows of `rows.source_schema`. Never raises for an image.
+
+        Raises JobError when a store gives nothing any more (see `sources.refusals`).
+        """
+        outcomes, sizes = self._outcomes(rows)
         made = {
             "reason": [_if_reject(outcome, "reason") for outcome in outcomes],
             "detail": [_if_reject(outcome, "detail") for outcome in outcomes],
@@ -41,6 +43,24 @@ class DecodeWorker:
             "size_bytes": sizes,
         }
         return build_table(self._schema, rows, made)
+
+    def _outcomes(self, rows: pa.Table) -> tuple[list[Decoded | Reject], list[int | None]]:
+        """Return what became of each image, and its size in bytes where it arrived."""
+        found: dict[int, Decoded | Reject] = {}
+        sizes: dict[int, int] = {}
+        for arrivals in self._fetcher.stream_rows(rows):
+            images = {place: source for place, source in arrivals if not isinstance(source, Reject)}
+            found.update((place, source) for place, source in arrivals if isinstance(source, Reject))
+            found.update(zip(images, self._decoder.decode_batch(list(images.values())), strict=True))
+            sizes.update((place, len(data)) for place, data in images.items())
+        places = range(rows.num_rows)
+        uris, attempts = rows.column("uri").to_pylist(), rows.column("attempt").to_pylist()
+        self._refusals.see(
+            (uris[place], None if place in sizes else found[place])
+            for place in places
+            if uris[place] is not None and attempts[place] == 1
+        )
+        return [found[place] for place in places], [sizes.get(place) for place in places]
 
 
 def _if_reject(outcome: Decoded | Reject, name: str) -> str | None:

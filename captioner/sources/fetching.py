@@ -12,7 +12,7 @@ import asyncio
 import functools
 import os
 import stat
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -25,6 +25,7 @@ from captioner.config import ImageConfig, InputConfig
 from captioner.errors import InputError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import hosts, urls
+from captioner.sources.arrivals import Arrival, Arrivals
 from captioner.sources.blocks import too_large
 from captioner.sources.faults import StoreError, diagnose
 from captioner.sources.store import S3Store, Store, http_client, open_store, pause_s
@@ -41,6 +42,8 @@ _ASKED_PER_PAGE = 10  # single questions that cost as much as a page of a listin
 _NO_FILE = "not a file but a folder, a device or a pipe"
 _NO_HEAD = (403, 405, 501)  # what servers answer that give the object but not what they know of it
 _CHANGING = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "mtime", "LastModified", "last_modified", "created")
+_HELD_BYTES = 64 << 20  # fetched, and not yet decoded
+_ROWS_AT_ONCE = 64
 _SCHEMES_OF_HOSTS = frozenset({"http", "https", "hdfs"})
 _SECRETS = frozenset({"headers", "auth", "cookies", "cookie_jar"})
 _LIST_SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https", "hf", "oss", "oci", "hdfs", "memory"})
@@ -65,7 +68,10 @@ class Fetcher:
 
     def fetch(self, uris: Sequence[str]) -> list[bytes | Reject]:
         """Return the bytes behind each URI, or why there are none. Never raises for a URI or its store."""
-        return self._ask(uris, lambda uri: self._reader(uri).read(uri, self._image.max_image_bytes))
+        found: dict[int, bytes | Reject] = {}
+        for arrivals in self._stream(list(enumerate(uris))):
+            found.update(arrivals)
+        return [found[place] for place in range(len(uris))]
 
     def stamps(self, uris: Sequence[str]) -> list[str | Reject]:
         """Return what each store says of the object: another text once the object is another. Never raises.
@@ -76,7 +82,8 @@ class Fetcher:
         asked = [uri for uri in uris if uri not in known]
         for start in range(0, len(asked), _STAMPS_AT_ONCE):
             these = asked[start : start + _STAMPS_AT_ONCE]
-            known |= zip(these, self._ask(these, lambda uri: self._reader(uri).stamp(uri)), strict=True)
+            found = asyncio.run_coroutine_threadsafe(self._stamp_all(these), fsspec.asyn.get_loop()).result()
+            known |= zip(these, found, strict=True)
         return [known[uri] for uri in uris]
 
     def _listed_stamps(self, uris: Sequence[str]) -> dict[str, str | Reject]:
@@ -92,30 +99,76 @@ class Fetcher:
                 known |= reader.stamps_in(folder, wanted)
         return known
 
-    def _ask(self, uris: Sequence[str], access: Access[T]) -> list[T | Reject]:
-        loop = fsspec.asyn.get_loop()
-        return asyncio.run_coroutine_threadsafe(self._ask_all(uris, access), loop).result()
-
     def fetch_rows(self, rows: pa.Table) -> list[bytes | Reject]:
         """Return the bytes of each row of `rows.source_schema`, fetched if it has only a URI, or why there are none."""
+        found: dict[int, bytes | Reject] = {}
+        for arrivals in self.stream_rows(rows):
+            found.update(arrivals)
+        return [found[place] for place in range(rows.num_rows)]
+
+    def stream_rows(self, rows: pa.Table) -> Iterator[list[Arrival]]:
+        """Yield the same with the number of the row, a few at a time as they arrive.
+
+        What is fetched and not yet asked for stays below some 100 MB, and the images that are under way.
+        """
         uris = rows.column("uri").to_pylist()
-        fetched = iter(self.fetch([uri for uri in uris if uri is not None]))
-        columns = (rows.column(name) for name in ("data", "reason", "detail"))
-        found: list[bytes | Reject] = []
-        for uri, data, reason, detail in zip(uris, *columns, strict=True):
-            if reason.is_valid:
-                found.append(Reject(RejectReason(reason.as_py()), detail.as_py()))
-            else:
-                found.append(data.as_py() if uri is None else next(fetched))
-        return found
+        here = [place for place, uri in enumerate(uris) if uri is None or rows["reason"][place].is_valid]
+        for start in range(0, len(here), _ROWS_AT_ONCE):
+            yield [(place, _present(rows, place)) for place in here[start : start + _ROWS_AT_ONCE]]
+        absent = set(range(len(uris))).difference(here)
+        yield from self._stream([(place, uris[place]) for place in sorted(absent)])
 
-    async def _ask_all(self, uris: Sequence[str], access: Access[T]) -> list[T | Reject]:
-        return list(await asyncio.gather(*(self._ask_one(uri, access) for uri in uris)))
+    async def _stamp_all(self, uris: Sequence[str]) -> list[str | Reject]:
+        return list(await asyncio.gather(*(self._ask(uri, lambda uri: self._reader(uri).stamp(uri)) for uri in uris)))
 
-    async def _ask_one(self, uri: str, access: Access[T]) -> T | Reject:
+    def _stream(self, wanted: Sequence[tuple[int, str]]) -> Iterator[list[Arrival]]:
+        if not wanted:
+            return
+        loop = fsspec.asyn.get_loop()
+        arrivals = Arrivals(loop, _HELD_BYTES)
+        future = asyncio.run_coroutine_threadsafe(self._fetch_all(wanted, arrivals), loop)
+        future.add_done_callback(lambda _: arrivals.end())
+        try:
+            yield from arrivals
+        finally:
+            future.cancel()
+        future.result()
+
+    async def _fetch_all(self, wanted: Sequence[tuple[int, str]], arrivals: Arrivals) -> None:
+        local = [(place, uri) for place, uri in wanted if urls.scheme(uri) == "file" and not self._objection(uri)]
+        places = {place for place, _ in local}
+        step = -(-len(local) // self._image.fetch_concurrency) or 1
+        await asyncio.gather(
+            *(self._fetch_files(local[start : start + step], arrivals) for start in range(0, len(local), step)),
+            *(self._fetch_one(place, uri, arrivals) for place, uri in wanted if place not in places),
+        )
+
+    async def _fetch_one(self, place: int, uri: str, arrivals: Arrivals) -> None:
+        async def read(uri: str) -> bytes | Reject:
+            return await self._reader(uri).read(uri, self._image.max_image_bytes)
+
+        arrivals.put(place, await self._ask(uri, read, arrivals))
+
+    async def _fetch_files(self, files: Sequence[tuple[int, str]], arrivals: Arrivals) -> None:
+        """Read several files in one thread: a way there and back for each would cost more than a small file does."""
+        async with self._slots:
+            await arrivals.room()
+            uris, loop = [uri for _, uri in files], asyncio.get_running_loop()
+            reading = loop.run_in_executor(self._threads, _read_files, uris, self._image.max_image_bytes)
+            try:
+                found = await asyncio.wait_for(reading, self._image.fetch_timeout_s)
+            except TimeoutError:
+                found = []
+        for (place, _), data in zip(files, found, strict=False):
+            arrivals.put(place, data)
+        await asyncio.gather(*(self._fetch_one(place, uri, arrivals) for place, uri in files[len(found) :]))
+
+    async def _ask(self, uri: str, access: Access[T], arrivals: Arrivals | None = None) -> T | Reject:
         if objection := self._objection(uri):
             return Reject(RejectReason.UNSAFE_URI, urls.redact(f"{objection}: {uri}"))
         async with self._slots:
+            if arrivals:
+                await arrivals.room()
             return await self._in_time(uri, access)
 
     async def _in_time(self, uri: str, access: Access[T]) -> T | Reject:
@@ -191,6 +244,14 @@ def _without_secrets(options: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "client_kwargs": client} if client else {k: v for k, v in kept.items() if k != "client_kwargs"}
 
 
+def _present(rows: pa.Table, place: int) -> bytes | Reject:
+    """Return what a row brings itself: its bytes, or why it has none."""
+    if (reason := rows["reason"][place]).is_valid:
+        return Reject(RejectReason(reason.as_py()), rows["detail"][place].as_py())
+    data: bytes = rows["data"][place].as_py()
+    return data
+
+
 class _Reader:
     """Reads one object of one kind of store; raises whatever that store raises."""
 
@@ -221,6 +282,22 @@ def _stamp_local(uri: str) -> str | Reject:
 
 def _joined(*facts: object) -> str:
     return "-".join(str(fact).strip('"') for fact in facts if fact)
+
+
+def _read_files(uris: Sequence[str], max_bytes: int) -> list[bytes | Reject]:
+    """Return what the first of some files hold, up to one that cannot be read at once or makes them heavy."""
+    found: list[bytes | Reject] = []
+    num_bytes = 0
+    for uri in uris:
+        try:
+            data = _read_local(uri, max_bytes)
+        except (OSError, ValueError):  # the last for a name with a null byte; who reads it alone says what it is
+            break
+        found.append(data)
+        num_bytes += 0 if isinstance(data, Reject) else len(data)
+        if num_bytes > _CHUNK_BYTES:
+            break
+    return found
 
 
 def _read_local(uri: str, max_bytes: int) -> bytes | Reject:

@@ -11,7 +11,7 @@ import torch
 
 from captioner.config import CaptionJobConfig, DecodingConfig, ImageConfig, ModelConfig
 from captioner.decode_worker import DecodeWorker
-from captioner.errors import InputError
+from captioner.errors import InputError, JobError
 from captioner.model.bundle import describe
 from captioner.rows import Reject, RejectReason, captioned_schema, decoded_schema, source_schema
 from captioner.worker import Caption, Captioner, CaptionWorker, image_seed
@@ -95,6 +95,17 @@ def test_rejects_pass_the_model_and_every_other_row_gets_its_caption(
     assert captioned.column("num_tokens").to_pylist() == [expected[0].num_tokens, None, expected[1].num_tokens]
     assert set(captioned.column("finish_reason").to_pylist()) <= {"length", "stop", None}
     assert captioned["mean_logprob"][0].as_py() >= captioned["min_logprob"][0].as_py()
+
+
+def test_a_store_that_refuses_a_whole_batch_ends_the_job_unless_its_rows_failed_before(
+    tmp_path: Path, bundle: str
+) -> None:
+    worker = DecodeWorker(job(tmp_path, bundle), describe(bundle).preprocessing, KEPT)
+    refused = [{"uri": f"memory2://nobody/{n}.jpg"} for n in range(256)]
+    again = worker(source([{**row, "attempt": 2} for row in refused]))
+    assert set(again.column("reason").to_pylist()) == {"fetch_failed"}
+    with pytest.raises(JobError, match="256 images in a row did not arrive"):
+        worker(source(refused))
 
 
 def test_a_batch_of_rejects_needs_no_model(tmp_path: Path, bundle: str) -> None:

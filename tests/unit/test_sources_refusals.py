@@ -1,0 +1,53 @@
+"""When a store is out of reach as a whole, told from images that are."""
+
+import pytest
+
+from captioner.errors import JobError
+from captioner.rows import Reject, RejectReason
+from captioner.sources import Refusals
+
+FORBIDDEN = Reject(RejectReason.FORBIDDEN, "HTTP 403, InvalidAccessKeyId")
+FAILED = Reject(RejectReason.FETCH_FAILED, "ClientConnectorError: connection refused")
+MISSING = Reject(RejectReason.MISSING, "HTTP 404")
+
+
+@pytest.mark.parametrize("reject", [FORBIDDEN, FAILED])
+def test_a_store_that_gives_nothing_ends_the_job_with_its_reason(reject: Reject) -> None:
+    refusals = Refusals("s3://bucket/photos")
+    refusals.see((f"s3://bucket/photos/{n}.jpg", reject) for n in range(255))
+    with pytest.raises(JobError, match=f"256 images in a row .* none arrived before; .*{reject.detail}.*again"):
+        refusals.see([("s3://bucket/photos/last.jpg", reject)])
+
+
+def test_credentials_that_are_lost_midway_end_the_job() -> None:
+    refusals = Refusals("s3://bucket/photos")
+    refusals.see(("s3://bucket/photos/1.jpg", None) for _ in range(1000))
+    with pytest.raises(JobError, match="since some arrived before"):
+        refusals.see(("s3://bucket/photos/2.jpg", FORBIDDEN) for _ in range(256))
+
+
+def test_an_image_that_arrives_and_one_that_the_store_does_not_have_prove_that_there_is_access() -> None:
+    refusals = Refusals("s3://bucket/photos")
+    for answer in (None, MISSING):
+        for _ in range(3):
+            refusals.see(("s3://bucket/photos/1.jpg", FORBIDDEN) for _ in range(255))
+            refusals.see([("s3://bucket/photos/2.jpg", answer)])
+
+
+def test_one_dead_web_server_among_many_is_no_reason_to_end_but_a_dead_network_is() -> None:
+    refusals = Refusals("/lists/laion.parquet")
+    refusals.see((f"http://dead.example/{n}.jpg", FAILED) for n in range(3000))
+    with pytest.raises(JobError, match="in a row did not arrive"):
+        refusals.see((f"http://host-{n}.example/1.jpg", FAILED) for n in range(8))
+
+
+def test_the_web_server_that_the_input_itself_lies_on_is_a_store_like_any_other() -> None:
+    refusals = Refusals("https://photos.example/all/")
+    with pytest.raises(JobError, match=r"https://photos\.example/all/1\.jpg"):
+        refusals.see(("https://photos.example/all/1.jpg", FAILED) for _ in range(256))
+
+
+def test_a_secret_in_a_uri_is_not_part_of_the_complaint() -> None:
+    with pytest.raises(JobError) as caught:
+        Refusals("https://h").see(("https://h/1.jpg?X-Amz-Signature=secret", FORBIDDEN) for _ in range(256))
+    assert "secret" not in str(caught.value)
