@@ -6,6 +6,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,8 +81,8 @@ class Bucket:
         return f"{self.url}/{key}"
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
+@contextmanager
+def running_s3_server() -> Iterator[S3Server]:
     """A moto server in a process of its own, on a free port; ended by its pid."""
     process = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
@@ -99,6 +100,13 @@ def s3_server() -> Iterator[S3Server]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """That server, for all tests of a run."""
+    with running_s3_server() as server:
+        yield server
 
 
 @pytest.fixture

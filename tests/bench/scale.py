@@ -1,0 +1,273 @@
+"""Does a job of a million images stay as quick and as small as one of ten thousand?
+
+    python -m tests.bench.scale [--images 10000,100000,1000000] [--listing 20000]
+
+The job is `caption_images` with a model that gives one caption to all (32 pixels): real small JPEGs and PNGs under a
+million names in local folders, the real stages on a local Ray, the real table. Shown for each size: rows a second of
+the whole job, and of it after the first 20 %; the greatest memory of each kind of process, its own without what it
+shares. Then the listing of a bucket on an S3 server on loopback, beside the server's own pages.
+
+Then 10 % of the largest table's parts are removed and the job is planned again: what resuming adds to the start.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from captioner.config import CaptionJobConfig, InputConfig, ModelConfig
+from captioner.plan import plan_job
+from captioner.sources import freeze
+from tests.bench.stand_ins import NullWorker, run_job
+from tests.bundles import save_tiny_bundle
+from tests.conftest import running_s3_server
+from tests.pictures import encoded
+
+NUM_ORIGINALS = 1000
+FOLDER_IMAGES = 10_000
+TARGETS = {"rows_per_s": 5000.0, "listed_per_s": 5000.0, "resume_s": 5.0}
+MIB = 1 << 20
+
+
+def make_images(folder: Path, num_images: int) -> None:
+    """Many names for a thousand small files: a job reads and decodes each name anew."""
+    folder.mkdir()
+    originals = []
+    for seed in range(NUM_ORIGINALS):
+        original = folder.parent / f"original-{seed}"
+        original.write_bytes(encoded("JPEG" if seed % 2 else "PNG", seed=seed))
+        originals.append(original)
+    for start in range(0, num_images, FOLDER_IMAGES):
+        below = folder / f"{start // FOLDER_IMAGES:04d}"
+        below.mkdir()
+        for number in range(start, min(num_images, start + FOLDER_IMAGES)):
+            os.link(originals[number % NUM_ORIGINALS], below / f"{number:07d}.jpg")
+
+
+class Memory:
+    """The greatest memory of each kind of process below this one, looked at twice a second."""
+
+    def __init__(self) -> None:
+        self.most_mib: dict[str, float] = defaultdict(float)
+        self.samples: list[tuple[float, dict[str, float]]] = []
+
+    def look(self) -> None:
+        now: dict[str, float] = defaultdict(float)
+        for pid in descendants(os.getpid()):
+            kind, own_mib, shared_mib = process(pid)
+            if kind:
+                now[kind] = max(now[kind], own_mib)
+                now["object store"] = max(now["object store"], shared_mib)
+        for kind, mib in now.items():
+            self.most_mib[kind] = max(self.most_mib[kind], mib)
+        self.samples.append((time.monotonic(), dict(now)))
+
+
+@contextmanager
+def watched() -> Iterator[Memory]:
+    memory, ended = Memory(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            memory.look()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        ended.set()
+        thread.join()
+
+
+def descendants(root: int) -> list[int]:
+    """Return the root's and its children's pids, at any depth."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = status.read_text()
+        except OSError:  # it ended
+            continue
+        parents[int(status.parent.name)] = int(text.rpartition(")")[2].split()[1])
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found)
+
+
+def process(pid: int) -> tuple[str, float, float]:
+    """Return what kind of process it is, the memory of its own, and how much of shared files in memory, in MiB."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return "", 0.0, 0.0
+    sizes = {name: int(kb) / 1024 for name, kb in re.findall(r"^(Rss\w+):\s+(\d+) kB", status, re.MULTILINE)}
+    return kind_of(pid, command), sizes.get("RssAnon", 0.0), sizes.get("RssShmem", 0.0)
+
+
+def kind_of(pid: int, command: str) -> str:
+    if pid == os.getpid():
+        return "driver"
+    for word, kind in (
+        ("MapWorker(MapBatches(DecodeWorker", "decode worker"),
+        ("MapWorker(MapBatches(NullWorker", "model worker"),
+        ("captioner.images.child", "decode child"),
+        ("gcs_server", "gcs"),
+        ("raylet/raylet", "raylet"),
+        ("ray::", "read and write tasks"),
+    ):
+        if word in command:
+            return kind
+    return ""
+
+
+def run(folder: Path, bundle: str, output: Path, num_images: int) -> dict[str, Any]:
+    config = CaptionJobConfig(
+        input_path=str(folder), output=str(output), input=InputConfig(limit=num_images), model=ModelConfig(model=bundle)
+    )
+    start = time.monotonic()
+    with watched() as memory:
+        summary = run_job(config, NullWorker)
+    seconds = time.monotonic() - start
+    assert summary["captioned"] == num_images, summary
+    found = {
+        "images": num_images,
+        "seconds": round(seconds, 1),
+        "job_seconds": summary["seconds"],
+        "rows_per_s": round(num_images / seconds),
+        "steady_rows_per_s": round(steady_rate(output)),
+        "memory_mib": {kind: round(mib) for kind, mib in sorted(memory.most_mib.items())},
+        "memory_mib_by_fifths": by_fifths(memory),
+    }
+    print(
+        f"{num_images:>9,} images {seconds:7.1f} s {found['rows_per_s']:>7,} rows/s,"
+        f" steady {found['steady_rows_per_s']:>7,}   MiB: "
+        + ", ".join(f"{kind} {mib}" for kind, mib in found["memory_mib"].items()),
+        flush=True,
+    )
+    return found
+
+
+def by_fifths(memory: Memory) -> dict[str, list[int]]:
+    """Return the greatest memory of each kind in each fifth of the time: flat, or growing."""
+    start, stop = memory.samples[0][0], memory.samples[-1][0] + 1e-6
+    fifths: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
+    for at, now in memory.samples:
+        fifth = int(5 * (at - start) / (stop - start))
+        for kind, mib in now.items():
+            fifths[kind][fifth] = max(fifths[kind][fifth], mib)
+    return {kind: [round(mib) for mib in values] for kind, values in fifths.items()}
+
+
+def steady_rate(output: Path) -> float:
+    """Return rows a second between the parts at 20 % and at 100 % of the rows."""
+    parts = sorted((path.stat().st_mtime, int(path.stem.split("-")[-2])) for path in output.glob("captions/*.parquet"))
+    total, passed, kept = sum(rows for _, rows in parts), 0, []
+    for at, rows in parts:
+        passed += rows
+        if passed >= 0.2 * total:
+            kept.append((at, passed))
+    seconds = kept[-1][0] - kept[0][0]
+    return (kept[-1][1] - kept[0][1]) / seconds if seconds else 0.0
+
+
+def resume(folder: Path, bundle: str, output: Path, num_images: int) -> dict[str, Any]:
+    """Return what planning takes once a tenth of the parts is gone again."""
+    for part in sorted(output.glob("captions/*.parquet"))[::10]:
+        part.unlink()
+    config = CaptionJobConfig(
+        input_path=str(folder), output=str(output), input=InputConfig(limit=num_images), model=ModelConfig(model=bundle)
+    )
+    start = time.monotonic()
+    plan = plan_job(config)
+    seconds = time.monotonic() - start
+    print(f"{num_images:>9,} images, {plan.num_left:,} left: planned in {seconds:.2f} s", flush=True)
+    return {"images": num_images, "left": plan.num_left, "seconds": round(seconds, 2)}
+
+
+def list_bucket(num_objects: int) -> dict[str, Any]:
+    """Return how quick our listing of a bucket is, beside a bare loop over the server's pages."""
+    with running_s3_server() as server, tempfile.TemporaryDirectory() as folder:
+        options = server.storage_options
+        fs = fsspec.filesystem("s3", **options, use_listings_cache=False)
+        fs.call_s3("create_bucket", Bucket="bench")
+        for start in range(0, num_objects, 1000):
+            fs.pipe({f"bench/photos/{n:07d}.jpg": b"x" for n in range(start, min(num_objects, start + 1000))})
+        seconds = {"bare": [], "ours": []}
+        for turn in range(2):
+            begin = time.perf_counter()
+            assert sum(bare_pages(fs)) == num_objects
+            seconds["bare"].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            frozen = freeze("s3://bench/photos/", InputConfig(storage_options=options), f"{folder}/{turn}")
+            seconds["ours"].append(time.perf_counter() - begin)
+            assert frozen.num_images == num_objects
+    rates = {name: num_objects / min(values) for name, values in seconds.items()}
+    print(f"{num_objects:>9,} objects listed: {rates['ours']:,.0f}/s, pages alone {rates['bare']:,.0f}/s", flush=True)
+    return {"objects": num_objects, "listed_per_s": round(rates["ours"]), "pages_alone_per_s": round(rates["bare"])}
+
+
+def bare_pages(fs: Any) -> Iterator[int]:
+    more: dict[str, str] = {}
+    while True:
+        page = fs.call_s3("list_objects_v2", Bucket="bench", Prefix="photos/", MaxKeys=1000, **more)
+        yield len(page["Contents"])
+        if not page["IsTruncated"]:
+            return
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", default="10000,100000,1000000", help="sizes of the jobs, ascending; empty for none")
+    parser.add_argument("--listing", type=int, default=20_000, help="objects in the bucket; 0 for none")
+    args = parser.parse_args()
+    sizes = [int(size) for size in args.images.split(",") if size]
+    values: dict[str, Any] = {}
+    work = Path(tempfile.mkdtemp())
+    try:
+        if sizes:
+            make_images(work / "images", sizes[-1])
+            bundle = save_tiny_bundle(work / "bundle")
+            values["jobs"] = [run(work / "images", bundle, work / f"out-{size}", size) for size in sizes]
+            values["resume"] = resume(work / "images", bundle, work / f"out-{sizes[-1]}", sizes[-1])
+        if args.listing:
+            values["listing"] = list_bucket(args.listing)
+    finally:
+        shutil.rmtree(work)
+    print(json.dumps({"bench": "scale", "values": values, "targets": judged(values)}))
+    return 0
+
+
+def judged(values: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    if "jobs" in values:
+        found["rows_per_s"] = values["jobs"][-1]["rows_per_s"]
+        found["resume_s"] = values["resume"]["seconds"]
+    if "listing" in values:
+        found["listed_per_s"] = values["listing"]["listed_per_s"]
+    return {
+        name: {
+            "value": value,
+            "target": TARGETS[name],
+            "met": value <= TARGETS[name] if name == "resume_s" else value >= TARGETS[name],
+        }
+        for name, value in found.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
