@@ -36,7 +36,7 @@ from captioner.resources import Allocation, Cluster, allocate
 from captioner.slices import BLOCK_ROWS, Slice
 from captioner.sources.faults import output_errors
 from captioner.summary import facts, farewell, planned, predicted, summarize
-from captioner.tables import CaptionTable, PartSummary, Stamp, mend_late
+from captioner.tables import PartSummary, Stamp, mend_late
 from captioner.telemetry import METRICS
 from captioner.tracebacks import error_in
 
@@ -83,6 +83,7 @@ def caption_images(config: CaptionJobConfig) -> Mapping[str, Any]:
             return planned(plan)
         with redirect_stdout(sys.stderr):  # Ray prints what happens to workers on stdout
             summary = _run(plan) if plan.slices else summarize(plan, [], 0.0)
+        plan.failure_limit.check(summary["failed_by_reason"], summary["read"] + plan.num_skipped)
         for line in farewell(plan, summary):
             print(line, file=sys.stderr)
     return summary
@@ -99,8 +100,7 @@ def _run(plan: "Plan") -> dict[str, Any]:
         known = facts(plan, allocation)
         plan.table.record(run_id, known)
         _announce(allocation, cluster)
-        stamp = Stamp(run_id, plan.table.digest, is_leased=True)
-        sink = WriteParts(plan.table, stamp, plan.frozen.columns.kept, plan.rows_per_part)
+        sink = WriteParts(plan, Stamp(run_id, plan.table.digest, is_leased=True))
         count, url = partial(plan.table.num_written, run_id), plan.table.url
         with progress(plan.num_left, count, url, partial(shortage, allocation)), job_errors():
             captioned = _captioned(plan, allocation)
@@ -268,11 +268,12 @@ class _Read:
 class WriteParts(Datasink[PartSummary]):
     """Writes parts of the caption table; one file each for the captions and the failures of a task's rows."""
 
-    def __init__(self, table: CaptionTable, stamp: Stamp, kept: Sequence[pa.Field], rows_per_part: int) -> None:
-        self._table = table
+    def __init__(self, plan: "Plan", stamp: Stamp) -> None:
+        self._table = plan.table
         self._stamp = stamp
-        self._kept = kept
-        self._rows_per_part = rows_per_part
+        self._kept = plan.frozen.columns.kept
+        self._rows_per_part = plan.rows_per_part
+        self._limit = plan.failure_limit
         self.parts: list[PartSummary] = []
 
     @property
@@ -281,9 +282,15 @@ class WriteParts(Datasink[PartSummary]):
         return self._rows_per_part
 
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> PartSummary:
-        """Write the rows of one task. Done twice for the same rows, it is done once: the name comes from the rows."""
+        """Write the rows of one task. Done twice for the same rows, it is done once: the name comes from the rows.
+
+        Raises JobError when more images of the run have failed than may.
+        """
         del ctx
-        return self._table.write(pa.concat_tables(blocks), self._stamp, self._kept)
+        part = self._table.write(pa.concat_tables(blocks), self._stamp, self._kept)
+        if part.failed and self._limit.is_set:
+            self._limit.check(self._table.failed_by_reason(self._stamp.run_id))
+        return part
 
     def on_write_complete(self, write_result: WriteResult[PartSummary]) -> None:
         """Keep the summaries for the driver."""

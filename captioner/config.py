@@ -303,6 +303,9 @@ class CaptionJobConfig:
     retry_failures: str = "transient"
     """Failures of earlier runs to try again: `transient`, `all`, `none`, or reasons as `corrupt,missing`."""
 
+    max_failed_share: float = 1.0
+    """Share of the images, 0 to 1, whose failure ends the job; what was captioned stays. 1: they are only counted."""
+
     dry_run: bool = False
     """Print the plan - images, units, model, what is left - and stop."""
 
@@ -310,6 +313,7 @@ class CaptionJobConfig:
         if not self.output:
             _check(self.input_path == "demo", "OUTPUT", "missing", f"a folder for the captions of {self.input_path}")
             object.__setattr__(self, "output", "captions-demo")
+        _check(0 <= self.max_failed_share <= 1, "--max-failed-share", self.max_failed_share, "0 to 1")
         is_choice = self.scoring.rerank == "logprob" or self.decoding.num_captions > 1
         _check(is_choice, "--rerank", self.scoring.rerank, "--num-captions of 2 or more with it")
         self._check_slots()

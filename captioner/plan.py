@@ -14,6 +14,7 @@ from typing import Any
 from captioner import demo
 from captioner.config import CaptionJobConfig, InputConfig
 from captioner.errors import ConfigError
+from captioner.failure_limit import FailureLimit
 from captioner.model.bundle import BundleDescription, describe
 from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
 from captioner.slices import Slice, SliceReader, cut
@@ -50,6 +51,14 @@ class Plan:
         """Images that this run will read; None while there is a tar that nobody has counted."""
         counts = [piece.num_left for piece in self.slices]
         return None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def failure_limit(self) -> FailureLimit:
+        """How many images may fail."""
+        num_images = None if self.num_left is None else self.num_left + self.num_skipped
+        return FailureLimit(
+            share=self.config.max_failed_share, num_images=num_images, num_failed_before=self.done.num_failed
+        )
 
     @property
     def rows_per_part(self) -> int:

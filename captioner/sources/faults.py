@@ -9,7 +9,7 @@ import errno
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 from botocore import exceptions as botocore  # type: ignore[import-untyped]
@@ -45,6 +45,8 @@ class Fault:
     detail: str
     is_transient: bool = False
     retry_after_s: float = 0.0
+    is_of_bucket: bool = False
+    """Whether not the object but its whole bucket is missing."""
 
     @property
     def reject(self) -> Reject:
@@ -87,7 +89,8 @@ def diagnose(error: BaseException) -> Fault:
     if (code := _code(error)) in _EXPIRED | _SLOW:
         return Fault(RejectReason.FETCH_FAILED, f"{code}: {detail}"[:_MAX_DETAIL], is_transient=True)
     if status := _status(error):
-        return _by_status(status, detail, _retry_after_s(error))
+        fault = _by_status(status, detail, _retry_after_s(error))
+        return replace(fault, is_of_bucket=code == "NoSuchBucket")
     return _by_type(error, detail)
 
 

@@ -188,6 +188,8 @@ class Fetcher:
                 return Reject(RejectReason.FETCH_FAILED, str(error))
             except Exception as error:  # each store raises its own kinds; diagnose() keeps type and text
                 fault = diagnose(error)
+            if fault.is_of_bucket:  # which says nothing of the image
+                return Reject(RejectReason.FETCH_FAILED, fault.detail)
             if not fault.is_transient:
                 return fault.reject
             seen.append(fault.detail)

@@ -260,6 +260,12 @@ class CaptionTable:
         names = (PartName.parse(urls.name(url)) for folder in FOLDERS for url in self.parts(folder))
         return sum(found.num_rows for found in names if found and found.run_id == run_id)
 
+    def failed_by_reason(self, run_id: str) -> dict[str, int]:
+        """Return how many failures of a run are on disk so far, by reason."""
+        own = [url for url in self._parts("failures") if f"/part-{run_id}-" in url]
+        parts = (self._read_part(url, ["reason"]) for url in own)
+        return dict(sum((Counter(part.column("reason").to_pylist()) for part in parts if part), Counter[str]()))
+
     def sample(self, num_rows: int) -> list[dict[str, Any]]:
         """Return `image_id` and `caption` of the first rows of the table's first part."""
         for url in self.parts("captions")[:1]:

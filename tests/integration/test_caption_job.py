@@ -22,7 +22,7 @@ from captioner.config import (
     ResourceConfig,
     VerifyConfig,
 )
-from captioner.errors import OutputError
+from captioner.errors import JobError, OutputError
 from captioner.rows import CAPTIONS
 from captioner.verification import verify
 from tests.conftest import Bucket
@@ -115,6 +115,31 @@ def test_transient_failures_are_tried_again_and_counted(tmp_path: Path, output: 
     attempts = pd.read_parquet(f"{output}/failures").sort_values("attempt")["attempt"].tolist()
     assert attempts == [1, 2]
     assert verify(VerifyConfig(table=output))["failed"] == 1
+
+
+def test_a_job_stops_once_more_images_failed_than_may_and_keeps_what_was_captioned(
+    tmp_path: Path, output: str, bundle: str
+) -> None:
+    images = with_broken(folder_of_images(tmp_path / "images", num_images=32))
+    config = job(images, output, bundle)
+    limited = CaptionJobConfig(**{**vars(config), "max_failed_share": 0.1})
+    with pytest.raises(JobError, match=r"4 of 36 images failed \(.*1 corrupt.*\); --max-failed-share is 0\.1"):
+        caption_images(limited)
+    assert set(pd.read_parquet(f"{output}/failures")["reason"]) == set(BROKEN)
+    summary = caption_images(CaptionJobConfig(**{**vars(config), "max_failed_share": 0.2}))
+    assert (summary["skipped_done"] + summary["captioned"], summary["failed"]) == (36, 0)
+    assert verify(VerifyConfig(table=output))["ok"]
+
+
+def test_a_bucket_that_is_gone_ends_the_job_before_a_row_is_written(
+    s3: Bucket, tmp_path: Path, output: str, bundle: str
+) -> None:
+    listing = tmp_path / "list.txt"
+    listing.write_text("\n".join(f"s3://gone-since/{n}.jpg" for n in range(300)))
+    config = job(listing, output, bundle, storage_options=s3.storage_options)
+    with pytest.raises(JobError, match=r"256 images in a row did not arrive.*s3://gone-since/.*fetch_failed"):
+        caption_images(config)
+    assert not list(Path(output).glob("*/part-*.parquet"))
 
 
 def test_another_decoding_into_the_same_output_is_refused(tmp_path: Path, output: str, bundle: str) -> None:

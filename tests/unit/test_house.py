@@ -17,7 +17,10 @@ ORDER = [
     {"config", "repetition", "rows", "telemetry"},
     {"command_line", "demo", "tracebacks", "waiting"},
     {"keys", "resources", "sources", "images", "model"},
-    {"decoding", "fitting", "metrics", "tables", "slices", "prediction", "decode_worker", "caption_files", "splits"},
+    {
+        *("decoding", "fitting", "metrics", "tables", "failure_limit", "slices", "prediction", "decode_worker"),
+        *("caption_files", "splits"),
+    },
     {"evaluation", "verification", "demo.train", "label_files"},
     {"gallery", "plan", "worker", "labels", "features"},
     {"progress", "rehearsal", "summary", "feature_plan"},
