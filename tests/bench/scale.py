@@ -7,7 +7,8 @@ million names in local folders, the real stages on a local Ray, the real table. 
 the whole job, and of it after the first 20 %; the greatest memory of each kind of process, its own without what it
 shares. Then the listing of a bucket on an S3 server on loopback, beside the server's own pages.
 
-Then 10 % of the largest table's parts are removed and the job is planned again: what resuming adds to the start.
+Then 10 % of the largest table's parts are removed and the job is planned again: what resuming adds to the start. And a
+job with a real model is ended by Ctrl-C and by SIGTERM in the middle of its work: how long that takes.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -35,6 +38,7 @@ from tests.bundles import save_tiny_bundle
 from tests.conftest import running_s3_server
 from tests.pictures import encoded
 
+ROOT = Path(__file__).parents[2]
 NUM_ORIGINALS = 1000
 FOLDER_IMAGES = 10_000
 TARGETS = {"rows_per_s": 5000.0, "listed_per_s": 5000.0, "resume_s": 5.0}
@@ -198,6 +202,26 @@ def resume(folder: Path, bundle: str, output: Path, num_images: int) -> dict[str
     return {"images": num_images, "left": plan.num_left, "seconds": round(seconds, 2)}
 
 
+def interrupt(folder: Path, bundle: str, output: Path) -> dict[str, float]:
+    """Return the seconds from a signal to the end of a job that is in the middle of its work, real model and all."""
+    seconds = {}
+    command = [sys.executable, str(ROOT / "jobs" / "caption.py"), str(folder), str(output), "--model", bundle]
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        known = set(output.glob("captions/*.parquet"))
+        with subprocess.Popen([*command, "--rows-per-part", "256"], stderr=subprocess.PIPE, text=True) as job:
+            assert job.stderr is not None
+            while set(output.glob("captions/*.parquet")) == known:
+                assert job.poll() is None, "the job ended before it could be interrupted"
+                time.sleep(0.05)
+            start = time.monotonic()
+            job.send_signal(ending)
+            log = job.stderr.read()
+        seconds[ending.name] = round(time.monotonic() - start, 2)
+        assert "the same command continues" in log, log
+    print(f"from a signal to the end: {seconds}", flush=True)
+    return seconds
+
+
 def list_bucket(num_objects: int) -> dict[str, Any]:
     """Return how quick our listing of a bucket is, beside a bare loop over the server's pages."""
     with running_s3_server() as server, tempfile.TemporaryDirectory() as folder:
@@ -243,6 +267,7 @@ def main() -> int:
             make_images(work / "images", sizes[-1])
             bundle = save_tiny_bundle(work / "bundle")
             values["jobs"] = [run(work / "images", bundle, work / f"out-{size}", size) for size in sizes]
+            values["interrupt_s"] = interrupt(work / "images", bundle, work / "interrupted")
             values["resume"] = resume(work / "images", bundle, work / f"out-{sizes[-1]}", sizes[-1])
         if args.listing:
             values["listing"] = list_bucket(args.listing)
