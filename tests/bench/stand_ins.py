@@ -18,6 +18,7 @@ import torch
 from captioner.caption_pipeline import caption_images
 from captioner.config import CaptionJobConfig
 from captioner.model.bundle import describe
+from captioner.telemetry import Pulse, Recorder
 from captioner.worker import Caption, CaptionWorker
 
 SECONDS_AN_IMAGE, LOG = "BENCH_SECONDS_AN_IMAGE", "BENCH_LOG"
@@ -29,8 +30,13 @@ _CAPTION = Caption(
 class NullCaptioner:
     """Gives every image the same caption at once."""
 
+    num_slots = 256
+
     def __init__(self, image_size: int) -> None:
         self.model = SimpleNamespace(image_size=image_size)
+
+    def pulse(self, recorder: Recorder) -> Pulse:
+        return Pulse(recorder, num_busy=lambda: 0, idle_s=lambda: 0.0)
 
     def caption_pixels(self, pixels: torch.Tensor, image_ids: Sequence[str]) -> list[Caption]:
         return [_CAPTION] * len(pixels)
