@@ -54,12 +54,7 @@ class DecodeWorker:
             found.update(zip(images, self._decoder.decode_batch(list(images.values())), strict=True))
             sizes.update((place, len(data)) for place, data in images.items())
         places = range(rows.num_rows)
-        uris, attempts = rows.column("uri").to_pylist(), rows.column("attempt").to_pylist()
-        self._refusals.see(
-            (uris[place], None if place in sizes else found[place])
-            for place in places
-            if uris[place] is not None and attempts[place] == 1
-        )
+        self._refusals.see(rows, [found[place] if place not in sizes else None for place in places])
         return [found[place] for place in places], [sizes.get(place) for place in places]
 
 
