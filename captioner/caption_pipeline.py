@@ -105,7 +105,7 @@ def _run(plan: "Plan") -> dict[str, Any]:
         with progress(plan.num_left, count, url, partial(shortage, allocation)), job_errors():
             captioned = _captioned(plan, allocation)
             task = {"num_cpus": allocation.task_cpus, "label_selector": OFF_MODEL_NODES}
-            captioned.write_datasink(sink, ray_remote_args=task)
+            captioned.write_datasink(sink, ray_remote_args=task, concurrency=allocation.num_writers)
         mend_late(plan.table, plan.done.parts.union(*(part.parts for part in sink.parts)), run_id)
         seconds = time.monotonic() - start
         num_read = sum(part.captioned + part.failed for part in sink.parts)

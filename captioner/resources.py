@@ -52,6 +52,11 @@ class Allocation:
     task_cpus: float = _TASK_CPUS
 
     @property
+    def num_writers(self) -> int:
+        """Write tasks at a time: they reserve so little that a quick model would start dozens, a process each."""
+        return self.num_readers
+
+    @property
     def torch_threads(self) -> int:
         """Threads of one model worker on the CPU."""
         return max(1, round(self.worker_cpus))

@@ -262,8 +262,9 @@ class CaptionTable:
 
     def failed_by_reason(self, run_id: str) -> dict[str, int]:
         """Return how many failures of a run are on disk so far, by reason."""
-        own = [url for url in self._parts("failures") if f"/part-{run_id}-" in url]
-        parts = (self._read_part(url, ["reason"]) for url in own)
+        none = PartName("", 0, "")
+        own = [url for url in self.parts("failures") if (PartName.parse(urls.name(url)) or none).run_id == run_id]
+        parts = (self.read(url, ["reason"]) for url in own)
         return dict(sum((Counter(part.column("reason").to_pylist()) for part in parts if part), Counter[str]()))
 
     def sample(self, num_rows: int) -> list[dict[str, Any]]:
