@@ -262,10 +262,12 @@ class CaptionTable:
 
     def failed_by_reason(self, run_id: str) -> dict[str, int]:
         """Return how many failures of a run are on disk so far, by reason."""
-        none = PartName("", 0, "")
-        own = [url for url in self.parts("failures") if (PartName.parse(urls.name(url)) or none).run_id == run_id]
-        parts = (self.read(url, ["reason"]) for url in own)
-        return dict(sum((Counter(part.column("reason").to_pylist()) for part in parts if part), Counter[str]()))
+        counts: Counter[str] = Counter()
+        for url in self.parts("failures"):
+            named = PartName.parse(urls.name(url))
+            part = self.read(url, ["reason"]) if named and named.run_id == run_id else None
+            counts.update([] if part is None else part.column("reason").to_pylist())
+        return dict(counts)
 
     def sample(self, num_rows: int) -> list[dict[str, Any]]:
         """Return `image_id` and `caption` of the first rows of the table's first part."""
