@@ -96,7 +96,7 @@ class Child:
         if again.status == -signal.SIGALRM:
             return self._alone(data, again.status)
         if again.status == -signal.SIGKILL:
-            detail = "its decoder was killed twice, as happens on a machine that is short of memory"
+            detail = "its decoder was killed twice (SIGKILL), as happens on a machine that is short of memory"
             return Reject(RejectReason.OUT_OF_MEMORY, detail)
         return Reject(RejectReason.CORRUPT, f"crashed its decoder twice ({_cause(again.status)})")
 

@@ -24,7 +24,7 @@ MARK = "CAPTIONER_FAULTS_MARK"
 KINDS = {
     "captioner": "MapBatches(CaptionWorker)",
     "decoder": "MapBatches(DecodeWorker)",
-    "decode child": "captioner.images.decoder import serve",
+    "decode child": "captioner.images.child import serve",
     "reader": "ray::ReadImages",
     "writer": "ray::Write",
     "raylet": "/raylet/raylet",

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 _HOSTILE = """
 import os, signal, sys
 
-if any("captioner.images.decoder" in word for word in sys.orig_argv):  # in decode children only
+if any("captioner.images.child" in word for word in sys.orig_argv):  # in decode children only
     from PIL import Image
 
     honest = Image.open
