@@ -96,8 +96,13 @@ def farewell(plan: "Plan", summary: Mapping[str, Any]) -> Iterator[str]:
     if not summary["read"]:
         yield f"nothing was left to do: {plan.num_skipped:,} images were done already, and no part was changed"
     for row in plan.table.sample(5):
-        yield f"  {row['image_id'].rpartition('/')[2]:24} {row['caption']}"
+        yield _visible(f"  {row['image_id'].rpartition('/')[2]:24} {row['caption']}")
     yield f"table     {output}/captions (read it with pandas.read_parquet), failures beside it"
     yield f"next      python jobs/verify.py {output}"
     if plan.config.model.model == "demo":
         yield "          python jobs/caption.py IMAGES OUTPUT --model BUNDLE"
+
+
+def _visible(text: str) -> str:
+    """Return a line of strangers' words for a terminal: without what would move its cursor or change its title."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

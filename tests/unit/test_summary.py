@@ -11,7 +11,7 @@ from captioner.config import ResourceConfig
 from captioner.prediction import keep
 from captioner.resources import Cluster, allocate
 from captioner.sources import open_store
-from captioner.summary import predicted
+from captioner.summary import farewell, predicted
 from tests.unit.test_prediction import COSTS
 
 CLUSTER = Cluster(cpus=8, gpus=2)
@@ -42,3 +42,12 @@ def test_costs_of_another_model_or_device_predict_nothing(plan: Any) -> None:
     assert predicted(plan, ON_CPUS, CLUSTER, 1000) is None
     keep(replace(COSTS, fingerprint="another"), plan.table.store, plan.table.url)
     assert predicted(plan, ON_GPUS, CLUSTER, 1000) is None
+
+
+def test_a_name_that_would_command_the_terminal_is_shown_without_its_commands(plan: Any) -> None:
+    plan.table.sample = lambda _: [{"image_id": "s3://b/\x1b]0;owned\x07a\nb.jpg", "caption": "a\x1b[2Jdog"}]
+    plan.config = SimpleNamespace(model=SimpleNamespace(model="m"))
+    line = next(iter(farewell(plan, {"read": 1})))
+    assert line.isprintable()
+    assert "owned" in line
+    assert "dog" in line
