@@ -23,7 +23,7 @@ import pyarrow as pa
 from captioner.errors import CaptionerError, ConfigError, InputError, JobError
 from captioner.query.part_files import PROTOCOL, PartFiles
 from captioner.query.runs import read_runs
-from captioner.rows import CAPTIONS, FAILURES
+from captioner.rows import CAPTIONS, FAILURES, RejectReason
 from captioner.sources.faults import output_errors
 from captioner.sources.store import Entry
 from captioner.sources.urls import has_glob, join, name, redact, scheme
@@ -232,7 +232,8 @@ def _quoted(column: str) -> str:
 
 # What went wrong
 
-_DAMAGED = re.compile(r"parquet|magic bytes|thrift|snappy|zstd|corrupt|Could not read enough bytes", re.IGNORECASE)
+_DAMAGED = re.compile(r"Failed to read file|magic bytes|\.parquet\b")
+_STORE_FAULT = re.compile(r"StoreError: (?P<reason>\w+): (?P<detail>[^\n]*)")  # what a Python file raised, as text
 _HINT_AT_CATALOG = re.compile(r'\nDid you mean "(pg_|sqlite_|duckdb_|empty)[^\n]*')
 _SOURCE_LINE = re.compile(r"\s*^LINE \d.*", re.MULTILINE | re.DOTALL)
 
@@ -248,11 +249,13 @@ def _explained(error: duckdb.Error, table: CaptionTable) -> CaptionerError:
         text = _HINT_AT_CATALOG.sub("", text)
     if isinstance(error, duckdb.CatalogException | duckdb.ParserException | duckdb.BinderException):
         return ConfigError(f"{text}\nThe views are {', '.join(VIEWS)}; `DESCRIBE captions` shows the columns of one")
-    is_of_a_part = isinstance(error, duckdb.IOException) or type(error) is duckdb.Error or _DAMAGED.search(text)
-    if is_of_a_part:
-        return InputError(
-            f"{_last_words(text)}; expected whole parts. See what jobs/verify.py {redact(table.url)} says"
-        )
+    if (fault := _STORE_FAULT.search(text)) is not None:
+        kind = JobError if fault["reason"] == RejectReason.FETCH_FAILED else InputError
+        return kind(f"{redact(table.url)} cannot be read: {fault['detail']}")
+    is_damaged = isinstance(error, duckdb.InvalidInputException) and _DAMAGED.search(text)
+    if is_damaged or isinstance(error, duckdb.IOException) or type(error) is duckdb.Error:
+        seen, where = _last_words(text), redact(table.url)
+        return InputError(f"a part of {where} cannot be read: {seen}; expected whole parts: see jobs/verify.py {where}")
     return ConfigError(f"the query failed: {text}")
 
 

@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import QueryConfig
-from captioner.errors import InputError
+from captioner.errors import InputError, JobError
 from captioner.query import query, read_rows
 from captioner.query.part_files import PROTOCOL, PartFiles
 from captioner.query.views import ask, open_table
+from captioner.rows import RejectReason
+from captioner.sources.faults import Fault, StoreError
 from captioner.sources.store import Entry
 from captioner.tables import CaptionTable
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
@@ -102,6 +104,20 @@ def test_a_bucket_that_loses_parts_to_a_compaction_is_asked_again(table: Caption
 
     assert ask(table, question) == 30
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"), [(RejectReason.FETCH_FAILED, JobError), (RejectReason.FORBIDDEN, InputError)]
+)
+def test_a_store_that_does_not_deliver_is_named_without_a_traceback(
+    table: CaptionTable, monkeypatch: pytest.MonkeyPatch, reason: RejectReason, kind: type[Exception]
+) -> None:
+    def refused(url: str, start: int, stop: int) -> bytes:
+        raise StoreError(Fault(reason, "the store says no"))
+
+    monkeypatch.setattr(table.store, "read_range", refused)
+    with pytest.raises(kind, match=r"^s3://\S+/out cannot be read: the store says no$"):
+        read_rows(table, "SELECT max(key) FROM captions")
 
 
 def test_what_is_no_table_in_a_bucket_is_said(s3: Bucket) -> None:

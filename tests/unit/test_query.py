@@ -215,6 +215,7 @@ def test_queries_while_a_job_writes_see_whole_parts_and_each_row_once(table: Cap
         ("FROM read_parquet('s3://bucket/x.parquet')", "SQL reads this table and no other file"),
         ("FROM glob('/*')", "SQL reads this table and no other file"),
         ("SELECT caption::INTEGER FROM captions", "the query failed: Conversion Error: Could not convert string"),
+        ("SELECT 'corrupt.parquet'::DATE FROM captions", "the query failed: Conversion Error"),
     ],
 )
 def test_wrong_sql_is_told_what_is_wrong_and_what_there_is(full: CaptionTable, sql: str, message: str) -> None:
@@ -234,9 +235,18 @@ def test_a_variable_of_the_program_is_no_table(full: CaptionTable) -> None:
 def test_a_damaged_part_is_named_without_the_sql_of_the_view(full: CaptionTable) -> None:
     part = min(Path(full.url, "captions").iterdir())
     part.write_bytes(part.read_bytes()[:-200])
-    with pytest.raises(InputError, match=rf"{part.name}'; expected whole parts. See what jobs/verify.py") as error:
+    with pytest.raises(InputError, match=rf"{part.name}'; expected whole parts: see jobs/verify.py") as error:
         read_rows(full, "SELECT caption FROM captions")
     assert "LINE" not in str(error.value)
+
+
+def test_a_part_whose_pages_are_damaged_is_told_from_wrong_sql(full: CaptionTable) -> None:
+    part = min(Path(full.url, "captions").iterdir())
+    data = bytearray(part.read_bytes())
+    data[40:120] = bytes(80)
+    part.write_bytes(data)
+    with pytest.raises(InputError, match=r"a part of .* cannot be read: .*; expected whole parts"):
+        read_rows(full, "SELECT max(key), max(image_id), max(caption), max(num_tokens) FROM captions")
 
 
 def test_a_path_that_is_no_table_is_told_what_would_be_one(full: CaptionTable, tmp_path: Path) -> None:
