@@ -61,9 +61,10 @@ log = logging.getLogger("captioner")
 _TARGET_BLOCK_BYTES = 32 << 20  # 200 pixel arrays at 224 px: work starts at once, memory stays flat
 _CAPTION_CALLS = 4  # calls an actor serves at once: they share one engine, so that its slots stay full
 _DECODE_CALLS = 2  # one fetches while the other decodes
-_MAX_RETRIES = 2  # of a task that kills its worker (Ray's default is for ever), and of a worker that dies loading
-_MAX_RESTARTS = 10  # of one worker: a spot node takes its workers with it, and is replaced
-RETRIES: dict[str, Any] = {"max_restarts": _MAX_RESTARTS, "max_task_retries": _MAX_RETRIES}
+_MAX_INIT_DEATHS = 2  # in a row, of workers that die loading
+_MAX_RESTARTS = 10  # of one worker: a spot node takes its workers with it. What ends them each time ends the job
+# Until Ray knows that a node is gone, every try of its tasks fails at once: a small number of tries is used up before.
+RETRIES: dict[str, Any] = {"max_restarts": _MAX_RESTARTS, "max_task_retries": -1}
 _STAGE_LABEL = "captioner-stage"
 OFF_MODEL_NODES = {_STAGE_LABEL: "!model"}  # nodes without the label are as good as any
 
@@ -311,7 +312,7 @@ def joined_cluster() -> Iterator[Cluster]:
     context.target_max_block_size = _TARGET_BLOCK_BYTES
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
-    context.max_consecutive_actor_init_deaths = _MAX_RETRIES
+    context.max_consecutive_actor_init_deaths = _MAX_INIT_DEATHS
     context.execution_no_progress_timeout_s = -1  # a job may wait for a GPU as long as it takes
     try:
         yield _what_there_is()
