@@ -92,7 +92,7 @@ def caption_images(config: CaptionJobConfig) -> Mapping[str, Any]:
 
 def _run(plan: "Plan") -> dict[str, Any]:
     """Caption what is left and return the summary, which `_run/runs/` keeps beside the config and the versions."""
-    start = time.monotonic()
+    start, started_at = time.monotonic(), time.time()
     assert plan.lease is not None
     run_id = plan.lease.run_id
     with joined_cluster() as cluster:
@@ -110,7 +110,8 @@ def _run(plan: "Plan") -> dict[str, Any]:
         mend_late(plan.table, plan.done.parts.union(*(part.parts for part in sink.parts)), run_id)
         seconds = time.monotonic() - start
         num_read = sum(part.captioned + part.failed for part in sink.parts)
-        summary = summarize(plan, sink.parts, seconds, predicted(plan, allocation, cluster, num_read))
+        expected = predicted(plan, allocation, cluster, num_read)
+        summary = summarize(plan, sink.parts, seconds, started_at=started_at, predicted=expected)
         plan.table.record(run_id, known | {"summary": summary})
     return summary
 

@@ -110,7 +110,9 @@ _CAPTION = [
 _OPTIONAL = {"clip_score"}  # null in a job without --clip-score
 _CLOCK = pa.field(  # what the clock of the model worker said when the row left it; see `captioner.waiting`
     "model_clock",
-    pa.struct([("worker", pa.string()), ("waited_s", pa.float64()), ("ready_s", pa.float64())]),
+    pa.struct(
+        [("worker", pa.string()), ("waited_s", pa.float64()), ("ready_s", pa.float64()), ("first_at", pa.float64())]
+    ),
 )
 _RUN = pa.field("run_id", pa.string(), nullable=False)
 

@@ -16,7 +16,7 @@ from captioner.prediction import kept, predict
 from captioner.resources import Allocation, Cluster
 from captioner.sources.urls import redact
 from captioner.tables import PartSummary
-from captioner.waiting import waited_share
+from captioner.waiting import first_caption_at, waited_share
 
 if TYPE_CHECKING:
     from captioner.plan import Plan  # not at run time: it brings the model room, and tasks import this
@@ -25,14 +25,22 @@ __all__ = ["facts", "farewell", "planned", "predicted", "summarize"]
 
 
 def summarize(
-    plan: "Plan", parts: Sequence[PartSummary], seconds: float, predicted: Mapping[str, float] | None = None
+    plan: "Plan",
+    parts: Sequence[PartSummary],
+    seconds: float,
+    *,
+    started_at: float = 0.0,
+    predicted: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Return the fields that the README lists. seconds: from joining or starting Ray to the last part on disk."""
+    """Return the fields that the README lists.
+
+    seconds: from joining or starting Ray, at the Unix time `started_at`, to the last part on disk."""
     captioned = sum(part.captioned for part in parts)
     failed = sum((Counter(part.failed_by_reason) for part in parts), Counter[str]())
     num_tokens = sum(part.num_tokens for part in parts)
     read = captioned + failed.total()
-    waited = waited_share(reading for part in parts for reading in part.clocks)
+    readings = [reading for part in parts for reading in part.clocks]
+    waited, first_at = waited_share(readings), first_caption_at(readings)
     return {
         "read": read,
         "captioned": captioned,
@@ -43,6 +51,7 @@ def summarize(
         "images_per_s": round(read / seconds, 2) if seconds else 0.0,
         "tokens_per_s": round(num_tokens / seconds, 2) if seconds else 0.0,
         "model_waited_share": None if waited is None else round(waited, 4),
+        "first_caption_s": None if first_at is None else round(first_at - started_at, 2),
         "predicted": predicted,
         "output": redact(plan.table.url),
     }

@@ -1,4 +1,4 @@
-"""For what part of its time a model had nothing to do. Knows clocks and no model."""
+"""For what part of its time a model had nothing to do, and when it began. Knows clocks and no model."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-__all__ = ["ModelClock", "Reading", "last_readings", "waited_share"]
+__all__ = ["ModelClock", "Reading", "first_caption_at", "last_readings", "waited_share"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Reading:
     """Time in which no image was with the model."""
 
     ready_s: float
+    first_at: float | None = None
+    """Unix time at which its first images were done."""
 
 
 @dataclass
@@ -28,9 +30,11 @@ class ModelClock:
     """Runs from its making on; may be asked and held busy from several threads at once."""
 
     now: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
     worker: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _num_busy: int = 0
     _waited_s: float = 0.0
+    _first_at: float | None = None
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -48,6 +52,7 @@ class ModelClock:
         finally:
             with self._lock:
                 self._num_busy -= 1
+                self._first_at = self._first_at or self.wall()
                 if not self._num_busy:
                     self._idle_since = self.now()
 
@@ -56,14 +61,22 @@ class ModelClock:
         with self._lock:
             now = self.now()
             waiting_s = 0.0 if self._num_busy else now - self._idle_since
-            return Reading(self.worker, self._waited_s + waiting_s, now - self._start)
+            return Reading(self.worker, self._waited_s + waiting_s, now - self._start, self._first_at)
 
 
 def last_readings(column: pa.ChunkedArray) -> tuple[Reading, ...]:
-    """Return the last reading of each worker, of structs {worker, waited_s, ready_s}, one a row; nulls say nothing."""
-    readings = pa.table(column.drop_null().flatten(), ["worker", "waited_s", "ready_s"])
-    last = readings.group_by("worker").aggregate([("waited_s", "max"), ("ready_s", "max")])  # both only ever grow
-    return tuple(Reading(row["worker"], row["waited_s_max"], row["ready_s_max"]) for row in last.to_pylist())
+    """Return the last reading of each worker, of structs with a Reading's fields, one a row; nulls say nothing."""
+    readings = pa.table(column.drop_null().flatten(), ["worker", "waited_s", "ready_s", "first_at"])
+    kinds = [("waited_s", "max"), ("ready_s", "max"), ("first_at", "min")]  # the first two only ever grow
+    last = readings.group_by("worker").aggregate(kinds)
+    return tuple(
+        Reading(row["worker"], row["waited_s_max"], row["ready_s_max"], row["first_at_min"]) for row in last.to_pylist()
+    )
+
+
+def first_caption_at(readings: Iterable[Reading]) -> float | None:
+    """Return the Unix time at which the first worker of all had its first images done; None if none ever had."""
+    return min((reading.first_at for reading in readings if reading.first_at is not None), default=None)
 
 
 def waited_share(readings: Iterable[Reading]) -> float | None:

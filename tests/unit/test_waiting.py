@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from captioner.rows import captioned_schema
-from captioner.waiting import ModelClock, Reading, last_readings, waited_share
+from captioner.waiting import ModelClock, Reading, first_caption_at, last_readings, waited_share
 
 
 class Hand:
@@ -42,12 +42,25 @@ def test_the_share_is_of_the_time_of_all_workers_by_the_last_word_of_each() -> N
 def test_a_part_keeps_the_last_reading_of_each_worker_and_nothing_of_rows_without() -> None:
     kind = captioned_schema().field("model_clock").type
     readings = [
-        {"worker": "a", "waited_s": 1.0, "ready_s": 2.0},
+        {"worker": "a", "waited_s": 1.0, "ready_s": 2.0, "first_at": None},
         None,
-        {"worker": "b", "waited_s": 0.0, "ready_s": 1.0},
-        {"worker": "a", "waited_s": 1.5, "ready_s": 4.0},
+        {"worker": "b", "waited_s": 0.0, "ready_s": 1.0, "first_at": None},
+        {"worker": "a", "waited_s": 1.5, "ready_s": 4.0, "first_at": 900.0},
     ]
     column = pa.chunked_array([pa.array(readings[:2], kind), pa.array(readings[2:], kind)])
     found = sorted(last_readings(column), key=lambda reading: reading.worker)
-    assert found == [Reading("a", 1.5, 4.0), Reading("b", 0.0, 1.0)]
+    assert found == [Reading("a", 1.5, 4.0, 900.0), Reading("b", 0.0, 1.0)]
     assert last_readings(pa.chunked_array([pa.array([None], kind)])) == ()
+
+
+def test_the_first_caption_is_that_of_the_first_worker_and_stays_the_first() -> None:
+    wall = Hand()
+    clock = ModelClock(wall=wall)
+    assert clock.read().first_at is None
+    for _ in range(2):
+        wall.now_s += 5
+        with clock.busy():
+            pass
+    assert clock.read().first_at == 105
+    assert first_caption_at([clock.read(), Reading("b", 0.0, 1.0, 103.0), Reading("c", 0.0, 1.0)]) == 103
+    assert first_caption_at([Reading("c", 0.0, 1.0)]) is None
