@@ -53,6 +53,13 @@ def test_one_dead_web_server_among_many_is_no_reason_to_end_but_a_dead_network_i
         see(refusals, ((f"http://host-{n}.example/1.jpg", FAILED) for n in range(8)))
 
 
+def test_web_servers_that_failed_before_an_image_arrived_are_not_counted_with_a_later_one() -> None:
+    refusals = Refusals("/lists/laion.parquet")
+    for host in range(8):
+        see(refusals, [(f"http://host-{host}.example/1.jpg", FAILED), ("http://fine.example/1.jpg", None)])
+    see(refusals, ((f"http://dead.example/{n}.jpg", FAILED) for n in range(3000)))
+
+
 def test_the_web_server_that_the_input_itself_lies_on_is_a_store_like_any_other() -> None:
     refusals = Refusals("https://photos.example/all/")
     with pytest.raises(JobError, match=r"https://photos\.example/all/1\.jpg"):
