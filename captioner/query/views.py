@@ -11,10 +11,12 @@ mended or compacted meanwhile: a query whose parts were taken away is asked agai
 """
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import duckdb
@@ -24,7 +26,7 @@ from captioner.errors import CaptionerError, ConfigError, InputError, JobError
 from captioner.query.part_files import PROTOCOL, PartFiles
 from captioner.query.runs import read_runs
 from captioner.rows import CAPTIONS, FAILURES, RejectReason
-from captioner.sources.faults import output_errors
+from captioner.sources.faults import StoreError, diagnose, output_errors
 from captioner.sources.store import Entry
 from captioner.sources.urls import has_glob, join, name, redact, scheme
 from captioner.tables import CaptionTable
@@ -115,9 +117,20 @@ def _parts(table: CaptionTable) -> dict[str, Entry]:
     return {
         f"{folder}/{name(entry.url)}": entry
         for folder in _FOLDERS
-        for entry in table.store.entries(join(table.url, folder))
+        for entry in _entries(table, join(table.url, folder))
         if entry.url.endswith(".parquet") and not entry.is_folder and not name(entry.url).startswith((".", "_"))
     }
+
+
+def _entries(table: CaptionTable, folder: str) -> Sequence[Entry]:
+    """Return what stands in a folder; of a local one the names alone, for DuckDB asks the system for the rest."""
+    if scheme(folder) != "file":
+        return table.store.entries(folder)
+    path = Path(table.store.path(folder))
+    try:
+        return [Entry(found, None) for found in sorted(os.listdir(path))] if path.is_dir() else []  # noqa: PTH208
+    except OSError as error:
+        raise StoreError(diagnose(error)) from error
 
 
 @contextlib.contextmanager
