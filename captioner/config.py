@@ -251,10 +251,11 @@ class ResourceConfig:
 
     gpus_per_worker: float | None = None
     """GPUs each model worker takes; a fraction lets several small models share a card.
-    By default 1 when the cluster has GPUs, else 0."""
+    By default 1 when the cluster has GPUs, else 0; one that grows and has none yet must be told."""
 
     cpu_workers: str = "auto"
-    """Workers that fetch and decode, as `8` or `1:8`. `auto`: as many as the CPUs allow."""
+    """Workers that fetch and decode, as `8` or `1:8`.
+    `auto`: as many as the CPUs allow; on a cluster that grows, up to 16 for each model worker."""
 
     slots: str = "auto"
     """Captions that one model worker writes at the same time. `auto`: as many as its memory holds."""
