@@ -7,7 +7,7 @@ its lines there.
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args
 
 from tyro.conf import Positional, arg
@@ -19,6 +19,10 @@ __all__ = [
     "CaptionJobConfig",
     "DecodingConfig",
     "EvaluateConfig",
+    "FitConfig",
+    "FitModelConfig",
+    "FitResourceConfig",
+    "FitTargetConfig",
     "GalleryConfig",
     "ImageConfig",
     "InputConfig",
@@ -28,6 +32,7 @@ __all__ = [
     "QueryConfig",
     "ResourceConfig",
     "ScoringConfig",
+    "TrainingConfig",
     "VerifyConfig",
 ]
 
@@ -600,6 +605,193 @@ class LabelsConfig:
         held_out = self.validation_share + self.test_share
         _check(held_out < 1, "--validation-share and --test-share together", held_out, "less than 1")
         _check(self.limit is None or self.limit > 0, "--limit", self.limit, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a projector learns. An example is one caption with its image; a step is one update of the weights."""
+
+    projector: Literal["linear", "mlp"] = "linear"
+    """What turns CLIP's pooled state into --image-tokens embeddings: one linear map, or two with a GELU between."""
+
+    image_tokens: int = 1
+    """Embeddings that stand for one image."""
+
+    epochs: int = 3
+    """Times every example is seen."""
+
+    max_steps: int | None = None
+    """Steps to take, whatever the epochs."""
+
+    batch_size: int = 256
+    """Examples of one step, over all workers and all its parts: the weights that come out do not depend on either."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts in which each worker computes its share of a step: more take less memory."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate of AdamW: reached after the warm-up, then a cosine to nothing."""
+
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises. By default 3 % of all."""
+
+    weight_decay: float = 0.0
+    """Weight decay of AdamW, on matrices."""
+
+    max_grad_norm: float = 1.0
+    """Longest gradient; a longer one is shortened to it."""
+
+    seed: int = 0
+    """Seed of the first weights and of the order of the examples."""
+
+    max_caption_tokens: int = 64
+    """Longest caption, in tokens, that is learned and written; of a longer one the beginning is learned."""
+
+    gradient_checkpointing: bool = False
+    """Compute LLaMA's activations twice instead of keeping them: slower, far less memory."""
+
+    log_every: int = 10
+    """Steps between two lines of progress and of metrics.jsonl."""
+
+    eval_every: int | None = None
+    """Steps between two looks at the validation split. By default an epoch."""
+
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints. By default as often as it is evaluated."""
+
+    num_scored_images: int = 200
+    """Validation images that are captioned and scored with BLEU and CIDEr-D at each evaluation; 0 for none."""
+
+    keep_best_by: Literal["val_loss", "cider"] = "val_loss"
+    """Which weights come out: those with the lowest loss, or the highest CIDEr-D, on the validation split."""
+
+    early_stop: int = 0
+    """Evaluations without a better one after which the fit ends; 0 for never."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_tokens", "epochs", "batch_size", "gradient_accumulation_steps", "max_caption_tokens"):
+            _check(getattr(self, name) >= 1, _flag(name), getattr(self, name), "at least 1")
+        for name in ("max_steps", "log_every", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, _flag(name), value, "at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            _check(0 < value < math.inf, _flag(name), value, "more than 0")
+        for name in ("warmup_steps", "weight_decay", "num_scored_images", "early_stop"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value < math.inf, _flag(name), value, "0 or more")
+        fewest = self.gradient_accumulation_steps
+        _check(self.batch_size >= fewest, "--batch-size", self.batch_size, f"at least its {fewest} parts")
+        is_scored = self.keep_best_by == "val_loss" or self.num_scored_images > 0
+        _check(is_scored, "--num-scored-images", self.num_scored_images, "more than 0 with --keep-best-by cider")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitModelConfig:
+    """Which CLIP and LLaMA are tied together. Both stay as they are."""
+
+    model: str | None = None
+    """A bundle whose CLIP, LLaMA and template are used, by folder on any store; its projector is not.
+    By default `demo` when LABELS is `demo`."""
+
+    clip: str | None = None
+    """A CLIP by hub name or path, with --llama instead of --model: openai/clip-vit-large-patch14."""
+
+    llama: str | None = None
+    """A LLaMA by hub name or path: meta-llama/Meta-Llama-3-8B."""
+
+    template: str | None = None
+    """Prompt, special tokens written out, with `{image}` once. By default that of --model, or
+    `<|begin_of_text|>{image}`."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of CLIP and LLaMA; the projector's weights are always float32.
+    `auto`: bfloat16 on a GPU, float32 on a CPU."""
+
+    device: str = "auto"
+    """`auto`: the worker's GPU, or the CPU when it has none; or `cpu`."""
+
+    def __post_init__(self) -> None:
+        _check(self.device in ("auto", "cpu"), "--device", self.device, "auto or cpu")
+        _check((self.clip is None) == (self.llama is None), "--clip without --llama, or the reverse,", "given", "both")
+        is_one = self.model is None or self.clip is None
+        _check(is_one, "--model", self.model, "either a bundle, or --clip and --llama")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResourceConfig:
+    """What the fit may take of the machine or the cluster."""
+
+    workers: str = "auto"
+    """Workers that fit together, as `8`, or as `1:8` (elastic: as many of them as there is room for).
+    `auto`: one a GPU, 1 without a GPU."""
+
+    gpus_per_worker: float | None = None
+    """GPUs each worker takes. By default 1 when the cluster has GPUs, else 0."""
+
+    cpu_workers: str = "auto"
+    """Workers that fetch and decode images, before the fit, as `8` or `1:8`. `auto`: as many as the CPUs allow."""
+
+    max_failures: int = 3
+    """Lost workers, beside preempted ones, after which the fit gives up; each time it goes on from its checkpoint."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_failures >= 0, "--max-failures", self.max_failures, "0 or more")
+        self.of_features()
+
+    def of_features(self) -> ResourceConfig:
+        """Return what the features of the images may take. Raises ConfigError for what no job can take."""
+        return ResourceConfig(workers=self.workers, gpus_per_worker=self.gpus_per_worker, cpu_workers=self.cpu_workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitTargetConfig:
+    """Where the bundle goes, and what is kept beside it."""
+
+    output: Annotated[Positional[str], arg(metavar="OUTPUT_BUNDLE")] = ""
+    """Folder of the bundle, on any fsspec store. The same command again continues the fit.
+    By default `demo-refit` when LABELS is `demo`."""
+
+    output_storage_options: dict[str, object] | None = None
+    """fsspec options of its store, as JSON.
+    By default those of LABELS, when both are on the same kind of store or LABELS is local."""
+
+    features: str | None = None
+    """Folder of the image features, which several fits may share. By default inside OUTPUT_BUNDLE."""
+
+    carry_models: bool = False
+    """Copy CLIP and LLaMA into the bundle, so that it can move."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's events beside metrics.jsonl; only into a folder of this machine."""
+
+    def __post_init__(self) -> None:
+        is_local = not self.tensorboard or "://" not in self.output
+        _check(is_local, "--tensorboard", f"given with {self.output}", "an OUTPUT_BUNDLE of this machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Fit the projector between a CLIP and a LLaMA on labelled images: out comes a bundle to caption with."""
+
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+
+    target: FitTargetConfig = field(default_factory=FitTargetConfig)
+    model: FitModelConfig = field(default_factory=FitModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    resources: FitResourceConfig = field(default_factory=FitResourceConfig)
+
+    dry_run: bool = False
+    """Print the plan - images, models, steps, what is left - and stop."""
+
+    def __post_init__(self) -> None:
+        is_demo = self.labels.labels_path == "demo"
+        if not self.target.output:
+            _check(is_demo, "OUTPUT_BUNDLE", "missing", f"a folder for the bundle fitted to {self.labels.labels_path}")
+            object.__setattr__(self, "target", replace(self.target, output="demo-refit"))
+        has_model = is_demo or self.model.model or self.model.clip
+        _check(bool(has_model), "--model", "missing", "a bundle, or --clip and --llama")
 
 
 def worker_range(text: str, flag: str) -> tuple[int, int] | None:

@@ -131,9 +131,10 @@ class CaptionModel:
         """Return the embeddings of the prompt before the image, float[tokens, D]: the same for every image."""
         return self._embed(self.template.prefix_ids)
 
-    @torch.no_grad()
     def request_embeddings(self, image_embeds: Tensor) -> Tensor:
-        """Return each image and the prompt after it, float[B, k + tokens, D], from float[B, k, D]."""
+        """Return each image and the prompt after it, float[B, k + tokens, D], from float[B, k, D].
+
+        A gradient of `image_embeds` goes through: fitting feeds LLaMA what captioning feeds it."""
         suffix = self._embed(self.template.suffix_ids).expand(len(image_embeds), -1, -1)
         return torch.cat([image_embeds.to(suffix), suffix], dim=1)
 

@@ -12,7 +12,14 @@ from transformers.activations import ACT2FN
 
 from captioner.errors import BundleError, ShapeError
 
-__all__ = ["PROJECTORS", "LinearProjector", "MlpProjector", "ProjectorConfig", "build_projector"]
+__all__ = [
+    "PROJECTORS",
+    "LinearProjector",
+    "MlpProjector",
+    "PooledMlpProjector",
+    "ProjectorConfig",
+    "build_projector",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +90,26 @@ class LinearProjector(nn.Module):
         return flat.view(*flat.shape[:-1], self.num_image_tokens, -1)
 
 
+class PooledMlpProjector(nn.Module):
+    """Two linear maps with an activation between, from the pooled CLS state to k image tokens.
+
+    As in ClipCap (arXiv:2111.09734)."""
+
+    reads_patches = False
+
+    def __init__(self, config: ProjectorConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.num_features, config.width, bias=config.has_bias)
+        self.act = ACT2FN[config.hidden_act]
+        self.linear_2 = nn.Linear(config.width, config.num_image_tokens * config.width, bias=config.has_bias)
+        self.num_image_tokens = config.num_image_tokens
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Return what LLaMA reads in place of each image: float[B, k, D] from float[B, F]."""
+        flat: Tensor = self.linear_2(self.act(self.linear_1(image_features)))
+        return flat.view(*flat.shape[:-1], self.num_image_tokens, -1)
+
+
 class MlpProjector(nn.Module):
     """Two linear maps with an activation between, applied to each patch, as in LLaVA-1.5 (arXiv:2310.03744)."""
 
@@ -100,9 +127,15 @@ class MlpProjector(nn.Module):
         return embeddings
 
 
-PROJECTORS: dict[str, type[LinearProjector] | type[MlpProjector]] = {"linear": LinearProjector, "mlp": MlpProjector}
+Projector = LinearProjector | PooledMlpProjector | MlpProjector
+
+PROJECTORS: dict[str, type[Projector]] = {
+    "linear": LinearProjector,
+    "pooled_mlp": PooledMlpProjector,
+    "mlp": MlpProjector,
+}
 
 
-def build_projector(config: ProjectorConfig) -> LinearProjector | MlpProjector:
+def build_projector(config: ProjectorConfig) -> Projector:
     """Return a new projector with random weights, on torch's default device."""
     return PROJECTORS[config.kind](config)

@@ -1,0 +1,97 @@
+"""What one worker of a fit does, without Ray: load, go on from the checkpoint, take every step, keep checkpoints.
+
+Every worker computes; only the first one writes.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from captioner.config import TrainingConfig
+from captioner.examples import Examples, FeatureSet
+from captioner.fitting.batches import TokenizedSplit
+from captioner.fitting.curves import curves_svg
+from captioner.fitting.loop import Listener, fit_projector
+from captioner.fitting.output import FitOutput
+from captioner.fitting.projector import ProjectorFit, end_token_id
+from captioner.fitting.state import FitState, Row
+from captioner.fitting.team import Team
+from captioner.fitting.validation import Validation
+from captioner.model.bundle import load
+from captioner.model.caption_model import CaptionModel
+
+__all__ = ["FitTask", "take_part", "validation_of"]
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """What a worker is told; small, can be pickled."""
+
+    output: FitOutput
+    features: FeatureSet
+    training: TrainingConfig
+    dtype: str
+    device: str
+    num_threads: int
+
+
+def take_part(task: FitTask, device: str, on_row: Callable[[Row], None]) -> FitState:
+    """Fit as one of this process's team and return the last state; `on_row` hears of each line of progress."""
+    torch.set_num_threads(task.num_threads)
+    device = task.device if task.device != "auto" else device
+    model = load(
+        task.output.start_url,
+        dtype=_dtype(task.dtype, device),
+        device=device,
+        storage_options=task.output.storage_options or None,
+    )
+    team = Team.of_process_group()
+    return fit_projector(
+        model,
+        _tokenized(task.features.load("train"), model, task.training),
+        validation_of(task.features.load("validation"), model, task.training),
+        task.training,
+        team=team,
+        saved=task.output.read("checkpoint.pt"),
+        listener=Listener(on_row, _Keeper(task.output).keep) if team.rank == 0 else Listener(),
+    )
+
+
+def validation_of(examples: Examples, model: CaptionModel, training: TrainingConfig) -> Validation | None:
+    """Return what a fit is measured on; None where there are no validation images."""
+    if not len(examples):
+        return None
+    return Validation(_tokenized(examples, model, training), examples.captions[: training.num_scored_images])
+
+
+def _tokenized(examples: Examples, model: CaptionModel, training: TrainingConfig) -> TokenizedSplit:
+    return TokenizedSplit.tokenize(
+        examples.features,
+        examples.captions,
+        model.tokenizer,
+        end_token_id=end_token_id(model),
+        max_tokens=training.max_caption_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class _Keeper:
+    """Writes what a fit goes on from, and what a person looks at meanwhile."""
+
+    output: FitOutput
+
+    def keep(self, state: FitState, fit: ProjectorFit) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in state.history)
+        self.output.write("metrics.jsonl", lines.encode())
+        self.output.write("curves.svg", curves_svg(state.history, f"Fit of {self.output.name}").encode())
+        self.output.write("checkpoint.pt", state.to_bytes(fit))  # last: what it speaks of is there
+
+
+def _dtype(name: str, device: str) -> str:
+    """Return the format of the frozen weights; float16 is no choice, as its gradients vanish."""
+    if name != "auto":
+        return name
+    has_bfloat16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_bfloat16 else "float32"

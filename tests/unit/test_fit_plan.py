@@ -1,0 +1,136 @@
+"""What a fit refuses before anything is started, and what it plans: models, first weights, steps."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from captioner.command_line import parse
+from captioner.config import FitConfig
+from captioner.errors import BundleError, ConfigError, InputError, ShapeError
+from captioner.fit_plan import open_output, plan_fit, save_start
+from tests.bundles import save_tiny_bundle
+from tests.labelled_scenes import write_labels
+from tests.unit import tiny_models
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    return str(write_labels(tmp_path_factory.mktemp("labels"), {"train": 9, "validation": 3}))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    return str(tiny_models.save_clip(folder / "clip")), str(tiny_models.save_llama(folder / "llama"))
+
+
+def plan_of(*arguments):
+    config = parse(FitConfig, list(arguments))
+    output = open_output(config)
+    return plan_fit(config, output, output.run_folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.csv", "out"], "--model is missing; expected a bundle, or --clip and --llama"),
+        (["x.csv"], "OUTPUT_BUNDLE is missing"),
+        (["x.csv", "out", "--clip", "c"], "--clip without --llama"),
+        (["x.csv", "out", "--clip", "c", "--llama", "l", "--model", "m"], "--model is m; expected either a bundle"),
+        (["--batch-size", "4", "--gradient-accumulation-steps", "5"], "--batch-size is 4; expected at least its 5"),
+        (["--learning-rate", "0"], "--learning-rate is 0"),
+        (["--max-steps", "0"], "--max-steps is 0"),
+        (["--keep-best-by", "cider", "--num-scored-images", "0"], "--num-scored-images is 0; expected more than 0"),
+        (["--workers", "3:1"], "--workers is 3:1"),
+        (["--device", "cuda:1"], "--device is cuda:1; expected auto or cpu"),
+        (["demo", "s3://bucket/out", "--tensorboard"], "--tensorboard is given with s3://bucket/out"),
+    ],
+)
+def test_a_flag_that_cannot_be_met_is_refused_by_name(arguments, message):
+    with pytest.raises(ConfigError) as raised:
+        parse(FitConfig, arguments)
+    assert message in str(raised.value)
+
+
+def test_without_arguments_the_demo_is_fitted_anew():
+    config = parse(FitConfig, [])
+    assert (config.labels.labels_path, config.target.output, config.model.model) == ("demo", "demo-refit", None)
+
+
+def test_clip_and_llama_are_tied_together_without_any_bundle(labels, parts, tmp_path):
+    plan = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], "--image-tokens", "3")
+    assert (plan.start.clip, plan.start.llama) == parts
+    assert (plan.start.projector.kind, plan.start.num_image_tokens) == ("linear", 3)
+    assert plan.start.template == "<|begin_of_text|>{image}"
+    assert plan.labels.counts()["train"] == (9, 18)
+    assert len(plan.features.missing) == 12
+
+
+def test_a_bundle_gives_clip_llama_and_template_but_not_its_projector(labels, tmp_path):
+    bundle = save_tiny_bundle(tmp_path / "bundle")
+    plan = plan_of(labels, str(tmp_path / "out"), "--model", bundle, "--projector", "mlp")
+    assert plan.start.clip == f"{bundle}/clip"
+    assert plan.start.projector.kind == "pooled_mlp"
+
+
+def test_the_first_weights_follow_from_the_seed(labels, parts, tmp_path):
+    def first(name, *flags):
+        config = parse(FitConfig, [labels, "out", "--clip", parts[0], "--llama", parts[1], *flags])
+        torch.rand(3)
+        save_start(config, str(tmp_path / name))
+        return load_file(tmp_path / name / "projector.safetensors")["weight"]
+
+    assert torch.equal(first("a"), first("b"))
+    assert not torch.equal(first("a"), first("c", "--seed", "1"))
+
+
+def test_a_caption_longer_than_the_llama_reads_is_refused(labels, parts, tmp_path):
+    flags = ["--clip", parts[0], "--llama", parts[1], "--max-caption-tokens", "511"]
+    with pytest.raises(ConfigError, match="expected at most 510"):
+        plan_of(labels, str(tmp_path / "out"), *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_the_tokenizer_does_not_know_is_refused(labels, parts, tmp_path):
+    flags = ["--clip", parts[0], "--llama", parts[1], "--template", "<|nobody|>{image}"]
+    with pytest.raises(BundleError, match="nobody"):
+        plan_of(labels, str(tmp_path / "out"), *flags)
+
+
+def test_a_llama_where_a_clip_should_be_is_refused(labels, parts, tmp_path):
+    with pytest.raises((BundleError, ShapeError)):
+        plan_of(labels, str(tmp_path / "out"), "--clip", parts[1], "--llama", parts[0])
+
+
+def test_labels_that_are_not_there_are_named(parts, tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        plan_of(str(tmp_path / "nowhere.jsonl"), str(tmp_path / "o"), "--clip", parts[0], "--llama", parts[1])
+
+
+def test_other_labels_into_the_same_bundle_are_refused(labels, parts, tmp_path):
+    flags = [str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1]]
+    plan = plan_of(labels, *flags)
+    plan.output.claim(plan.identity)
+    other = tmp_path / "other"
+    other.mkdir()
+    changed = write_labels(other, {"train": 10, "validation": 3})
+    with pytest.raises(Exception, match=r"labels: .* there, .* now"):
+        plan_of(str(changed), *flags)
+
+
+def test_what_changes_no_weight_may_change_in_a_rerun(labels, parts, tmp_path):
+    flags = [labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1]]
+    plan = plan_of(*flags)
+    plan.output.claim(plan.identity)
+    again = plan_of(*flags, "--workers", "1:2", "--checkpoint-every", "7", "--log-every", "3", "--max-failures", "0")
+    assert again.identity == plan.identity
+
+
+def test_the_lines_of_a_plan_name_what_will_be_done(labels, parts, tmp_path):
+    plan = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], "--batch-size", "6")
+    text = "\n".join(plan.lines())
+    assert "train 9 images 18 captions" in text
+    assert "steps     9 of 6 examples" in text
+    assert json.dumps(plan.identity)

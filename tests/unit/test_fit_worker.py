@@ -1,0 +1,148 @@
+"""A whole fit without Ray: one worker's part, and the bundle, page and summary that come of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from captioner.command_line import parse
+from captioner.config import FitConfig
+from captioner.errors import BundleError
+from captioner.examples import Examples
+from captioner.fit_plan import open_output, plan_fit, save_start
+from captioner.fit_report import farewell, save_result, summarize
+from captioner.fit_worker import FitTask, take_part
+from captioner.fitting.state import FitState
+from captioner.model.bundle import describe, load
+from captioner.worker import Captioner
+from tests.labelled_scenes import write_labels
+from tests.unit import tiny_models
+
+NUM_IMAGES = {"train": 24, "validation": 6}
+
+
+class RandomFeatures:
+    """What `FeatureSet` is to a worker, with numbers by lot: no image is decoded here."""
+
+    def __init__(self, labels):
+        self.labels, self.counts, self.failed = labels, labels.counts(), {}
+
+    def load(self, split):
+        rows = self.labels.split(split)
+        shape = (rows.num_rows, tiny_models.CLIP_WIDTH)
+        values = np.random.default_rng(len(split)).normal(size=shape).astype(np.float16)
+        return Examples(rows["image_id"].to_pylist(), values, rows["captions"].to_pylist())
+
+
+class Fit:
+    """A fit that has ended, and what it was told on the way."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.labels = write_labels(folder, NUM_IMAGES)
+        self.parts = [str(tiny_models.save_clip(folder / "clip")), str(tiny_models.save_llama(folder / "llama"))]
+        self.output = folder / "bundle"
+        training = ["--batch-size", "8", "--max-steps", "9", "--eval-every", "3", "--log-every", "1"]
+        few = [
+            "--num-scored-images",
+            "4",
+            "--max-caption-tokens",
+            "8",
+            "--learning-rate",
+            "0.01",
+            "--image-tokens",
+            "2",
+        ]
+        models = ["--clip", self.parts[0], "--llama", self.parts[1], "--template", "<|begin_of_text|>Look: {image}"]
+        config = parse(FitConfig, [str(self.labels), str(self.output), *models, *training, *few, *flags])
+        output = open_output(config)
+        self.plan = plan_fit(config, output, output.run_folder)
+        output.claim(self.plan.identity)
+        save_start(config, output.start_url)
+        self.features = RandomFeatures(self.plan.labels)
+        self.rows = []
+        task = FitTask(output, self.features, config.training, "auto", "auto", 1)
+        self.state = take_part(task, "cpu", self.rows.append)
+        save_result(self.plan, self.features, self.state)
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory):
+    return Fit(tmp_path_factory.mktemp("fit"))
+
+
+def test_every_row_is_told_and_kept(fit):
+    kept = [json.loads(line) for line in (fit.output / "_run" / "metrics.jsonl").read_text().splitlines()]
+    assert kept == fit.rows == fit.state.history
+    assert [row["step"] for row in kept] == list(range(1, 10))
+    assert [row["step"] for row in kept if "cider_d" in row] == [3, 6, 9]
+
+
+def test_the_checkpoint_holds_the_end(fit):
+    state = FitState.result((fit.output / "_run" / "checkpoint.pt").read_bytes())
+    assert (state.step, state.best.step) == (9, fit.state.best.step)
+
+
+def test_the_bundle_holds_the_best_weights(fit):
+    weights = load(str(fit.output), device="cpu").projector.state_dict()
+    assert all(torch.equal(weights[name], best) for name, best in fit.state.best.weights.items())
+
+
+def test_the_bundle_records_data_settings_figures_and_what_it_was_fitted_to(fit):
+    bundle = describe(str(fit.output))
+    told = bundle.provenance
+    assert told["data"]["splits"]["train"] == {"num_images": 24, "num_captions": 48}
+    assert told["data"]["fingerprint"] == fit.plan.labels.fingerprint
+    assert told["config"]["training"]["learning_rate"] == 0.01
+    assert set(told["metrics"]) == {"val_loss", "bleu_4", "rouge_l", "cider_d"}
+    fitted_to = json.loads((fit.output / "bundle.json").read_text())["fitted_to"]
+    assert fitted_to == {"clip": bundle.clip_fingerprint, "llama": bundle.llama_fingerprint}
+    assert (bundle.template, bundle.num_image_tokens) == ("<|begin_of_text|>Look: {image}", 2)
+
+
+def test_the_bundle_captions_images(fit):
+    captioner = Captioner.from_bundle(str(fit.output))
+    images = sorted(fit.labels.parent.glob("*.png"))[:2]
+    assert all(caption.num_tokens for caption in captioner.caption(images))
+    captioner.model.llama.zero_grad()
+    captioner.close()
+
+
+def test_the_bundle_is_refused_with_another_llama(fit, tmp_path):
+    content = json.loads((fit.output / "bundle.json").read_text())
+    other = tiny_models.save_llama(tmp_path / "other", seed=9)
+    (tmp_path / "bundle.json").write_text(json.dumps({**content, "llama": str(other)}))
+    (tmp_path / "projector.safetensors").write_bytes((fit.output / "projector.safetensors").read_bytes())
+    with pytest.raises(BundleError, match="was fitted to another LLaMA"):
+        describe(str(tmp_path))
+
+
+def test_the_page_shows_validation_images_beside_both_captions(fit):
+    page = (fit.output / "_run" / "validation.html").read_text()
+    rows = fit.plan.labels.split("validation").to_pylist()
+    assert all(row["image_id"] in page for row in rows[:4])
+    assert rows[0]["captions"][0] in page
+    assert page.count("data:image/webp") + page.count("UklGR") >= 4  # how a WebP begins in base64
+
+
+def test_the_plot_is_beside_it(fit):
+    assert "CIDEr-D" in (fit.output / "_run" / "curves.svg").read_text()
+
+
+def test_the_last_words_say_what_to_type_next(fit):
+    summary = {**summarize(fit.plan), "seconds": 3.0}
+    assert (summary["steps"], summary["best_step"]) == (9, fit.state.best.step)
+    text = "\n".join(farewell(fit.plan, summary))
+    assert f"python jobs/caption.py IMAGES CAPTIONS --model {fit.output}" in text
+    assert "nothing was left" not in text
+    assert "nothing was left to do" in "\n".join(farewell(fit.plan, summarize(fit.plan)))
+
+
+def test_a_bundle_that_carries_its_models_can_move(tmp_path):
+    carried = Fit(tmp_path, "--carry-models", "--num-scored-images", "0")
+    moved = tmp_path / "moved"
+    carried.output.rename(moved)
+    for part in carried.parts:
+        Path(part).rename(f"{part}-gone")
+    assert describe(str(moved)).fingerprint
