@@ -238,6 +238,7 @@ def test_pictures_are_decoded_and_keep_their_shape(visit: Open, grid: Path) -> N
 
 HOSTILE = (
     "</script><script>window.pwned = 1</script>",
+    "</script x=1 ",
     "<img src=x onerror='window.pwned = 1'>",
     '"><svg onload=window.pwned=1>',
     "<!--<script>",

@@ -119,6 +119,20 @@ def test_the_captions_of_the_first_run_are_measured_against_the_demo_references(
     assert (summary["images"], summary["matched_by"]) == (len(list(demo.images_path().iterdir())), "name")
 
 
+def test_the_captions_of_the_first_run_become_a_page_with_every_picture(
+    demo_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = demo_run
+    command = [sys.executable, ROOT / "jobs" / "gallery.py"]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["pictures"] == len(list(demo.images_path().iterdir()))
+    assert (folder / "captions-demo.html").stat().st_size == summary["size_bytes"]
+
+
 def flags_of_the_help_pages() -> set[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pages = [
