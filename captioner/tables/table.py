@@ -43,6 +43,8 @@ __all__ = [
 FORMAT = 1
 FOLDERS = ("captions", "failures")
 FAILURE_COLUMNS = ["key", "attempt", "reason"]
+_GROUP = 8
+_SMALL_ROWS = 4096
 _FIELDS = {field.name: field for schema in (CAPTIONS, FAILURES) for field in schema}
 
 
@@ -183,7 +185,7 @@ class CaptionTable:
 
     def _columns(self, parts: Iterable[str], columns: list[str]) -> Iterator[pa.Table]:
         identity = self.digest
-        for url, part in read_ahead(lambda url: self.read(url, columns), parts):
+        for url, part in self._read_each(list(parts), columns):
             problem = _problem(part, identity)
             if problem:
                 raise OutputError(
@@ -193,6 +195,12 @@ class CaptionTable:
             assert part is not None
             yield part
 
+    def _read_each(self, parts: Sequence[str], columns: list[str]) -> Iterator[tuple[str, pa.Table | None]]:
+        """Yield the columns of each part; a thread is asked for several at once, or asking would take as long."""
+        groups = [parts[start : start + _GROUP] for start in range(0, len(parts), _GROUP)]
+        for group, found in read_ahead(lambda group: [self.read(url, columns) for url in group], groups):
+            yield from zip(group, found, strict=True)
+
     def read(self, url: str, columns: list[str]) -> pa.Table | None:
         """Return some fixed columns of a part, its footer in the schema's metadata; None where it is torn.
 
@@ -200,13 +208,22 @@ class CaptionTable:
         """
         schema = columns_schema(columns)
         try:
-            with pq.ParquetFile(self.store.open(url)) as file:
-                part = file.read(columns=columns, use_threads=False).select(columns).cast(schema)
-                return part.replace_schema_metadata(file.metadata.metadata)
+            with pq.ParquetFile(self._open(url)) as file:
+                part, metadata = file.read(columns=columns, use_threads=False), file.metadata.metadata
+            part = part.replace_schema_metadata()
+            if not part.schema.equals(schema):
+                part = part.select(columns).cast(schema)
+            return part.replace_schema_metadata(metadata)
         except StoreError:
             raise
         except (pa.ArrowException, OSError, KeyError, ValueError):  # the last for a null where none may be
             return None
+
+    def _open(self, url: str) -> Any:
+        """Return what Arrow reads a part from: a small one comes whole, in one request."""
+        said = PartName.parse(urls.name(url))
+        is_small = said is not None and said.num_rows <= _SMALL_ROWS
+        return pa.BufferReader(self.store.read_bytes(url)) if is_small else self.store.open(url)
 
     # Writing
 

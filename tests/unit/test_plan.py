@@ -1,18 +1,20 @@
 """The plan of a job: what is left, what is refused, what a dry run leaves behind."""
 
 import tarfile
+from contextlib import ExitStack
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import CaptionJobConfig, DecodingConfig, InputConfig, ModelConfig, ResourceConfig
 from captioner.errors import BundleError, ConfigError, InputError, OutputError
 from captioner.plan import Plan, output_options, plan_job
-from captioner.rows import captioned_schema
-from captioner.tables import CaptionTable, Stamp
+from captioner.rows import captioned_schema, row_key
+from captioner.tables import CaptionTable, Stamp, audit
 from tests.bundles import save_tiny_bundle
 
 
@@ -30,14 +32,14 @@ def config(tmp_path: Path, bundle: str) -> CaptionJobConfig:
     return CaptionJobConfig(input_path=str(images), output=str(tmp_path / "out"), model=ModelConfig(model=bundle))
 
 
-def finish(plan: Plan, keys: range, reason: str | None = None) -> None:
+def finish(plan: Plan, keys: range, reason: str | None = None, attempt: int = 1) -> None:
     """Write rows as a run would: captions, or failures of one reason."""
     caption = {"caption": "x", "num_tokens": 1, "finish_reason": "stop", "mean_logprob": 0.0, "min_logprob": 0.0}
     caption["is_repetitive"] = False
     size = {"width": 1, "height": 1, "size_bytes": 1}
     outcome = {**caption, **size} if reason is None else {"reason": reason, "detail": "why"}
-    rows = [{"key": key, "image_id": str(key), "attempt": 1, **outcome} for key in keys]
-    plan.table.write(pa.Table.from_pylist(rows, captioned_schema()), Stamp("run", plan.table.digest))
+    rows = [{"key": key, "image_id": str(key), "attempt": attempt, **outcome} for key in keys]
+    plan.table.write(pa.Table.from_pylist(rows, captioned_schema()), Stamp(f"run-{attempt}", plan.table.digest))
 
 
 def left(plan: Plan) -> list[int]:
@@ -209,3 +211,74 @@ def test_a_tar_is_counted_when_it_was_read_to_its_end_and_not_before(config: Cap
     assert plan_job(config).num_left is None
     list(tables)
     assert plan_job(config).num_left == 4
+
+
+def test_finished_units_are_not_read_again_even_where_they_are_gone(config: CaptionJobConfig, tmp_path: Path) -> None:
+    for shard in range(3):
+        pq.write_table(pa.table({"image": [b"x"] * 4}), tmp_path / f"{shard}.parquet")
+    config = replace(config, input_path=str(tmp_path / "{0..2}.parquet"))
+    finish(plan_job(config), range(4))
+    finish(plan_job(config), range(row_key(2, 0), row_key(2, 4)))
+    (tmp_path / "0.parquet").unlink()
+    (tmp_path / "2.parquet").write_bytes(b"another file")
+    plan = plan_job(config)
+    assert left(plan) == list(range(row_key(1, 0), row_key(1, 4)))
+    assert plan.num_skipped == 8
+
+
+def test_finished_tars_are_neither_opened_nor_counted_again(config: CaptionJobConfig, tmp_path: Path) -> None:
+    tar_of_images(tmp_path / "0.tar", num_images=4)
+    tar_of_images(tmp_path / "1.tar", num_images=2)
+    config = replace(config, input_path=str(tmp_path / "{0..1}.tar"))
+    plan = plan_job(config)
+    list(plan.reader.read(plan.slices[0]))
+    finish(plan, range(4))
+    (tmp_path / "0.tar").unlink()
+    for limited in (config, replace(config, input=InputConfig(limit=5))):
+        assert [piece.unit.ordinal for piece in plan_job(limited).slices] == [1]
+
+
+def test_planning_a_finished_job_again_changes_no_file_of_the_table(config: CaptionJobConfig) -> None:
+    finish(plan_job(config), range(590))
+    finish(plan_job(config), range(590, 600), reason="corrupt")
+
+    def state() -> dict[str, tuple[int, bytes]]:
+        files = (path for path in Path(config.output).rglob("*") if path.is_file())
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    before = state()
+    assert plan_job(config).slices == []
+    assert state() == before
+
+
+def test_rows_that_stand_twice_are_dropped_by_the_run_that_finds_them(config: CaptionJobConfig) -> None:
+    plan = plan_job(config)
+    finish(plan, range(300))
+    finish(plan, range(200, 400))
+    assert plan_job(replace(config, dry_run=True)).done.num_doubled == 100
+    with ExitStack() as held:
+        again = plan_job(config, take_lease=lambda table: held.enter_context(table.take_lease("caption")))
+    assert (again.done.num_doubled, again.done.num_captioned) == (0, 400)
+    assert sum(pq.read_metadata(part).num_rows for part in again.table.parts("captions")) == 400
+
+
+def test_attempts_are_counted_over_several_runs_and_a_success_ends_them(config: CaptionJobConfig) -> None:
+    def attempt_of(plan: Plan) -> list[int]:
+        tables = [table for piece in plan.slices for table in plan.reader.read(piece)]
+        return [attempt for table in tables for attempt in table.column("attempt").to_pylist()]
+
+    finish(plan_job(config), range(599))
+    for attempt in (1, 2, 3):
+        plan = plan_job(config)
+        assert attempt_of(plan) == [attempt]
+        finish(plan, range(599, 600), reason="fetch_failed", attempt=attempt)
+    assert plan_job(replace(config, retry_failures="none")).slices == []
+    plan = plan_job(config)
+    assert attempt_of(plan) == [4]
+    finish(plan, range(599, 600), attempt=4)
+    assert attempt_of(plan_job(replace(config, retry_failures="all"))) == []
+    for attempt in (1, 2, 3, 4):
+        plan.table.record(f"run-{attempt}", {})
+    found, _ = audit(plan.table, plan.frozen)
+    assert (found.is_whole, found.captioned, found.failed) == (True, 600, 0)
+    assert sum(pq.read_metadata(part).num_rows for part in plan.table.parts("failures")) == 3
