@@ -312,6 +312,10 @@ class CaptionJobConfig:
     max_failed_share: float = 1.0
     """Share of the images, 0 to 1, whose failure ends the job; what was captioned stays. 1: they are only counted."""
 
+    refresh: bool = False
+    """List the input again and caption what is new in it too; what an earlier run froze keeps its place.
+    Images that changed or vanished since are counted and not touched."""
+
     dry_run: bool = False
     """Print the plan - images, units, model, what is left - and stop."""
 

@@ -18,7 +18,7 @@ from captioner.failure_limit import FailureLimit
 from captioner.model.bundle import BundleDescription, describe
 from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
 from captioner.slices import Slice, SliceReader, cut
-from captioner.sources import Frozen, count_images, freeze, load_frozen
+from captioner.sources import Frozen, Refreshed, count_images, freeze, load_frozen, refresh
 from captioner.sources.urls import absolute, redact, scheme
 from captioner.tables import CaptionTable, Done, Lease, holder, mend
 
@@ -45,6 +45,9 @@ class Plan:
 
     lease: Lease | None = None
     """What keeps other jobs away from the table; None for a dry run."""
+
+    refreshed: Refreshed | None = None
+    """What `--refresh` found; None where it was not asked for, or the input is frozen for the first time."""
 
     @property
     def num_left(self) -> int | None:
@@ -84,6 +87,8 @@ class Plan:
         skipped = ", ".join(f"{count:,} {kind}" for kind, count in self.frozen.skipped.items())
         yield f"input     {redact(self.config.input_path)} ({self.frozen.kind})"
         yield f"images    {counted} in {len(self.frozen.units):,} units" + (f"; left out: {skipped}" if skipped else "")
+        if self.refreshed:
+            yield f"refresh   {self.refreshed}"
         yield f"model     {self.model.summary}"
         yield f"output    {redact(self.table.url)}"
         if self.lease is None and (writer := holder(self.table.store, self.table.run_folder)):
@@ -112,7 +117,7 @@ def plan_job(
     table = CaptionTable(config.output, output_options(config))
     table.check(identity := _identity(config, model))
     lease = None if config.dry_run else take_lease(table)
-    frozen = _frozen(config, table, on_progress)
+    frozen, refreshed = _frozen(config, table, on_progress)
     if not config.dry_run:
         table.claim(identity)
     done = table.done(is_retried)
@@ -129,6 +134,7 @@ def plan_job(
         slices=slices,
         num_skipped=num_skipped,
         lease=lease,
+        refreshed=refreshed,
     )
 
 
@@ -177,16 +183,24 @@ def _retry_rule(text: str) -> Callable[[str], bool]:
     return frozenset(text.split(",")).__contains__
 
 
-def _frozen(config: CaptionJobConfig, table: CaptionTable, on_progress: Callable[[int], None]) -> Frozen:
-    """Return the input as an earlier run froze it, or freeze it now; for a dry run in a folder that vanishes again."""
-    options = output_options(config)
+def _frozen(
+    config: CaptionJobConfig, table: CaptionTable, on_progress: Callable[[int], None]
+) -> tuple[Frozen, Refreshed | None]:
+    """Return the input as an earlier run froze it, grown where that is asked for, or freeze it now.
+
+    For a dry run in a folder that vanishes again.
+    """
+    options, path = output_options(config), config.input_path
     earlier = load_frozen(table.run_folder, options) if table.identity() else None
-    if earlier:
-        return earlier
-    if not config.dry_run:
-        return freeze(config.input_path, config.input, table.run_folder, options, on_progress)
+    if earlier and not config.refresh:
+        return earlier, None
     with tempfile.TemporaryDirectory() as folder:
-        return freeze(config.input_path, config.input, folder, None, on_progress)
+        scratch = folder if config.dry_run else None
+        if earlier:
+            return refresh(path, config.input, earlier, table.run_folder, options, on_progress, scratch)
+        if scratch:
+            return freeze(path, config.input, scratch, None, on_progress), None
+        return freeze(path, config.input, table.run_folder, options, on_progress), None
 
 
 def _identity(config: CaptionJobConfig, model: BundleDescription) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from captioner.sources.freezing import freeze
 from captioner.sources.listing import ROWS_PER_LISTING, listed_ids
 from captioner.sources.reading import count_images, read_unit
 from captioner.sources.refusals import Refusals
+from captioner.sources.refreshing import Refreshed, refresh
 from captioner.sources.selection import describe
 from captioner.sources.store import Entry, Store, open_store
 from captioner.sources.units import Columns, Frozen, Unit, load_frozen, save_count
@@ -30,6 +31,7 @@ __all__ = [
     "Frozen",
     "Limits",
     "Refusals",
+    "Refreshed",
     "Store",
     "StoreError",
     "Unit",
@@ -43,5 +45,6 @@ __all__ = [
     "open_store",
     "read_unit",
     "redact",
+    "refresh",
     "save_count",
 ]

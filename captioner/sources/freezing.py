@@ -26,7 +26,7 @@ from captioner.sources.store import Entry
 from captioner.sources.units import Columns, Frozen, Unit, save_frozen
 from captioner.sources.webdataset import check_tar
 
-__all__ = ["freeze"]
+__all__ = ["TableFile", "checked", "freeze", "look_at", "table_unit", "tar_unit", "widened"]
 
 _THREADS = 16
 
@@ -106,7 +106,7 @@ def _lists(
     return writer.close(), columns
 
 
-class _Table(NamedTuple):
+class TableFile(NamedTuple):
     """A Parquet file as its footer has it, or why it has none."""
 
     entry: Entry
@@ -124,41 +124,42 @@ def _tables(
     columns: Columns | None = None
     first = ""
     with ThreadPoolExecutor(_THREADS) as threads:
-        for table in threads.map(lambda entry: _look_at(selection, entry), entries):
+        for table in threads.map(lambda entry: look_at(selection, entry), entries):
             name = selection.name(table.entry.url)
             if table.schema is not None and columns is None:
                 columns, first = choose(table.schema, config, urls.shown(table.entry.url)), name
             if table.schema is not None and columns is not None:
-                columns = _widened(columns, table.schema, (first, name))
-                table = _checked(table, columns)
-            units.append(_table_unit(len(units), table, name))
+                columns = widened(columns, table.schema, (first, name))
+                table = checked(table, columns)
+            units.append(table_unit(len(units), table, name))
     _check_some_readable((unit.problem for unit in units), selection)
     assert columns is not None
     return tuple(units), columns
 
 
-def _look_at(selection: Selection, entry: Entry) -> _Table:
+def look_at(selection: Selection, entry: Entry) -> TableFile:
+    """Return what a file's footer says, or why it cannot be read. Raises StoreError where another try may help."""
     try:
         file, size_bytes = open_parquet(selection.store, entry.url)
     except StoreError as error:
         if error.fault.is_transient:
             raise
-        return _Table(entry, problem=error.fault.reject)
+        return TableFile(entry, problem=error.fault.reject)
     with file:
-        return _Table(entry, file.schema_arrow.remove_metadata(), file.metadata.num_rows, size_bytes)
+        return TableFile(entry, file.schema_arrow.remove_metadata(), file.metadata.num_rows, size_bytes)
 
 
-def _checked(table: _Table, columns: Columns) -> _Table:
+def checked(table: TableFile, columns: Columns) -> TableFile:
     """Return the table, or its problem if it lacks the image column that the first table has."""
     assert table.schema is not None
     if columns.image in table.schema.names:
         return table
     found = ", ".join(table.schema.names[:20])
     problem = Reject(RejectReason.UNSUPPORTED, f"no column {columns.image}, as other files have; columns: {found}")
-    return _Table(table.entry, problem=problem)
+    return TableFile(table.entry, problem=problem)
 
 
-def _widened(columns: Columns, schema: pa.Schema, names: tuple[str, str]) -> Columns:
+def widened(columns: Columns, schema: pa.Schema, names: tuple[str, str]) -> Columns:
     """Return the kept columns with types that hold the values of one more table too. Raises InputError if none does."""
     pairs = zip(columns.kept, columns.kept_from, strict=True)
     return replace(columns, kept=tuple(_wider(field, old, schema, names) for field, old in pairs))
@@ -177,7 +178,8 @@ def _wider(field: pa.Field, old: str, schema: pa.Schema, names: tuple[str, str])
     return pa.field(field.name, both.field(0).type)
 
 
-def _table_unit(ordinal: int, table: _Table, name: str) -> Unit:
+def table_unit(ordinal: int, table: TableFile, name: str) -> Unit:
+    """Return a Parquet file as a unit."""
     return Unit(
         ordinal=ordinal,
         kind="parquet",
@@ -196,14 +198,15 @@ def _tars(
     del writer
     if config.id_column:
         raise ConfigError("--id-column: samples of a tar are named by their members; use --keep-columns for it")
-    units = [_tar_unit(ordinal, entry, selection) for ordinal, entry in enumerate(entries)]
+    units = [tar_unit(ordinal, entry, selection) for ordinal, entry in enumerate(entries)]
     problems = (check_tar(selection.store, unit.path) for unit in units)
     _check_some_readable(problems, selection)
     kept = tuple(pa.field(new, pa.string()) for new in config.kept)
     return tuple(units), Columns(image=config.image_column, kept=kept, kept_from=tuple(config.kept.values()))
 
 
-def _tar_unit(ordinal: int, entry: Entry, selection: Selection) -> Unit:
+def tar_unit(ordinal: int, entry: Entry, selection: Selection) -> Unit:
+    """Return a tar as a unit that nobody has counted."""
     return Unit(
         ordinal=ordinal,
         kind="webdataset",

@@ -6,6 +6,7 @@ One part is one unit. Never holds more than one part. Knows no other kind of inp
 import csv
 import functools
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,15 +29,24 @@ ROWS_PER_LISTING = 10_000
 _KEPT_UNITS = 32  # a megabyte each
 
 _FOLDER = "listing"
+_PART = re.compile(r"part-\d+\.parquet")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class ListingWriter:
-    """Writes the listing part by part; whatever an interrupted writer left is removed first."""
+    """Writes the listing part by part; whatever an interrupted writer left is removed first.
+
+    first: ordinal of the first part; the parts of lower ones belong to a listing that is frozen, and stay.
+    """
 
     def __init__(
-        self, run_folder: str, output_options: Mapping[str, Any] | None, on_progress: Callable[[int], None]
+        self,
+        run_folder: str,
+        output_options: Mapping[str, Any] | None,
+        on_progress: Callable[[int], None],
+        first: int = 0,
     ) -> None:
+        self._first = first
         self._folder = urls.join(urls.absolute(run_folder), _FOLDER)
         self._store = open_store(run_folder, output_options)
         self._on_progress = on_progress
@@ -69,10 +79,11 @@ class ListingWriter:
         self.units, self._held = [], []
         with output_errors(self._folder):
             for name in self._store.names(self._folder):
-                self._store.remove(urls.join(self._folder, name))
+                if not _PART.fullmatch(name) or int(name[5:-8]) >= self._first:
+                    self._store.remove(urls.join(self._folder, name))
 
     def _flush(self) -> None:
-        ordinal = len(self.units)
+        ordinal = self._first + len(self.units)
         name = f"part-{ordinal:06d}.parquet"
         data = _parquet(self._held, self.kept)
         with output_errors(self._folder):

@@ -282,3 +282,15 @@ def test_attempts_are_counted_over_several_runs_and_a_success_ends_them(config: 
     found, _ = audit(plan.table, plan.frozen)
     assert (found.is_whole, found.captioned, found.failed) == (True, 600, 0)
     assert sum(pq.read_metadata(part).num_rows for part in plan.table.parts("failures")) == 3
+
+
+def test_a_refresh_captions_what_is_new_and_says_so(config: CaptionJobConfig) -> None:
+    finish(plan_job(config), range(600))
+    (Path(config.input_path) / "0000-new.jpg").touch()
+    assert plan_job(config).slices == []
+    dry = plan_job(replace(config, refresh=True, dry_run=True))
+    assert dry.num_left == 1
+    plan = plan_job(replace(config, refresh=True))
+    assert "refresh   1 new images" in list(plan.lines())
+    assert left(plan) == [row_key(1, 0)]
+    assert left(plan_job(config)) == [row_key(1, 0)]
