@@ -15,8 +15,8 @@ from captioner.sources.fetching import Fetcher
 from captioner.sources.freezing import freeze
 from captioner.sources.listing import ROWS_PER_LISTING, listed_ids
 from captioner.sources.reading import count_images, read_unit
-from captioner.sources.refusals import Refusals
 from captioner.sources.refreshing import Refreshed, refresh
+from captioner.sources.refusals import Refusals
 from captioner.sources.selection import describe
 from captioner.sources.store import Entry, Store, open_store
 from captioner.sources.units import Columns, Frozen, Unit, load_frozen, save_count
@@ -30,8 +30,8 @@ __all__ = [
     "Fetcher",
     "Frozen",
     "Limits",
-    "Refusals",
     "Refreshed",
+    "Refusals",
     "Store",
     "StoreError",
     "Unit",
