@@ -24,7 +24,7 @@ from tests.faults.running_job import (
     wait_for_parts,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # for a machine with other work
 
 Start = Callable[..., Job]
 
