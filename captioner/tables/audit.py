@@ -126,7 +126,8 @@ class _Reader:
         if not is_intact(data):
             return _Part(Problem("torn", url, "its bytes are not those that were written"))
         if not schema.remove_metadata().equals(self._schemas[folder]):
-            return _Part(Problem("torn", url, f"its columns are not those of {folder}"))
+            # Whole as it is, perhaps of another release: a repair must not put it aside.
+            return _Part(Problem("foreign", url, f"its columns are not those of {folder}"))
         if why := self._is_wrong(url, rows):
             return _Part(Problem("torn", url, why))
         columns = ["key"] if folder == "captions" else FAILURE_COLUMNS

@@ -138,12 +138,12 @@ def test_a_part_with_keys_that_are_none_counts_as_torn(table: CaptionTable, stam
     assert audited(table, {0: 2}).torn_parts == [str(part)]
 
 
-def test_captions_that_stand_among_the_failures_count_as_torn(table: CaptionTable, stamp: Stamp) -> None:
+def test_captions_that_stand_among_the_failures_count_as_foreign(table: CaptionTable, stamp: Stamp) -> None:
     table.write(captioned([1]), stamp)
     (part,) = Path(table.url, "captions").iterdir()
     Path(table.url, "failures").mkdir()
     moved = part.rename(Path(table.url, "failures", part.name))
-    assert audited(table, {0: 2}).torn_parts == [str(moved)]
+    assert audited(table, {0: 2}).foreign_parts == [str(moved)]
 
 
 def test_a_folder_with_parts_but_no_run_is_refused(tmp_path: Path) -> None:
