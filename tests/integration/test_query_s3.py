@@ -152,7 +152,7 @@ def test_the_lines_of_the_readme_read_the_table_with_pandas_pyarrow_and_ray_data
     read = (
         "[sorted(frame.caption), sorted(table['caption'].to_pylist()), sorted(r['caption'] for r in rows.take_all())]"
     )
-    script = f"{code[1]}\nimport json; print(json.dumps({read}))"
+    script = f"{code[1].replace('/data', str(tmp_path))}\nimport json; print(json.dumps({read}))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False
     )
