@@ -30,7 +30,11 @@ from captioner.projector_training import fit_projector
 from tests.labelled_scenes import write_labels
 from tests.unit import tiny_models
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own sockets, when a driver leaves its cluster
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray Data and Ray Train copy their deprecated settings
+]
 
 NUM_IMAGES = {"train": 48, "validation": 12}
 TRAINING = ["--batch-size", "16", "--max-steps", "12", "--eval-every", "4", "--log-every", "1"]
