@@ -99,8 +99,8 @@ def _spread(places: list[float]) -> list[float]:
 
 def _ticks(highest: float) -> list[float]:
     """Return some round numbers from 0 to at least `highest`."""
-    if highest <= 0:
+    if highest < 1e-9:  # BLEU of nothing right is 1e-11
         return [0.0, 1.0]
     unit = 10 ** math.floor(math.log10(highest / 4))
     step = next(unit * factor for factor in (1, 2, 5, 10) if highest / (unit * factor) <= 5)
-    return [round(step * place, 10) for place in range(math.ceil(highest / step - 1e-9) + 1)]
+    return [round(step * place, 12) for place in range(math.ceil(highest / step - 1e-9) + 1)]

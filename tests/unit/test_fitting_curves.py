@@ -34,10 +34,11 @@ def test_a_title_is_text():
         [],
         HISTORY[:1],
         [{"step": 1.0, "loss": 0.0}],
+        [{"step": 4.0, "loss": 5.0, "bleu_4": 1.5e-11, "cider_d": 0.0}],
         [{"step": 5.0, "loss": math.nan}, {"step": 9.0, "loss": 1e-9}],
         [{"step": float(step), "loss": 7e5 / step} for step in range(1, 500)],
     ],
-    ids=["nothing", "one row", "zero", "no number", "many"],
+    ids=["nothing", "one row", "zero", "next to zero", "no number", "many"],
 )
 def test_any_history_can_be_drawn(history):
     text = curves_svg(history)
