@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own sockets, when a driver leaves its cluster
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray Data and Ray Train copy their deprecated settings
-    pytest.mark.filterwarnings("ignore:The minimum number of concurrent actors"),  # one slice for two workers
+    pytest.mark.filterwarnings("ignore:The (min|max)imum number of concurrent"),  # one slice for two workers
 ]
 
 NUM_IMAGES = {"train": 48, "validation": 12}
