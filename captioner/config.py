@@ -621,7 +621,7 @@ class TrainingConfig:
     image_tokens: int = 1
     """Embeddings that stand for one image."""
 
-    epochs: int = 3
+    epochs: int = 1
     """Times every example is seen."""
 
     max_steps: int | None = None

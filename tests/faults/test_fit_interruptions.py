@@ -20,7 +20,7 @@ from tests.unit import tiny_models
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-NUM_STEPS, NUM_KILLS = 800, 2
+NUM_STEPS, NUM_KILLS = 400, 2
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_fit_whose_workers_are_killed_at_random_steps_ends_with_the_weights_of
     lots = random.Random(time.time_ns())
     killed_at = []
     for kill in range(NUM_KILLS):
-        wait_for_step(20 + kill * 300 + lots.randrange(200), output, job)
+        wait_for_step(20 + kill * 180 + lots.randrange(100), output, job)
         time.sleep(lots.random() * 0.2)
         workers = fit_workers(job.pid)
         assert workers, "no worker was found to kill"
@@ -152,7 +152,7 @@ def test_a_fit_whose_workers_are_killed_at_random_steps_ends_with_the_weights_of
 def test_a_fit_whose_driver_is_killed_is_continued_by_the_same_command(command, unbroken, tmp_path):
     output = tmp_path / "bundle"
     job = start(command, output, unbroken.parent / "features")
-    wait_for_step(200, output, job)
+    wait_for_step(100, output, job)
     os.kill(job.pid, signal.SIGKILL)
     job.communicate()
     time.sleep(5)  # its workers notice that it is gone

@@ -132,5 +132,5 @@ def test_the_lines_of_a_plan_name_what_will_be_done(labels, parts, tmp_path):
     plan = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], "--batch-size", "6")
     text = "\n".join(plan.lines())
     assert "train 9 images 18 captions" in text
-    assert "steps     9 of 6 examples" in text
+    assert "steps     3 of 6 examples" in text
     assert json.dumps(plan.identity)
