@@ -52,8 +52,10 @@ __all__ = [
     "decode_slices",
     "job_errors",
     "joined_cluster",
+    "one_table",
     "shortage",
     "worker_pool",
+    "write_rows",
 ]
 
 log = logging.getLogger("captioner")
@@ -104,9 +106,7 @@ def _run(plan: "Plan") -> dict[str, Any]:
         sink = WriteParts(plan, Stamp(run_id, plan.table.digest, is_leased=True))
         count, url = partial(plan.table.num_written, run_id), plan.table.url
         with progress(plan.num_left, count, url, partial(shortage, allocation)), job_errors():
-            captioned = _captioned(plan, allocation)
-            task = {"num_cpus": allocation.task_cpus, "label_selector": OFF_MODEL_NODES}
-            captioned.write_datasink(sink, ray_remote_args=task, concurrency=allocation.num_writers)
+            write_rows(_captioned(plan, allocation), sink, allocation)
         mend_late(plan.table, plan.done.parts.union(*(part.parts for part in sink.parts)), run_id)
         seconds = time.monotonic() - start
         num_read = sum(part.captioned + part.failed for part in sink.parts)
@@ -177,6 +177,20 @@ def decode_slices(source: "ReadSlices", decoder: Mapping[str, Any], allocation: 
         **RETRIES,
     )
     return decoded
+
+
+def write_rows(rows: Dataset, sink: Datasink[Any], allocation: Allocation) -> None:
+    """Run the stream into the sink."""
+    # A limit is no wish: that a small job does not reach it is nothing to warn of.
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks for 'Write'", UserWarning)
+    task = {"num_cpus": allocation.task_cpus, "label_selector": OFF_MODEL_NODES}
+    rows.write_datasink(sink, ray_remote_args=task, concurrency=allocation.num_writers)
+
+
+def one_table(blocks: Iterable[pa.Table]) -> pa.Table | None:
+    """Return the rows of a write task, None without any: a slice of no rows arrives as a block of no columns."""
+    filled = [block for block in blocks if block.num_rows]
+    return pa.concat_tables(filled) if filled else None
 
 
 def worker_pool(size: tuple[int, int], calls: int) -> ActorPoolStrategy:
@@ -289,7 +303,10 @@ class WriteParts(Datasink[PartSummary]):
         Raises JobError when more images of the run have failed than may.
         """
         del ctx
-        part = self._table.write(pa.concat_tables(blocks), self._stamp, self._kept)
+        rows = one_table(blocks)
+        if rows is None:
+            return PartSummary(0, {}, 0)
+        part = self._table.write(rows, self._stamp, self._kept)
         if part.failed and self._limit.is_set:
             self._limit.check(self._table.failed_by_reason(self._stamp.run_id))
         return part

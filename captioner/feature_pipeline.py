@@ -18,14 +18,15 @@ from ray.data import Dataset
 from ray.data.datasource import Datasink
 
 from captioner.caption_pipeline import (
-    OFF_MODEL_NODES,
     RETRIES,
     ReadSlices,
     check_device,
     decode_slices,
     job_errors,
+    one_table,
     shortage,
     worker_pool,
+    write_rows,
 )
 from captioner.config import ModelConfig, ResourceConfig
 from captioner.examples import FeatureSet, gather
@@ -81,9 +82,7 @@ def _compute(
         job_errors(),
         redirect_stdout(sys.stderr),
     ):
-        featured = _featured(source, plan, model, config, allocation)
-        task = {"num_cpus": allocation.task_cpus, "label_selector": OFF_MODEL_NODES}
-        featured.write_datasink(sink, ray_remote_args=task)
+        write_rows(_featured(source, plan, model, config, allocation), sink, allocation)
     plan.clear()
 
 
@@ -133,4 +132,6 @@ class WriteFeatures(Datasink[None]):
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
         """Write the rows of one task; the name comes from the rows, so that twice is once."""
         del ctx
-        self._cache.write(pa.concat_tables(blocks))
+        rows = one_table(blocks)
+        if rows is not None:
+            self._cache.write(rows)

@@ -182,7 +182,9 @@ def test_tars_are_counted_while_they_are_read_so_that_a_rerun_knows_they_are_don
 ) -> None:
     for shard in range(3):
         tar_of_images(tmp_path / f"shard-{shard}.tar", num_images=4 + shard)
-    config = job(tmp_path / "shard-{0..2}.tar", output, bundle, keep_columns=("n",))
+    for shard in (3, 4):
+        tar_of_images(tmp_path / f"shard-{shard}.tar", num_images=0)
+    config = job(tmp_path / "shard-{0..4}.tar", output, bundle, keep_columns=("n",))
     assert sums_of(caption_images(config)) == (15, 15, 0)
     again = caption_images(config)
     assert (again["read"], again["skipped_done"]) == (0, 15)

@@ -3,9 +3,10 @@
 from pathlib import Path
 from unittest.mock import Mock
 
+import pyarrow as pa
 import pytest
 
-from captioner.caption_pipeline import caption_images, check_device
+from captioner.caption_pipeline import caption_images, check_device, one_table
 from captioner.config import CaptionJobConfig, ResourceConfig, VerifyConfig
 from captioner.errors import ConfigError, JobError, OutputError
 from captioner.resources import Cluster, allocate
@@ -55,6 +56,12 @@ def test_a_device_that_no_worker_gets_is_refused_before_a_worker_starts() -> Non
         check_device("cuda:0", without)
     check_device("cuda", allocate(ResourceConfig(), Cluster(cpus=2, gpus=1)))
     check_device("auto", without)
+
+
+def test_blocks_of_no_rows_have_no_columns_and_spoil_nothing() -> None:
+    empty, rows = pa.table({}), pa.table({"key": [1]})
+    assert one_table([empty, rows, empty, rows]) == pa.table({"key": [1, 1]})
+    assert one_table([empty, empty]) is None
 
 
 def test_an_error_without_a_name_is_still_told() -> None:
