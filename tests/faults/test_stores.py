@@ -42,7 +42,7 @@ def options(s3: Bucket, proxy: FaultingProxy) -> dict[str, Any]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captioner.sources.store.pause_s", lambda *_: 0.02)
+    monkeypatch.setattr("captioner.sources.store.fsspec_store.pause_s", lambda *_: 0.02)
 
 
 def tar_of(bodies: list[bytes]) -> bytes:
@@ -82,7 +82,7 @@ def test_tars_and_tables_are_read_whole_through_any_fault(
 def test_a_listing_through_faults_has_every_object_once(
     s3: Bucket, proxy: FaultingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("captioner.sources.store.PAGE_SIZE", 50)
+    monkeypatch.setattr("captioner.sources.store.s3.PAGE_SIZE", 50)
     names = [f"in/{number:05d}.jpg" for number in range(320)]
     s3.fs.pipe({f"{s3.name}/{name}": b"x" for name in names})
     proxy.weather = [Weather(seed=5, share=0.5, kinds=["throttled", "reset", "short"], burst=1)]

@@ -135,6 +135,6 @@ def test_a_reader_seeks_whether_the_server_gives_ranges_or_not(web):
 
 
 def test_a_server_that_is_down_is_not_taken_for_a_file_that_is_missing(run, monkeypatch):
-    monkeypatch.setattr("captioner.sources.store.pause_s", lambda *_: 0)
+    monkeypatch.setattr("captioner.sources.store.fsspec_store.pause_s", lambda *_: 0)
     with pytest.raises(JobError, match=r"http://127.0.0.1:1/x.parquet cannot be listed: .*Cannot connect"):
         freeze("http://127.0.0.1:1/x.parquet", InputConfig(), run)

@@ -93,7 +93,7 @@ def test_a_reader_seeks_and_ends_as_a_file_does(folder):
 
 
 def test_a_reader_goes_on_where_the_store_dropped_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("captioner.sources.store.pause_s", lambda *_: 0)
+    monkeypatch.setattr("captioner.sources.store.fsspec_store.pause_s", lambda *_: 0)
     store = open_store(str(tmp_path))
     store.write_atomic(f"{tmp_path}/x", bytes(range(256)) * 100)
     opened = []

@@ -288,7 +288,7 @@ def test_an_empty_file_among_shards_is_one_reject(tmp_path, run):
 
 
 def test_a_store_that_stops_delivering_leaves_the_rest_for_another_run(tmp_path, run, monkeypatch):
-    monkeypatch.setattr("captioner.sources.store._BUFFER_BYTES", {"file": 512})
+    monkeypatch.setattr("captioner.sources.store.fsspec_store._BUFFER_BYTES", {"file": 512})
     (tmp_path / "s.tar").write_bytes(_tar(_samples(5)))
     frozen = _freeze(tmp_path / "s.tar", run)
     plain = SteadyFile._read_once
