@@ -65,6 +65,6 @@ class Refusals:
         since = "since some arrived before" if self._has_seen_one else "and none arrived before"
         return (
             f"{self._num_in_a_row} images in a row did not arrive, {since}; the last is {urls.redact(shown)}:"
-            f" {last.reason}: {last.detail}. None of them was written as a failure; mend the access (credentials,"
-            " endpoint, network) and give the same command again"
+            f" {last.reason}: {last.detail}. Mend the access (credentials, endpoint, network, mount) and give the same"
+            " command again: it asks for all of them anew"
         )

@@ -350,6 +350,21 @@ def test_local_files_that_are_no_files_are_rejects(tmp_path):
     assert [_reason(outcome) for outcome in outcomes] == ["missing"] * 4 + ["empty"] + ["missing"] * 2
 
 
+@pytest.mark.parametrize("pattern", ["", "*/*.jpg"])
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_files_that_are_missing_with_the_whole_input_are_tried_again_later(tmp_path, pattern, how):
+    root = tmp_path / "disk"
+    (root / "a").mkdir(parents=True)
+    (root / "a/1.jpg").write_bytes(b"one")
+    fetcher = Fetcher(str(root / pattern), InputConfig(), ImageConfig())
+    files = [str(root / "a/1.jpg"), str(root / "a/2.jpg")]
+    assert [getattr(found, "reason", found) for found in fetcher.fetch(files)] == [b"one", "missing"]
+    (root / "a").rename(tmp_path / "elsewhere")
+    if how == "gone":
+        root.rmdir()
+    assert [found.reason for found in fetcher.fetch(files)] == ["fetch_failed", "fetch_failed"]
+
+
 def test_a_local_file_that_is_too_large_is_a_reject(tmp_path):
     (tmp_path / "x").write_bytes(b"x" * 11)
     assert _reason(_fetch([f"{tmp_path}/x"], max_image_bytes=10)[0]) == "too_large"

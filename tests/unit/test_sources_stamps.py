@@ -81,6 +81,7 @@ def test_a_stamp_in_memory_changes_with_each_write() -> None:
 def test_what_is_not_there_has_a_reject_for_a_stamp(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folders = {"local": str(tmp_path), "memory": "memory://nowhere"}
     folder = folders.get(store) or request.getfixturevalue("site")
+    (tmp_path / "there.jpg").touch()
     [found] = stamps(folder, "gone.jpg")
     assert isinstance(found, Reject)
     assert found.reason == RejectReason.MISSING
