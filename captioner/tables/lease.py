@@ -25,7 +25,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -115,7 +115,8 @@ def take_lease(store: Store, run_folder: str, purpose: str) -> Iterator[Lease]:
     heart = threading.Thread(target=_keep, args=(lease, ended, is_main), name="lease", daemon=True)
     heart.start()
     try:
-        yield lease
+        with _interruptible(lease) if is_main else nullcontext():
+            yield lease
     except KeyboardInterrupt:
         if lease.is_lost:
             raise JobError(_lost(run_folder)) from None
@@ -255,6 +256,24 @@ def _keep(lease: Lease, ended: threading.Event, is_main: bool) -> None:
         log.info("lease=lost run=%s", lease.run_id)
         if is_main:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextmanager
+def _interruptible(lease: Lease) -> Iterator[None]:
+    """Let the loss of the lease interrupt a job that ignores Ctrl-C, as one behind `nohup ... &` in a script does."""
+
+    def interrupt(*_: object) -> None:
+        if lease.is_lost:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if before == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
 
 
 def _release(lease: Lease) -> None:

@@ -4,8 +4,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -82,17 +83,19 @@ class Killer:
     is_after: bool
     look: Callable[[], None] = lambda: None
     num_changes: int = 0
+    lock: Lock = field(default_factory=Lock)  # files are removed by several threads
 
     def wrap(self, change: Callable[..., Any]) -> Callable[..., Any]:
         def changed(*arguments: Any) -> Any:
-            self.num_changes += 1
-            if self.num_changes > self.at or (self.num_changes == self.at and not self.is_after):
-                raise KilledError
-            result = change(*arguments)
-            self.look()
-            if self.num_changes == self.at:
-                raise KilledError
-            return result
+            with self.lock:
+                self.num_changes += 1
+                if self.num_changes > self.at or (self.num_changes == self.at and not self.is_after):
+                    raise KilledError
+                result = change(*arguments)
+                self.look()
+                if self.num_changes == self.at:
+                    raise KilledError
+                return result
 
         return changed
 

@@ -163,6 +163,18 @@ def test_a_job_that_lost_its_lease_stops_and_leaves_the_new_holder_alone(local: 
     assert found.run_id == "other"
 
 
+def test_a_job_that_ignores_ctrl_c_stops_too_when_it_lost_its_lease(local: CaptionTable, quick: None) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with local.take_lease("caption"):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(JobError, match="another job took over"), local.take_lease("caption") as held:
+            lose(local, held)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupted_job_gives_its_lease_back(local: CaptionTable) -> None:
     with pytest.raises(KeyboardInterrupt), local.take_lease("caption"):
         raise KeyboardInterrupt
