@@ -17,6 +17,7 @@ from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.blocks import MAX_BLOCK_BYTES, Done, Limits, Row, assemble, positions_left, tabulate, too_large
 from captioner.sources.columns import is_bytes, is_struct, is_text, plain_type
+from captioner.sources.deaths import begun
 from captioner.sources.faults import Fault, StoreError
 from captioner.sources.store import Store
 from captioner.sources.units import Columns, Unit
@@ -24,6 +25,7 @@ from captioner.sources.units import Columns, Unit
 __all__ = ["open_parquet", "read_parquet"]
 
 _PIECE_BYTES = 4 << 20  # of a column that is asked for at once
+_MOST_DEATHS = 3
 _DATA_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)  # what Arrow raises for bytes that are not as promised
 _OPEN_ERRORS = (*_DATA_ERRORS, ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 """Beyond these, what the column types that Ray registers in every process raise for a schema made up to break them."""
@@ -114,9 +116,7 @@ class _Reader:
         wished = (self._columns.image, self._columns.id, *self._columns.kept_from)
         names = [name for name in wished if name and name in present]
         self._next = first
-        for batch in self._file.iter_batches(
-            batch_size=self._batch_size(group), row_groups=[group], columns=names, use_threads=False
-        ):
+        for batch in self._batches(group, names):
             stop = self._next + batch.num_rows
             positions = wanted[(wanted >= self._next) & (wanted < stop)]
             batch = batch.cast(pa.schema([field.with_type(_without_view(field.type)) for field in batch.schema]))
@@ -126,6 +126,21 @@ class _Reader:
             self._next = stop
             if stop > wanted[-1]:
                 return  # who wants one row does not wait for the rest of its group
+
+    def _batches(self, group: int, names: list[str]) -> Iterator[pa.RecordBatch]:
+        """Yield what Arrow reads; raise ArrowInvalid for what ended the processes that tried before."""
+        batches: Iterator[pa.RecordBatch] | None = None
+        while True:
+            with begun(f"{self._unit.path} {self._unit.size_bytes} row {self._next} of {names}") as num_deaths:
+                if num_deaths >= _MOST_DEATHS:
+                    raise pa.ArrowInvalid(f"reading row {self._next} ended {num_deaths} processes")
+                batches = batches or self._file.iter_batches(
+                    batch_size=self._batch_size(group), row_groups=[group], columns=names, use_threads=False
+                )
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def _batch_size(self, group: int) -> int:
         """Return as many rows as make a block on average: those of one file are of like size.

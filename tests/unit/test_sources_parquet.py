@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -311,3 +313,38 @@ def test_braces_name_tables_and_one_that_is_missing_is_a_reject(tmp_path, run):
     _write(tmp_path / "t-0.parquet", {"image": [b"a"]})
     rows = _rows(f"{tmp_path}/t-{{0..1}}.parquet", run)
     assert [(row["image_id"], row["reason"]) for row in rows] == [("t-0.parquet#0", None), ("t-1.parquet", "missing")]
+
+
+DIES_AT_ROW_5 = """
+import os, signal, sys
+import pyarrow.parquet as pq
+from captioner.config import InputConfig
+from captioner.sources import freeze, read_unit
+
+def iter_batches(file, *, row_groups, **options):
+    for number, batch in enumerate(READ(file, row_groups=row_groups, **options | {"batch_size": 2})):
+        if (row_groups, number) == ([1], 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+READ, pq.ParquetFile.iter_batches = pq.ParquetFile.iter_batches, iter_batches
+frozen = freeze(sys.argv[1], InputConfig(), sys.argv[2])
+[unit] = frozen.units
+for table in read_unit(unit, frozen.columns, InputConfig(), run_folder=sys.argv[2]):
+    for row in table.to_pylist():
+        print(row["key"], row["data"], row["reason"], row["detail"])
+"""
+
+
+def test_rows_that_end_every_process_that_reads_them_are_given_up(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    images = [f"image {row}".encode() for row in range(9)]
+    path = _write(tmp_path / "t.parquet", {"image": pa.array(images)}, row_group_size=3)
+    reading = [sys.executable, "-c", DIES_AT_ROW_5, path, run]
+    ends = [subprocess.run(reading, capture_output=True, text=True, check=False) for _ in range(4)]
+    assert [end.returncode for end in ends] == [-9, -9, -9, 0]
+    lines = ends[-1].stdout.splitlines()
+    assert lines[:5] == [f"{row} {images[row]} None None" for row in range(5)]
+    assert lines[5] == "5 None corrupt row group 1: reading row 5 ended 3 processes"
+    assert lines[6:] == [f"{row} {images[row]} None None" for row in range(6, 9)]
+    assert not list(tmp_path.glob("captioner-reading-*/*"))
