@@ -79,6 +79,7 @@ class Pulse:
             if not self._num_calls:
                 self._tell("images")
             self._num_calls += 1
+            self._recorder.gauge("captioner_slots_busy", self._num_busy())  # a job of a second is seen, too
 
     def __exit__(self, *_: object) -> None:
         """End a call."""

@@ -154,10 +154,10 @@ def test_a_fit_whose_driver_is_killed_is_continued_by_the_same_command(command, 
     job = start(command, output, unbroken.parent / "features")
     wait_for_step(100, output, job)
     os.kill(job.pid, signal.SIGKILL)
+    killed_at = step_of(output)
     job.communicate()
     time.sleep(5)  # its workers notice that it is gone
-    stopped_at = step_of(output)
-    assert stopped_at < NUM_STEPS, "the injector came too late to do anything"
+    assert killed_at < NUM_STEPS, "the injector came too late to do anything"
     assert not (output / "bundle.json").exists()
     end(start(command, output, unbroken.parent / "features"))
     assert_same(output, unbroken)

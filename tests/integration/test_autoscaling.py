@@ -83,7 +83,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
 def _start_job(cluster: LocalCluster, images: Path, output: Path, bundle: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-W", "ignore", str(ROOT / "jobs" / "caption.py"), str(images), str(output)]
     command += ["--model", bundle, "--workers", "1:2", "--gpus-per-worker", "1", "--device", "cpu"]
-    command += ["--max-new-tokens", "24", "--rows-per-part", "128"]
+    command += ["--max-new-tokens", "24", "--rows-per-part", "128", "--slots", "8"]
     quick = {"RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2"}
     environment = {**os.environ, **cluster.environment, **quick, "PYTHONPATH": str(ROOT)}
     with (output.parent / "log").open("w") as log:
