@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -153,7 +154,21 @@ def job_server(environment: Mapping[str, str], num_cpus: int = 2) -> Iterator[tu
         flags = [f"--num-cpus={num_cpus}", "--include-dashboard=true", f"--dashboard-port={dashboard}"]
         own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_metrics_report_interval_ms": "500"}
         with _head(port, Path(folder), flags, {**own, **environment}) as cluster:
-            yield cluster, f"http://127.0.0.1:{dashboard}"
+            address = f"http://127.0.0.1:{dashboard}"
+            wait_until(lambda: _takes_jobs(address), _START_S)
+            yield cluster, address
+
+
+def _takes_jobs(address: str) -> bool:
+    """Say whether a submission would be accepted: the server is up before what runs its jobs."""
+    question = urllib.request.Request(
+        f"{address}/api/jobs/", b'{"entrypoint": "true"}', {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(question, timeout=30):
+            return True
+    except OSError:
+        return False
 
 
 @contextmanager
