@@ -68,6 +68,8 @@ _MAX_RESTARTS = 10  # of one worker: a spot node takes its workers with it. What
 # Until Ray knows that a node is gone, every try of its tasks fails at once: a small number of tries is used up before.
 RETRIES: dict[str, Any] = {"max_restarts": _MAX_RESTARTS, "max_task_retries": -1}
 _STAGE_LABEL = "captioner-stage"
+# Ray keeps as many processes as there are CPUs: on a small machine each write task would start a Python of its own.
+_LOCAL_CONFIG = {"num_workers_soft_limit": (os.cpu_count() or 1) + 8}
 OFF_MODEL_NODES = {_STAGE_LABEL: "!model"}  # nodes without the label are as good as any
 
 
@@ -323,7 +325,8 @@ def joined_cluster() -> Iterator[Cluster]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of an error, `job_errors` says in a line
     on_terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.ERROR)
+    own: dict[str, Any] = {} if address else {"include_dashboard": False, "_system_config": _LOCAL_CONFIG}
+    ray.init(address=address or "local", logging_level=logging.ERROR, **own)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own exits at once, and says nothing
     context = DataContext.get_current()

@@ -25,7 +25,7 @@ from captioner.images.preprocessing import Preprocessing
 from captioner.images.reader import Bytes, Decoded, Pixels
 from captioner.rows import Reject, RejectReason
 
-__all__ = ["Child", "Decode", "serve"]
+__all__ = ["ENVIRONMENT", "Child", "Decode", "serve"]
 
 Decode = Callable[[bytes, Preprocessing, ImageConfig], Decoded | Reject]
 
@@ -35,7 +35,7 @@ connection, desk, tray, *sys.path = sys.argv[1:]
 from captioner.images.child import serve
 serve(int(connection), int(desk), int(tray))
 """
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",  # a child is one core's worth
@@ -162,7 +162,7 @@ class Child:
         command = [sys.executable, "-c", _BOOT, *map(str, files), *sys.path]
         process = subprocess.Popen(
             command,
-            env={**os.environ, **_ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT},
             pass_fds=files,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

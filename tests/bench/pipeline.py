@@ -2,10 +2,11 @@
 
     python -m tests.bench.pipeline [--images 8000] [--rounds 2] [--accelerator 1000]
 
-Ceiling: a bare loop in which two processes decode the same files with the same code, and a pretended accelerator
-sleeps a fixed time an image. The job: `caption_images` as users run it, on a Ray that believes to have one GPU, with
-the same sleep in the place of the model. Both take turns. Rates are those of the steady state: the first 20 % and the
-last 10 % of the images are left out. Photographs are drawn, 1024x768, and reach the model at 224 pixels.
+Ceiling: a bare loop in which two processes decode the same files by the same code, with the same environment, and a
+pretended accelerator sleeps a fixed time an image. The job: `caption_images` as users run it, on a Ray that believes to
+have one GPU, with the same sleep in the place of the model. Both take turns. Rates are those of the steady state: the
+first 20 % and the last 10 % of the images are left out. Photographs are drawn, 1024x768, and reach the model at 224
+pixels.
 """
 
 import argparse
@@ -21,9 +22,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from captioner.config import CaptionJobConfig, ImageConfig, ModelConfig, ResourceConfig
 from captioner.images import Preprocessing, decode
+from captioner.images.child import ENVIRONMENT
 from tests.bench.images import photo
 from tests.bench.stand_ins import LOG, SECONDS_AN_IMAGE, SleepingWorker, run_job
 from tests.bundles import save_tiny_bundle
@@ -58,7 +61,7 @@ def bare(folder: Path, seconds_an_image: float) -> list[tuple[float, int]]:
     paths = sorted(str(path) for path in folder.iterdir())
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     done = []
-    with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+    with patch.dict(os.environ, ENVIRONMENT), multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
         for num_images in pool.imap_unordered(decode_files, batches):
             time.sleep(seconds_an_image * num_images)
             done.append((time.time(), num_images))
