@@ -260,7 +260,7 @@ class ResourceConfig:
 
     cpu_workers: str = "auto"
     """Workers that fetch and decode, as `8` or `1:8`.
-    `auto`: as many as the CPUs allow; on a cluster that grows, up to 16 for each model worker."""
+    `auto`: as many as the CPUs allow, up to 16 for each model worker."""
 
     slots: str = "auto"
     """Captions that one model worker writes at the same time. `auto`: as many as its memory holds."""

@@ -19,9 +19,8 @@ _CORES_PER_READER = 8
 _SMALLEST_NODE_CPUS = 2  # what a cluster without a node is taken to grow by
 _DECODER_CPUS = 0.9  # so that one fits on each core beside the tasks
 _CORES_PER_DECODER = 4  # without a GPU, one core in four decodes and the others run the model
-_DECODERS_PER_WORKER = (
-    16  # of a cluster that grows: cores that one GPU may need at most, for photographs of 12 megapixels
-)
+_DECODERS_PER_WORKER = 16  # cores that one GPU may need at most, for photographs of 12 megapixels
+_ROWS_PER_DECODER = 256  # one call
 _ROWS_PER_WORKER = 1024  # four calls of 256: with fewer images each, another worker would have nothing in its hands
 
 
@@ -73,6 +72,8 @@ def allocate(config: ResourceConfig, cluster: Cluster, num_images: int | None = 
         gpus_per_worker = 1.0 if cluster.gpus else 0.0
     allocation = _with_gpus(config, cluster, gpus_per_worker) if gpus_per_worker else _with_cpus(config, cluster)
     if not cluster.can_grow:
+        if config.cpu_workers == "auto":
+            allocation = _with_all_decoders(allocation, num_images)
         _check_fits(allocation, cluster)
     return _asked_at_once(allocation, cluster, num_images) if gpus_per_worker else allocation
 
@@ -131,6 +132,18 @@ def _with_cpus(config: ResourceConfig, cluster: Cluster) -> Allocation:
         decoder_cpus=decoder_cpus,
         num_readers=_num_readers(cluster),
     )
+
+
+def _with_all_decoders(allocation: Allocation, num_images: int | None) -> Allocation:
+    """Return an allocation whose decoders start at once and stay.
+
+    Ray ends those that seem idle and starts them again, for seconds of CPU time each; what they reserve is free anyway.
+    """
+    useful = _DECODERS_PER_WORKER * allocation.workers[1]
+    if num_images is not None:
+        useful = min(useful, math.ceil(num_images / _ROWS_PER_DECODER))
+    number = max(1, min(allocation.decoders[1], useful))
+    return replace(allocation, decoders=(number, number))
 
 
 def _num_readers(cluster: Cluster) -> int:

@@ -57,6 +57,19 @@ def test_decoders_that_do_not_fit_beside_gpus_are_an_error_and_not_a_hang() -> N
         allocate(ResourceConfig(cpu_workers="8"), Cluster(cpus=4, gpus=1))
 
 
+@pytest.mark.parametrize(
+    ("images", "cpu_workers", "decoders"),
+    [(None, "auto", (8, 8)), (10**6, "auto", (8, 8)), (700, "auto", (3, 3)), (10**6, "1:4", (1, 4))],
+)
+def test_decoders_that_the_work_keeps_busy_start_at_once_where_nothing_grows(
+    images: int | None, cpu_workers: str, decoders: tuple[int, int]
+) -> None:
+    allocation = allocate(ResourceConfig(cpu_workers=cpu_workers), Cluster(cpus=8, gpus=1), images)
+    assert allocation.decoders == decoders
+    assert reserved(allocation, end=1) <= 8
+    assert allocate(ResourceConfig(), Cluster(cpus=1000, gpus=2), images).decoders[1] <= 32
+
+
 def test_a_cluster_that_can_grow_may_be_asked_for_more_than_it_has() -> None:
     allocation = allocate(ResourceConfig(workers="4:8", gpus_per_worker=1), Cluster(cpus=0, gpus=0, can_grow=True))
     assert allocation.workers[1] == 8
