@@ -162,7 +162,7 @@ def decode_slices(source: "ReadSlices", decoder: Mapping[str, Any], allocation: 
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     rows = ray.data.read_datasource(
         source,
-        num_cpus=allocation.task_cpus,
+        num_cpus=allocation.read_cpus,
         label_selector=OFF_MODEL_NODES,
         concurrency=min(allocation.num_readers, source.num_slices),
         override_num_blocks=source.num_slices,  # fewer than Ray would like are split into crumbs
@@ -185,7 +185,7 @@ def write_rows(rows: Dataset, sink: Datasink[Any], allocation: Allocation) -> No
     """Run the stream into the sink."""
     # A limit is no wish: that a small job does not reach it is nothing to warn of.
     warnings.filterwarnings("ignore", "The maximum number of concurrent tasks for 'Write'", UserWarning)
-    task = {"num_cpus": allocation.task_cpus, "label_selector": OFF_MODEL_NODES}
+    task = {"num_cpus": allocation.write_cpus, "label_selector": OFF_MODEL_NODES}
     rows.write_datasink(sink, ray_remote_args=task, concurrency=allocation.num_writers)
 
 

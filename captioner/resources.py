@@ -2,6 +2,9 @@
 
 The traps, measured on Ray 2.60: a fraction of a core reserved too much costs a whole decode worker; pools that reserve
 everything leave nothing for the read tasks and the job hangs without an error. So the sum is done here, beforehand.
+
+And: what a job does not ask for is left to it in whole CPUs only, and the write tasks come last. Without a whole one
+left over, read tasks would count against them, and no part be written before everything is read.
 """
 
 import math
@@ -13,9 +16,10 @@ from captioner.errors import ResourceError
 __all__ = ["Allocation", "Cluster", "allocate"]
 
 _TASK_CPUS = 0.05  # a read or write task: it waits for a store
-_NUM_WRITERS = 2
 _MIN_READERS = 2
 _CORES_PER_READER = 8
+_SMALL_CPUS = 4  # below, a whole CPU is too much to leave over, and read tasks reserve nothing
+_SPARE_CPUS = 1
 _SMALLEST_NODE_CPUS = 2  # what a cluster without a node is taken to grow by
 _DECODER_CPUS = 0.9  # so that one fits on each core beside the tasks
 _CORES_PER_DECODER = 4  # without a GPU, one core in four decodes and the others run the model
@@ -48,11 +52,12 @@ class Allocation:
     decoders: tuple[int, int]
     decoder_cpus: float
     num_readers: int
-    task_cpus: float = _TASK_CPUS
+    read_cpus: float = _TASK_CPUS
+    write_cpus: float = _TASK_CPUS
 
     @property
     def num_writers(self) -> int:
-        """Write tasks at a time: they reserve so little that a quick model would start dozens, a process each."""
+        """Write tasks at a time: they reserve so little that a quick model would start dozens."""
         return self.num_readers
 
     @property
@@ -105,13 +110,15 @@ def _with_gpus(config: ResourceConfig, cluster: Cluster, gpus_per_worker: float)
     room = max(1, int((cluster.cpus - _task_cpus(cluster)) / _DECODER_CPUS + 1e-9))
     if cluster.can_grow:
         room = max(room, _DECODERS_PER_WORKER * workers[1])
+    decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, room)
     return Allocation(
         workers=workers,
         worker_gpus=gpus_per_worker,
         worker_cpus=0.0,
-        decoders=worker_range(config.cpu_workers, "--cpu-workers") or (1, room),
-        decoder_cpus=_DECODER_CPUS,
+        decoders=decoders,
+        decoder_cpus=_decoder_cpus(cluster, decoders[1], 0.0),
         num_readers=_num_readers(cluster),
+        read_cpus=_read_cpus(cluster),
     )
 
 
@@ -124,6 +131,8 @@ def _with_cpus(config: ResourceConfig, cluster: Cluster) -> Allocation:
     decoder_cpus = min(_DECODER_CPUS, _floor(room / 2 / decoders[1]))
     worker_cpus = _floor((room - decoders[1] * decoder_cpus) / workers[1])
     whole = float(math.floor(worker_cpus)) if worker_cpus >= 1 else worker_cpus  # Ray takes whole CPUs above one
+    if worker_cpus >= 1:
+        decoder_cpus = min(decoder_cpus, _decoder_cpus(cluster, decoders[1], whole * workers[1]))
     return Allocation(
         workers=workers,
         worker_gpus=0.0,
@@ -131,6 +140,7 @@ def _with_cpus(config: ResourceConfig, cluster: Cluster) -> Allocation:
         decoders=decoders,
         decoder_cpus=decoder_cpus,
         num_readers=_num_readers(cluster),
+        read_cpus=_read_cpus(cluster),
     )
 
 
@@ -146,13 +156,26 @@ def _with_all_decoders(allocation: Allocation, num_images: int | None) -> Alloca
     return replace(allocation, decoders=(number, number))
 
 
+def _decoder_cpus(cluster: Cluster, num_decoders: int, worker_cpus: float) -> float:
+    """Return what each decoder reserves, less where a whole CPU would not be left over otherwise."""
+    left = cluster.cpus - _task_cpus(cluster) - worker_cpus
+    is_too_much = num_decoders * _DECODER_CPUS > left + 1e-9
+    if cluster.can_grow or cluster.cpus < _SMALL_CPUS or is_too_much:
+        return _DECODER_CPUS
+    return min(_DECODER_CPUS, _floor((left - _SPARE_CPUS) / num_decoders))
+
+
 def _num_readers(cluster: Cluster) -> int:
     return max(_MIN_READERS, int(cluster.cpus) // _CORES_PER_READER)
 
 
+def _read_cpus(cluster: Cluster) -> float:
+    return 0.0 if not cluster.can_grow and cluster.cpus < _SMALL_CPUS else _TASK_CPUS
+
+
 def _task_cpus(cluster: Cluster) -> float:
     """Return the CPUs that all read and write tasks reserve together."""
-    return (_num_readers(cluster) + _NUM_WRITERS) * _TASK_CPUS
+    return _num_readers(cluster) * (_read_cpus(cluster) + _TASK_CPUS)
 
 
 def _floor(cpus: float) -> float:
