@@ -94,7 +94,9 @@ def test_waiting_is_told_by_its_cause_and_never_twice(notebook: Notebook) -> Non
     pulse = Pulse(notebook, num_busy=lambda: 7, idle_s=lambda: idle_s[0])
     idle_s[0] = 3.0
     with pulse:
+        assert notebook.gauges["captioner_slots_busy"] == 7  # a job of less than a second is seen, too
         idle_s[0] = 5.0
+    notebook.told.clear()
     idle_s[0] = 6.0
     notebook.told.wait(10)
     pulse.close()
