@@ -49,11 +49,10 @@ MIB = 1 << 20
 def make_images(folder: Path, num_images: int) -> None:
     """Many names for a thousand small files: a job reads and decodes each name anew."""
     folder.mkdir()
-    originals = []
-    for seed in range(NUM_ORIGINALS):
-        original = folder.parent / f"original-{seed}"
-        original.write_bytes(encoded("JPEG" if seed % 2 else "PNG", seed=seed))
-        originals.append(original)
+    originals = [folder.parent / f"original-{seed}" for seed in range(NUM_ORIGINALS)]
+    for seed, original in enumerate(originals):
+        if not original.exists():
+            original.write_bytes(encoded("JPEG" if seed % 2 else "PNG", seed=seed))
     for start in range(0, num_images, FOLDER_IMAGES):
         below = folder / f"{start // FOLDER_IMAGES:04d}"
         below.mkdir()
@@ -140,9 +139,7 @@ def kind_of(pid: int, command: str) -> str:
 
 
 def run(folder: Path, bundle: str, output: Path, num_images: int) -> dict[str, Any]:
-    config = CaptionJobConfig(
-        input_path=str(folder), output=str(output), input=InputConfig(limit=num_images), model=ModelConfig(model=bundle)
-    )
+    config = CaptionJobConfig(input_path=str(folder), output=str(output), model=ModelConfig(model=bundle))
     start = time.monotonic()
     with watched() as memory:
         summary = run_job(config, NullWorker)
@@ -193,9 +190,7 @@ def resume(folder: Path, bundle: str, output: Path, num_images: int) -> dict[str
     """Return what planning takes once a tenth of the parts is gone again."""
     for part in sorted(output.glob("captions/*.parquet"))[::10]:
         part.unlink()
-    config = CaptionJobConfig(
-        input_path=str(folder), output=str(output), input=InputConfig(limit=num_images), model=ModelConfig(model=bundle)
-    )
+    config = CaptionJobConfig(input_path=str(folder), output=str(output), model=ModelConfig(model=bundle))
     start = time.monotonic()
     plan = plan_job(config)
     seconds = time.monotonic() - start
@@ -266,11 +261,13 @@ def main() -> int:
     work = Path(tempfile.mkdtemp())
     try:
         if sizes:
-            make_images(work / "images", sizes[-1])
+            folders = {size: work / f"images-{size}" for size in sizes}
+            for size, folder in folders.items():
+                make_images(folder, size)
             bundle = save_tiny_bundle(work / "bundle")
-            values["jobs"] = [run(work / "images", bundle, work / f"out-{size}", size) for size in sizes]
-            values["interrupt_s"] = interrupt(work / "images", bundle, work / "interrupted")
-            values["resume"] = resume(work / "images", bundle, work / f"out-{sizes[-1]}", sizes[-1])
+            values["jobs"] = [run(folder, bundle, work / f"out-{size}", size) for size, folder in folders.items()]
+            values["interrupt_s"] = interrupt(folders[sizes[-1]], bundle, work / "interrupted")
+            values["resume"] = resume(folders[sizes[-1]], bundle, work / f"out-{sizes[-1]}", sizes[-1])
         if args.listing:
             values["listing"] = list_bucket(args.listing)
     finally:
