@@ -7,6 +7,7 @@ A file that the user names, or matches by a glob with a suffix, is always taken.
 before braces and wildcards are.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -49,7 +50,11 @@ class Selection:
 
     def name(self, url: str) -> str:
         """Return what people call a selected file."""
-        return urls.shown(url).removeprefix(urls.shown(self.root))
+        return urls.shown(url).removeprefix(self._shown_root)
+
+    @functools.cached_property
+    def _shown_root(self) -> str:
+        return urls.shown(self.root)
 
 
 def select(input_path: str, config: InputConfig) -> Selection:

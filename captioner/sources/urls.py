@@ -50,15 +50,15 @@ _BYTES_SCHEME = "file+percent://"  # a local name that is not UTF-8 and so canno
 _SUFFIX = re.compile(r"\.(?=[a-z0-9]*[a-z])[a-z0-9]{1,8}\Z")
 _HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)\Z")
-_SOME = r"[^=&;#\s'\"]*"
-_SECRET = re.compile(
-    rf"(?<=[?&;#])(x-(?:amz|goog|ms)-{_SOME}|sig|signature|{_SOME}token{_SOME}|{_SOME}secret{_SOME}|passw{_SOME}|pwd"
-    rf"|(?:api|access)?[-_]?key(?:-pair-id|id)?|policy|auth{_SOME}|credential{_SOME}|awsaccesskeyid|googleaccessid)"
-    r"=[^&\s'\"#]*",
+_PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#?\s'\"]+)=")
+_VALUE = re.compile(r"[^&\s'\"#]*")
+_SECRET_NAME = re.compile(
+    r"x-(?:amz|goog|ms)-.*|.*(?:token|secret).*|(?:auth|passw).*|sig|signature|pwd|policy|credential.*"
+    r"|(?:api|access)?[-_]?key(?:-pair-id|id)?|awsaccesskeyid|googleaccessid",
     re.IGNORECASE,
 )
 _USERINFO = re.compile(r"\b((?:https?|s?ftp|ssh|webdavs?)://)[^/@\s]+@", re.IGNORECASE)
-_LOGIN = re.compile(r"(://|Invalid bucket name \")[^/@\s\"]*:[^/@\s\"]*@")  # also where no store takes one
+_LOGIN = re.compile(r"(://|Invalid bucket name \")[^/@\s\":]*:[^/@\s\"]*@")  # also where no store takes one
 
 
 def scheme(url: str) -> str:
@@ -199,7 +199,20 @@ def printable(text: str) -> str:
 
 def redact(text: str) -> str:
     """Return `text` without the credentials of the URLs in it: user info, and the values of signing parameters."""
-    return _SECRET.sub(r"\1=***", _LOGIN.sub(r"\1***@", _USERINFO.sub(r"\1***@", text)))
+    if "@" in text:
+        text = _LOGIN.sub(r"\1***@", _USERINFO.sub(r"\1***@", text))
+    return _without_secrets(text) if "=" in text else text
+
+
+def _without_secrets(text: str) -> str:
+    """Return `text` with `***` for the values of signing parameters; in a time that grows with its length alone."""
+    pieces: list[str] = []
+    end = 0
+    for found in _PARAMETER.finditer(text):
+        if found.start() >= end and _SECRET_NAME.fullmatch(found.group(1)):
+            pieces += [text[end : found.end()], "***"]
+            end = _VALUE.match(text, found.end()).end()  # type: ignore[union-attr]  # it matches nothing, too
+    return "".join([*pieces, text[end:]])
 
 
 def holds_login(url: str) -> bool:
