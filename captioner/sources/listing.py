@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,6 +28,7 @@ from captioner.sources.units import Columns, Frozen, Unit
 __all__ = ["ROWS_PER_LISTING", "ListingWriter", "listed_ids", "read_listing", "write_uri_list"]
 
 ROWS_PER_LISTING = 10_000
+_ROWS_PER_GROUP = 256  # what one read task reads of a part; it decodes no others
 _KEPT_UNITS = 32  # a megabyte each
 
 _FOLDER = "listing"
@@ -103,7 +106,7 @@ def _parquet(rows: Sequence[tuple[object, ...]], kept: Sequence[pa.Field]) -> by
         [pa.array(value, field.type) for value, field in zip(values, named, strict=True)], pa.schema(named)
     )
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", row_group_size=_ROWS_PER_GROUP)
     return buffer.getvalue()
 
 
@@ -111,16 +114,25 @@ def read_listing(
     store: Store, url: str, unit: Unit, kept: Sequence[pa.Field], limits: Limits, done: Done | None
 ) -> Iterator[pa.Table]:
     """Yield the rows of one part that are not done, as one table. Raises StoreError."""
-    table = pq.read_table(io.BytesIO(store.read_bytes(url)))
-    positions = positions_left(table.num_rows, done, limits.stop_at)
-    table = table.take(positions)
-    taken = {name: table[name] for name in ("uri", "image_id", *(field.name for field in kept))}
+    file = pq.ParquetFile(io.BytesIO(store.read_bytes(url)))
+    positions = positions_left(file.metadata.num_rows, done, limits.stop_at)
+    table = _take(file, positions, ["uri", "image_id", *(field.name for field in kept)])
+    taken = {name: table[name] for name in table.column_names}
     is_empty = pc.is_null(table["uri"])
     reject = {
         "reason": pc.if_else(is_empty, str(RejectReason.EMPTY), pa.scalar(None, pa.string())),
         "detail": pc.if_else(is_empty, "the list has no URI here", pa.scalar(None, pa.string())),
     }
     yield assemble(unit.ordinal, {"position": positions, **taken, **reject}, kept)
+
+
+def _take(file: pq.ParquetFile, positions: npt.NDArray[np.int64], names: Sequence[str]) -> pa.Table:
+    """Return the rows at ascending positions, having read the row groups that hold them."""
+    starts = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
+    groups = np.unique(np.searchsorted(starts, positions, side="right") - 1)
+    table = file.read_row_groups(groups.tolist(), columns=list(names), use_threads=False)
+    held = np.concatenate([np.empty(0, np.int64), *(np.arange(starts[group], starts[group + 1]) for group in groups)])
+    return table.take(np.searchsorted(held, positions))
 
 
 def listed_ids(

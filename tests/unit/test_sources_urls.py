@@ -46,7 +46,7 @@ def test_credentials_are_taken_out_of_whatever_is_shown(text, shown):
     assert urls.redact(text) == shown
 
 
-@pytest.mark.parametrize("piece", ["?token", "?x-amz-", ";a?auth", ":", "http://h:", "http://a@b:", "#secret&", "?a=b@"])
+@pytest.mark.parametrize("piece", ["?token", "?x-amz-", ";a?auth", ":", "http://h:", "http://a@b:", "#secret&", "?a=@"])
 def test_a_long_hostile_text_is_redacted_in_a_time_that_grows_with_its_length_alone(piece):
     text = "https://h:" + piece * 100_000  # for a pattern that backtracks this is hours, and the test's time is up
     assert urls.redact(text).startswith("https://")
