@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -316,6 +317,27 @@ def test_a_listing_has_parts_and_tells_its_progress(tmp_path, run, monkeypatch):
     assert [(unit.ordinal, unit.num_rows) for unit in frozen.units] == [(0, 3), (1, 3), (2, 1)]
     assert told == [3, 6, 7]
     assert [split_key(row["key"]) for row in _rows(frozen, run)][3:5] == [(1, 0), (1, 1)]
+
+
+def test_of_a_listing_part_only_the_row_groups_that_hold_a_row_are_read(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(listing, "_ROWS_PER_GROUP", 4)
+    (tmp_path / "list.txt").write_text("".join(f"s3://b/{number}.jpg\n" for number in range(14)))
+    frozen = freeze(str(tmp_path / "list.txt"), InputConfig(), run)
+    read = []
+    groups = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_groups", lambda file, these, **how: read.append(these) or groups(file, these, **how)
+    )
+
+    def uris(positions):
+        done = ~np.isin(np.arange(14), positions)
+        tables = read_unit(frozen.units[0], frozen.columns, InputConfig(), run_folder=run, done=done)
+        return [uri for table in tables for uri in table["uri"].to_pylist()]
+
+    assert uris([1, 9, 11, 13]) == ["s3://b/1.jpg", "s3://b/9.jpg", "s3://b/11.jpg", "s3://b/13.jpg"]
+    assert uris([]) == []
+    assert uris(range(14)) == [f"s3://b/{number}.jpg" for number in range(14)]
+    assert read == [[0, 2, 3], [], [0, 1, 2, 3]]
 
 
 def test_an_interrupted_freeze_is_not_taken_for_a_whole_one_and_leaves_nothing_behind(tmp_path, run, monkeypatch):
