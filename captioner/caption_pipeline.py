@@ -49,6 +49,7 @@ __all__ = [
     "ReadSlices",
     "caption_images",
     "check_device",
+    "cluster_of",
     "decode_slices",
     "job_errors",
     "joined_cluster",
@@ -336,19 +337,22 @@ def joined_cluster() -> Iterator[Cluster]:
     context.max_consecutive_actor_init_deaths = _MAX_INIT_DEATHS
     context.execution_no_progress_timeout_s = -1  # a job may wait for a GPU as long as it takes
     try:
-        yield _what_there_is()
+        yield cluster_of(ray.nodes(), _has_autoscaler())  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()
 
 
-def _what_there_is() -> Cluster:
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    may_decode = [node for node in nodes if node["Labels"].get(_STAGE_LABEL) != "model"]
-    return Cluster(
-        cpus=sum(node["Resources"].get("CPU", 0.0) for node in may_decode),
-        gpus=sum(node["Resources"].get("GPU", 0.0) for node in nodes),
-        can_grow=_has_autoscaler(),
-    )
+def cluster_of(nodes: Iterable[Mapping[str, Any]], can_grow: bool) -> Cluster:
+    """Return what nodes as `ray.nodes()` tells them have together; the CPUs only of those that may decode."""
+    alive = [node for node in nodes if node["Alive"]]
+    cpus = _each([node for node in alive if node["Labels"].get(_STAGE_LABEL) != "model"], "CPU")
+    gpus = _each(alive, "GPU")
+    return Cluster(cpus=sum(cpus), gpus=sum(gpus), can_grow=can_grow, node_cpus=cpus, node_gpus=gpus)
+
+
+def _each(nodes: Sequence[Mapping[str, Any]], resource: str) -> tuple[float, ...]:
+    """Return how much each node has that has some."""
+    return tuple(node["Resources"][resource] for node in nodes if resource in node["Resources"])
 
 
 def _has_autoscaler() -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from captioner.config import ResourceConfig, worker_range
 from captioner.errors import ResourceError
 
-__all__ = ["Allocation", "Cluster", "allocate"]
+__all__ = ["Allocation", "Cluster", "allocate", "readers_for", "useful_workers"]
 
 _TASK_CPUS = 0.05  # a read or write task: it waits for a store
 _MIN_READERS = 2
@@ -40,6 +40,21 @@ class Cluster:
 
     can_grow: bool = False
     """Whether an autoscaler adds nodes. Nobody can say which: Ray does not tell a job the node types it has none of."""
+
+    node_cpus: tuple[float, ...] = ()
+    """CPUs of each node, since no worker lies on two; empty if there is one node."""
+
+    node_gpus: tuple[float, ...] = ()
+    """GPUs of each node that has some; empty if there is one."""
+
+    @property
+    def largest_gpus(self) -> float:
+        """GPUs of the node that has most."""
+        return max(self.node_gpus, default=self.gpus)
+
+    def num_places(self, gpus_per_worker: float) -> int:
+        """Return how many workers find their GPUs on one node."""
+        return sum(int(gpus / gpus_per_worker + 1e-9) for gpus in self.node_gpus or (self.gpus,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +84,32 @@ class Allocation:
 def allocate(config: ResourceConfig, cluster: Cluster, num_images: int | None = None) -> Allocation:
     """Return an allocation whose smallest form fits the cluster, or may once it has grown.
 
-    num_images: what is to be captioned, None if nobody knows. Raises ResourceError with the sum where nothing fits.
+    num_images: what is to be captioned, None if nobody knows. A range that reaches beyond a cluster that cannot grow
+    ends where that ends. Raises ResourceError with the sum where not even its beginning fits.
     """
     gpus_per_worker = config.gpus_per_worker
     if gpus_per_worker is None:
         _check_devices_are_known(cluster)
         gpus_per_worker = 1.0 if cluster.gpus else 0.0
     allocation = _with_gpus(config, cluster, gpus_per_worker) if gpus_per_worker else _with_cpus(config, cluster)
-    if not cluster.can_grow:
+    if cluster.can_grow:
+        cores = max(cluster.cpus, allocation.decoders[1])  # each decoder takes about one
+        allocation = replace(allocation, num_readers=readers_for(cores))
+    else:
         if config.cpu_workers == "auto":
             allocation = _with_all_decoders(allocation, num_images)
         _check_fits(allocation, cluster)
-    return _asked_at_once(allocation, cluster, num_images) if gpus_per_worker else allocation
+    return _asked_at_once(allocation, num_images) if gpus_per_worker else allocation
+
+
+def useful_workers(num_images: int | None, most: int) -> int:
+    """Return how many of `most` model workers so many images keep busy."""
+    return most if num_images is None else max(1, min(most, math.ceil(num_images / _ROWS_PER_WORKER)))
+
+
+def readers_for(cores: float) -> int:
+    """Return how many read tasks, and as many write tasks, so many cores that decode are fed by."""
+    return max(_MIN_READERS, int(cores) // _CORES_PER_READER)
 
 
 def _check_devices_are_known(cluster: Cluster) -> None:
@@ -91,57 +120,83 @@ def _check_devices_are_known(cluster: Cluster) -> None:
         )
 
 
-def _asked_at_once(allocation: Allocation, cluster: Cluster, num_images: int | None) -> Allocation:
+def _asked_at_once(allocation: Allocation, num_images: int | None) -> Allocation:
     """Return an allocation that asks for every worker that the work can keep busy.
 
     A pool that grows by what its workers have in hand would ask for the second node when the first is up. Workers that
     wait for a node cost nothing.
     """
     fewest, most = allocation.workers
-    useful = most if num_images is None else math.ceil(num_images / _ROWS_PER_WORKER)
-    if not cluster.can_grow:
-        useful = min(useful, int(cluster.gpus / allocation.worker_gpus + 1e-9))
-    return replace(allocation, workers=(max(fewest, min(most, useful)), most))
+    return replace(allocation, workers=(max(fewest, useful_workers(num_images, most)), most))
 
 
 def _with_gpus(config: ResourceConfig, cluster: Cluster, gpus_per_worker: float) -> Allocation:
-    most = max(1, int(cluster.gpus / gpus_per_worker))
-    workers = worker_range(config.workers, "--workers") or (1, most)
+    places = max(1, cluster.num_places(gpus_per_worker))
     room = max(1, int((cluster.cpus - _task_cpus(cluster)) / _DECODER_CPUS + 1e-9))
+    workers = _within(worker_range(config.workers, "--workers") or (1, places), places, cluster)
     if cluster.can_grow:
         room = max(room, _DECODERS_PER_WORKER * workers[1])
-    decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, room)
+    decoders = _within(worker_range(config.cpu_workers, "--cpu-workers") or (1, room), room, cluster)
     return Allocation(
         workers=workers,
         worker_gpus=gpus_per_worker,
         worker_cpus=0.0,
         decoders=decoders,
         decoder_cpus=_decoder_cpus(cluster, decoders[1], 0.0),
-        num_readers=_num_readers(cluster),
+        num_readers=readers_for(cluster.cpus),
         read_cpus=_read_cpus(cluster),
     )
 
 
 def _with_cpus(config: ResourceConfig, cluster: Cluster) -> Allocation:
     """Share the CPUs: the decoders take theirs first, the model workers what is left, in fractions if need be."""
-    workers = worker_range(config.workers, "--workers") or (1, 1)
-    decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, max(1, int(cluster.cpus / _CORES_PER_DECODER)))
+    workers, decoders = _pools_on_cpus(config, cluster)
     cpus = max(cluster.cpus, _SMALLEST_NODE_CPUS) if cluster.can_grow else cluster.cpus
+    num_workers, num_decoders = workers[1], decoders[1]
+    if cluster.can_grow:  # what is there now is shared by those who start on it
+        num_workers, num_decoders = workers[0], max(decoders[0], min(decoders[1], _decoders_among(cpus)))
     room = cpus - _task_cpus(cluster)
-    decoder_cpus = min(_DECODER_CPUS, _floor(room / 2 / decoders[1]))
-    worker_cpus = _floor((room - decoders[1] * decoder_cpus) / workers[1])
-    whole = float(math.floor(worker_cpus)) if worker_cpus >= 1 else worker_cpus  # Ray takes whole CPUs above one
+    decoder_cpus = min(_DECODER_CPUS, _floor(room / 2 / num_decoders))
+    worker_cpus = _on_one_node(_floor((room - num_decoders * decoder_cpus) / num_workers), cluster)
     if worker_cpus >= 1:
-        decoder_cpus = min(decoder_cpus, _decoder_cpus(cluster, decoders[1], whole * workers[1]))
+        decoder_cpus = min(decoder_cpus, _decoder_cpus(cluster, num_decoders, worker_cpus * num_workers))
     return Allocation(
         workers=workers,
         worker_gpus=0.0,
-        worker_cpus=whole,
+        worker_cpus=worker_cpus,
         decoders=decoders,
         decoder_cpus=decoder_cpus,
-        num_readers=_num_readers(cluster),
+        num_readers=readers_for(cluster.cpus),
         read_cpus=_read_cpus(cluster),
     )
+
+
+def _pools_on_cpus(config: ResourceConfig, cluster: Cluster) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the ranges of model workers and decoders that share CPUs: at most half of them decode."""
+    workers = worker_range(config.workers, "--workers") or (1, 1)
+    share = max(_decoders_among(cluster.cpus), workers[1] if cluster.can_grow else 1)
+    room = cluster.cpus - _task_cpus(cluster)
+    decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, share)
+    decoders = _within(decoders, max(share, int(room / 2 / _DECODER_CPUS)), cluster)
+    return _within(workers, int(room - decoders[1] * _DECODER_CPUS), cluster), decoders
+
+
+def _decoders_among(cpus: float) -> int:
+    return max(1, int(cpus / _CORES_PER_DECODER))
+
+
+def _within(wanted: tuple[int, int], room: int, cluster: Cluster) -> tuple[int, int]:
+    """Return a range that ends where a cluster does that cannot grow; how it begins is the user's word."""
+    fewest, most = wanted
+    return wanted if cluster.can_grow else (fewest, max(fewest, min(most, room)))
+
+
+def _on_one_node(worker_cpus: float, cluster: Cluster) -> float:
+    """Return what a model worker reserves: whole CPUs above one, as Ray wants, and no more than one node can give."""
+    if worker_cpus < 1:
+        return worker_cpus
+    most = worker_cpus if len(cluster.node_cpus) < 2 else max(cluster.node_cpus) - _task_cpus(cluster)
+    return float(max(1, math.floor(min(worker_cpus, most))))
 
 
 def _with_all_decoders(allocation: Allocation, num_images: int | None) -> Allocation:
@@ -165,17 +220,13 @@ def _decoder_cpus(cluster: Cluster, num_decoders: int, worker_cpus: float) -> fl
     return min(_DECODER_CPUS, _floor((left - _SPARE_CPUS) / num_decoders))
 
 
-def _num_readers(cluster: Cluster) -> int:
-    return max(_MIN_READERS, int(cluster.cpus) // _CORES_PER_READER)
-
-
 def _read_cpus(cluster: Cluster) -> float:
     return 0.0 if not cluster.can_grow and cluster.cpus < _SMALL_CPUS else _TASK_CPUS
 
 
 def _task_cpus(cluster: Cluster) -> float:
     """Return the CPUs that all read and write tasks reserve together."""
-    return _num_readers(cluster) * (_read_cpus(cluster) + _TASK_CPUS)
+    return readers_for(cluster.cpus) * (_read_cpus(cluster) + _TASK_CPUS)
 
 
 def _floor(cpus: float) -> float:
@@ -184,11 +235,12 @@ def _floor(cpus: float) -> float:
 
 
 def _check_fits(allocation: Allocation, cluster: Cluster) -> None:
-    gpus = allocation.workers[0] * allocation.worker_gpus
-    if gpus > cluster.gpus:
+    if allocation.worker_gpus and allocation.workers[0] > cluster.num_places(allocation.worker_gpus):
+        in_one = f", at most {cluster.largest_gpus:g} in one node" if len(cluster.node_gpus) > 1 else ""
         raise ResourceError(
-            f"--workers {allocation.workers[0]} with {allocation.worker_gpus:g} GPUs each need {gpus:g} GPUs; there are"
-            f" {cluster.gpus:g}. Lower --workers or --gpus-per-worker (0 to run on CPUs)"
+            f"--workers {allocation.workers[0]} with {allocation.worker_gpus:g} GPUs each need"
+            f" {allocation.workers[0] * allocation.worker_gpus:g} GPUs; there are {cluster.gpus:g}{in_one}. Lower"
+            " --workers or --gpus-per-worker (0 to run on CPUs)"
         )
     pools = allocation.workers[0] * allocation.worker_cpus + allocation.decoders[0] * allocation.decoder_cpus
     cpus = pools + _task_cpus(cluster)

@@ -1,12 +1,13 @@
 """What the Ray side of the job makes of a worker's error; the job itself is in tests/integration."""
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
 
-from captioner.caption_pipeline import caption_images, check_device, one_table
+from captioner.caption_pipeline import caption_images, check_device, cluster_of, one_table
 from captioner.config import CaptionJobConfig, ResourceConfig, VerifyConfig
 from captioner.errors import ConfigError, JobError, OutputError
 from captioner.resources import Cluster, allocate
@@ -56,6 +57,15 @@ def test_a_device_that_no_worker_gets_is_refused_before_a_worker_starts() -> Non
         check_device("cuda:0", without)
     check_device("cuda", allocate(ResourceConfig(), Cluster(cpus=2, gpus=1)))
     check_device("auto", without)
+
+
+def test_the_cpus_of_gpu_nodes_do_not_decode_and_dead_nodes_have_nothing() -> None:
+    def node(stage: str, *, alive: bool = True, **resources: float) -> dict[str, Any]:
+        return {"Alive": alive, "Labels": {"captioner-stage": stage}, "Resources": resources}
+
+    nodes = [node("decode", CPU=32.0), node("model", CPU=16.0, GPU=1.0), node("model", alive=False, GPU=8.0)]
+    found = cluster_of([*nodes, {"Alive": True, "Labels": {}, "Resources": {"CPU": 4.0, "GPU": 2.0}}], can_grow=False)
+    assert found == Cluster(cpus=36, gpus=3, node_cpus=(32, 4), node_gpus=(1, 2))
 
 
 def test_blocks_of_no_rows_have_no_columns_and_spoil_nothing() -> None:

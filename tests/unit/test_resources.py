@@ -110,4 +110,41 @@ def test_all_gpu_workers_that_the_work_can_keep_busy_are_asked_for_at_once(
 
 def test_a_cluster_that_cannot_grow_is_asked_for_no_more_than_it_has() -> None:
     allocation = allocate(ResourceConfig(workers="1:64", gpus_per_worker=0.5), Cluster(cpus=8, gpus=2), 10_000_000)
-    assert allocation.workers == (4, 64)
+    assert allocation.workers == (4, 4)
+
+
+@pytest.mark.parametrize("cluster", [Cluster(cpus=2, gpus=0), Cluster(cpus=16, gpus=0), Cluster(cpus=8, gpus=2)])
+def test_a_range_that_reaches_beyond_a_fixed_cluster_ends_where_that_does(cluster: Cluster) -> None:
+    allocation = allocate(ResourceConfig(workers="1:64", cpu_workers="1:27"), cluster)
+    assert reserved(allocation, end=1) <= cluster.cpus
+    assert allocation.worker_gpus * allocation.workers[1] <= cluster.gpus
+    assert allocation.worker_gpus or allocation.worker_cpus >= 1
+
+
+def test_the_decoders_of_a_fixed_cluster_go_by_the_workers_that_it_can_hold() -> None:
+    assert allocate(ResourceConfig(workers="1:64"), Cluster(cpus=192, gpus=8)).decoders == (128, 128)
+
+
+def test_a_growing_cluster_is_read_by_as_many_as_its_decoders_will_need() -> None:
+    growing = Cluster(cpus=0, gpus=0, can_grow=True)
+    assert allocate(ResourceConfig(workers="1:64", gpus_per_worker=1), growing).num_readers == 128
+    few = ResourceConfig(workers="1:64", cpu_workers="1:32", gpus_per_worker=1)
+    assert allocate(few, growing).num_readers == allocate(few, growing).num_writers == 4
+
+
+def test_model_workers_of_a_growing_cluster_without_gpus_take_their_share_of_the_first_node() -> None:
+    allocation = allocate(ResourceConfig(workers="1:64", gpus_per_worker=0), Cluster(cpus=0, gpus=0, can_grow=True))
+    assert (allocation.worker_cpus, allocation.decoder_cpus) == (pytest.approx(0.9), pytest.approx(0.9))
+    assert allocation.decoders == (1, 64)
+
+
+def test_gpus_that_lie_on_several_nodes_are_no_place_for_one_worker() -> None:
+    spread = Cluster(cpus=64, gpus=8, node_cpus=(8,) * 8, node_gpus=(1,) * 8)
+    with pytest.raises(ResourceError, match=r"need 8 GPUs; there are 8, at most 1 in one node\. Lower"):
+        allocate(ResourceConfig(gpus_per_worker=8), spread)
+    assert allocate(ResourceConfig(gpus_per_worker=0.4), spread).workers == (16, 16)
+
+
+def test_a_model_worker_on_cpus_fits_one_of_several_nodes() -> None:
+    assert allocate(ResourceConfig(), Cluster(cpus=16, gpus=0)).worker_cpus == 12
+    assert allocate(ResourceConfig(), Cluster(cpus=16, gpus=0, node_cpus=(4, 4, 4, 4))).worker_cpus == 3
