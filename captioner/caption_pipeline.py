@@ -31,6 +31,7 @@ from ray.util.annotations import RayDeprecationWarning
 from captioner.config import CaptionJobConfig
 from captioner.decode_worker import DecodeWorker
 from captioner.errors import ConfigError
+from captioner.machine import num_cpus
 from captioner.progress import progress
 from captioner.resources import Allocation, Cluster, allocate
 from captioner.slices import BLOCK_ROWS, Slice
@@ -61,6 +62,7 @@ __all__ = [
 
 log = logging.getLogger("captioner")
 
+_SMALL_IMAGE_BYTES = 16 << 10  # of a tar that nobody has counted: few images are smaller
 _TARGET_BLOCK_BYTES = 32 << 20  # 200 pixel arrays at 224 px: work starts at once, memory stays flat
 _CAPTION_CALLS = 4  # calls an actor serves at once: they share one engine, so that its slots stay full
 _DECODE_CALLS = 2  # one fetches while the other decodes
@@ -70,7 +72,7 @@ _MAX_RESTARTS = 10  # of one worker: a spot node takes its workers with it. What
 RETRIES: dict[str, Any] = {"max_restarts": _MAX_RESTARTS, "max_task_retries": -1}
 _STAGE_LABEL = "captioner-stage"
 # Ray keeps as many processes as there are CPUs: on a small machine each write task would start a Python of its own.
-_LOCAL_CONFIG = {"num_workers_soft_limit": (os.cpu_count() or 1) + 8}
+_LOCAL_CONFIG = {"num_workers_soft_limit": num_cpus() + 8}
 OFF_MODEL_NODES = {_STAGE_LABEL: "!model"}  # nodes without the label are as good as any
 
 
@@ -101,7 +103,7 @@ def _run(plan: "Plan") -> dict[str, Any]:
     assert plan.lease is not None
     run_id = plan.lease.run_id
     with joined_cluster() as cluster:
-        allocation = allocate(plan.config.resources, cluster, plan.num_left)
+        allocation = allocate(plan.config.resources, cluster, plan.num_expected(_SMALL_IMAGE_BYTES))
         check_device(plan.config.model.device, allocation)
         known = facts(plan, allocation)
         plan.table.record(run_id, known)

@@ -46,6 +46,9 @@ class Plan:
     lease: Lease | None = None
     """What keeps other jobs away from the table; None for a dry run."""
 
+    scratch: str | None = None
+    """Folder of the listing, where a dry run made one; None where it lies beside the table."""
+
     refreshed: Refreshed | None = None
     """What `--refresh` found; None where it was not asked for, or the input is frozen for the first time."""
 
@@ -54,6 +57,19 @@ class Plan:
         """Images that this run will read; None while there is a tar that nobody has counted."""
         counts = [piece.num_left for piece in self.slices]
         return None if None in counts else sum(count for count in counts if count is not None)
+
+    def num_expected(self, image_bytes: float) -> int | None:
+        """Return `num_left`, a tar that nobody has counted taken for images of this size; None without its size."""
+        total = 0.0
+        for piece in self.slices:
+            if piece.num_left is not None:
+                total += piece.num_left
+            elif piece.unit.size_bytes is None:
+                return None
+            else:
+                num_done = 0 if piece.done is None else int(piece.done.sum())
+                total += max(1.0, piece.unit.size_bytes / image_bytes - num_done)
+        return math.ceil(total)
 
     @property
     def failure_limit(self) -> FailureLimit:
@@ -77,8 +93,8 @@ class Plan:
         return SliceReader(
             config=self.config,
             columns=self.frozen.columns,
-            run_folder=self.table.run_folder,
-            output_options=output_options(self.config),
+            run_folder=self.scratch or self.table.run_folder,
+            output_options={} if self.scratch else output_options(self.config),
         )
 
     def lines(self) -> Iterator[str]:
@@ -103,10 +119,12 @@ def plan_job(
     config: CaptionJobConfig,
     on_progress: Callable[[int], None] = lambda _: None,
     take_lease: Callable[[CaptionTable], Lease | None] = lambda _: None,
+    scratch: str | None = None,
 ) -> Plan:
     """Return the plan of a job; with `config.dry_run` nothing is written.
 
-    take_lease: called before the first byte is written, when nothing else is left to refuse.
+    take_lease: called before the first byte is written, when nothing else is left to refuse. scratch: folder for what a
+    dry run lists, so that its slices can be read; by default one that is gone by then.
     Raises UsageError for whatever cannot run: no input, no model, another job's output, a flag out of range.
     """
     config = _resolve(config)
@@ -117,7 +135,7 @@ def plan_job(
     table = CaptionTable(config.output, output_options(config))
     table.check(identity := _identity(config, model))
     lease = None if config.dry_run else take_lease(table)
-    frozen, refreshed = _frozen(config, table, on_progress)
+    frozen, refreshed, scratch = _frozen(config, table, on_progress, scratch)
     if not config.dry_run:
         table.claim(identity)
     done = table.done(is_retried)
@@ -134,6 +152,7 @@ def plan_job(
         slices=slices,
         num_skipped=num_skipped,
         lease=lease,
+        scratch=scratch,
         refreshed=refreshed,
     )
 
@@ -184,23 +203,24 @@ def _retry_rule(text: str) -> Callable[[str], bool]:
 
 
 def _frozen(
-    config: CaptionJobConfig, table: CaptionTable, on_progress: Callable[[int], None]
-) -> tuple[Frozen, Refreshed | None]:
+    config: CaptionJobConfig, table: CaptionTable, on_progress: Callable[[int], None], scratch: str | None
+) -> tuple[Frozen, Refreshed | None, str | None]:
     """Return the input as an earlier run froze it, grown where that is asked for, or freeze it now.
 
-    For a dry run in a folder that vanishes again.
+    For a dry run in `scratch`, or in a folder that vanishes again. The last is where the listing lies, if not beside
+    the table.
     """
     options, path = output_options(config), config.input_path
     earlier = load_frozen(table.run_folder, options) if table.identity() else None
     if earlier and not config.refresh:
-        return earlier, None
+        return earlier, None, None
     with tempfile.TemporaryDirectory() as folder:
-        scratch = folder if config.dry_run else None
+        place = (scratch or folder) if config.dry_run else None
         if earlier:
-            return refresh(path, config.input, earlier, table.run_folder, options, on_progress, scratch)
-        if scratch:
-            return freeze(path, config.input, scratch, None, on_progress), None
-        return freeze(path, config.input, table.run_folder, options, on_progress), None
+            return *refresh(path, config.input, earlier, table.run_folder, options, on_progress, place), None
+        if place:
+            return freeze(path, config.input, place, None, on_progress), None, scratch
+        return freeze(path, config.input, table.run_folder, options, on_progress), None, None
 
 
 def _identity(config: CaptionJobConfig, model: BundleDescription) -> dict[str, Any]:

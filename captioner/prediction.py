@@ -1,24 +1,44 @@
 """What a caption job will take, from what each step of one image costs. Arithmetic only; knows no Ray and no model.
 
-An image is fetched, decoded, encoded and captioned by pools that work at the same time, so the slowest pool decides.
-Where all of them share CPUs there is one more limit: the CPU seconds that an image takes in total.
+An image is read, fetched, decoded, encoded and captioned by pools that work at the same time, so the slowest pool
+decides. Where all of them share CPUs there is one more limit: the CPU seconds that an image takes in total.
 
     Costs (measured by `captioner.rehearsal`) -> predict -> Prediction
 """
 
+import hashlib
 import json
+import logging
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from captioner.resources import Allocation
+from captioner.config import CaptionJobConfig
+from captioner.resources import Allocation, useful_workers
+from captioner.sources import StoreError
 from captioner.sources.store import Store
 from captioner.sources.urls import join
 
-__all__ = ["Costs", "Prediction", "Prices", "cpus_per_worker", "keep", "kept", "predict", "recommended_decoders"]
+__all__ = [
+    "Costs",
+    "Prediction",
+    "Prices",
+    "cpus_per_worker",
+    "keep",
+    "kept",
+    "predict",
+    "recommended_decoders",
+    "recommended_flags",
+    "settings_digest",
+]
+
+log = logging.getLogger("captioner")
 
 _RAY_CPU_S = 0.0012
 """CPU seconds that Ray itself takes for an image; an upper bound for arrays of 150 KB on 2 cores."""
 
+_MOST_WORKERS = 64  # that are recommended
 _SPARE = 1.25  # decoders beyond what the model needs, so that it never waits
 
 
@@ -34,6 +54,12 @@ class Costs:
 
     captioned_share: float
     """Share of them that could be decoded."""
+
+    read_s: float
+    """Time until one read task has its row: of a tar or a Parquet file with its bytes, else with its URI."""
+
+    read_cpu_s: float
+    """CPU time of that."""
 
     fetch_s: float
     """Time until the bytes are there, with as many fetches at once as one worker makes."""
@@ -56,6 +82,9 @@ class Costs:
 
     fingerprint: str
     """Of the model."""
+
+    settings: str
+    """Digest of what else these depend on: see `settings_digest`."""
 
     @property
     def model_s(self) -> float:
@@ -85,7 +114,7 @@ class Prediction:
 
     tokens_per_s: float
     bottleneck: str
-    """`model`, `decode`, `fetch`, or `cpus` where all of them share too few."""
+    """`model`, `decode`, `fetch`, `read`, or `cpus` where all of them share too few."""
 
     seconds: float | None
     """From start to end, with the start of Ray; None while nobody knows how many images there are."""
@@ -104,14 +133,16 @@ def predict(
     shared_cpus: float | None,
     prices: Prices = _NO_PRICES,
 ) -> Prediction:
-    """Return what a job with this allocation, at its largest, will do.
+    """Return what a job with this allocation will do, at the largest that so many images make of it.
 
     shared_cpus: the CPUs that decoders and Ray (and the model, without a GPU) share; None if there are always enough.
     """
-    workers, decoders = allocation.workers[1], allocation.decoders[1]
+    fewest, most = allocation.workers
+    workers = max(fewest, useful_workers(num_images, most))
     rates = {
-        "model": workers / costs.model_s if costs.model_s else math.inf,
-        "fetch" if costs.fetch_s > costs.decode_s else "decode": decoders / costs.decoder_s,
+        "model": _rate(workers, costs.model_s),
+        "fetch" if costs.fetch_s > costs.decode_s else "decode": _rate(allocation.decoders[1], costs.decoder_s),
+        "read": _rate(allocation.num_readers, costs.read_s),
         "cpus": math.inf if shared_cpus is None else shared_cpus / _cpu_s(costs, allocation),
     }
     bottleneck = min(rates, key=lambda name: rates[name])
@@ -121,8 +152,31 @@ def predict(
         tokens_per_s=rate * costs.captioned_share * costs.tokens_per_image,
         bottleneck=bottleneck,
         seconds=None if num_images is None else costs.start_s + num_images / rate,
-        price_per_million=_price(allocation, shared_cpus, rate, prices),
+        price_per_million=_price(allocation, workers, shared_cpus, rate, prices),
     )
+
+
+def _rate(num_workers: int, seconds: float) -> float:
+    return num_workers / seconds if seconds else math.inf
+
+
+def recommended_flags(costs: Costs, here: Allocation, num_images: int | None) -> Mapping[str, str]:
+    """Return the flags of a job like the sample: for GPUs those of a cluster, for CPUs what this machine can hold."""
+    if costs.device == "cpu":
+        return {"workers": _range(here.workers), "cpu_workers": _range(here.decoders), "slots": str(costs.slots)}
+    workers = useful_workers(num_images, _MOST_WORKERS)
+    decoders = recommended_decoders(costs, workers)
+    return {
+        "workers": _range((1, workers)),
+        "cpu_workers": _range((1, decoders)),
+        "gpus_per_worker": f"{here.worker_gpus:g}",
+        "slots": str(costs.slots),
+    }
+
+
+def _range(pool: tuple[int, int]) -> str:
+    fewest, most = pool
+    return str(most) if fewest == most else f"{fewest}:{most}"
 
 
 def recommended_decoders(costs: Costs, num_workers: int) -> int:
@@ -131,8 +185,8 @@ def recommended_decoders(costs: Costs, num_workers: int) -> int:
 
 
 def cpus_per_worker(costs: Costs) -> float:
-    """Return the CPU cores that must fetch, decode and carry images for one model worker."""
-    return (costs.fetch_cpu_s + costs.decode_s + _RAY_CPU_S) / costs.model_s if costs.model_s else 0.0
+    """Return the CPU cores that must read, fetch, decode and carry images for one model worker."""
+    return _beside_model_s(costs) / costs.model_s if costs.model_s else 0.0
 
 
 def keep(costs: Costs, store: Store, output: str) -> None:
@@ -141,10 +195,32 @@ def keep(costs: Costs, store: Store, output: str) -> None:
 
 
 def kept(store: Store, output: str) -> Costs | None:
-    """Return the costs that `keep` wrote, or None where nobody did."""
-    if store.info(_file(output)) is None:
-        return None
-    return Costs(**json.loads(store.read_bytes(_file(output))))
+    """Return the costs that `keep` wrote, or None where nobody did or they cannot be read.
+
+    What a finished job would have compared itself with is no reason to fail."""
+    try:
+        if store.info(_file(output)) is None:
+            return None
+        costs = Costs(**json.loads(store.read_bytes(_file(output))))
+        if all(_is_well(field.type, getattr(costs, field.name)) for field in fields(costs)):
+            return costs
+        reason = "a value of another type"
+    except (ValueError, TypeError, StoreError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    log.info("plan_json=ignored reason=%s", reason)
+    return None
+
+
+def settings_digest(job: CaptionJobConfig) -> str:
+    """Return a digest of what decides, beside the model and the machine, what an image costs."""
+    settings = [asdict(job.decoding), asdict(job.scoring), asdict(job.image), job.model.dtype, job.resources.slots]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_well(kind: Any, value: object) -> bool:
+    if kind is str:
+        return isinstance(value, str)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and math.isfinite(value)
 
 
 def _file(output: str) -> str:
@@ -153,14 +229,21 @@ def _file(output: str) -> str:
 
 def _cpu_s(costs: Costs, allocation: Allocation) -> float:
     on_cpu = 0.0 if allocation.worker_gpus else costs.model_s * costs.model_threads
-    return costs.fetch_cpu_s + costs.decode_s + on_cpu + _RAY_CPU_S
+    return _beside_model_s(costs) + on_cpu
 
 
-def _price(allocation: Allocation, shared_cpus: float | None, rate: float, prices: Prices) -> float | None:
+def _beside_model_s(costs: Costs) -> float:
+    """Return the CPU seconds of one image that no model takes."""
+    return costs.read_cpu_s + costs.fetch_cpu_s + costs.decode_s + _RAY_CPU_S
+
+
+def _price(
+    allocation: Allocation, workers: int, shared_cpus: float | None, rate: float, prices: Prices
+) -> float | None:
     if prices.gpu is None and prices.cpu is None:
         return None
-    gpus = allocation.workers[1] * allocation.worker_gpus
-    pools = allocation.decoders[1] * allocation.decoder_cpus + allocation.workers[1] * allocation.worker_cpus
+    gpus = workers * allocation.worker_gpus
+    pools = allocation.decoders[1] * allocation.decoder_cpus + workers * allocation.worker_cpus
     cpus = pools if shared_cpus is None else shared_cpus
     hourly = gpus * (prices.gpu or 0.0) + cpus * (prices.cpu or 0.0)
     return hourly * 1_000_000 / rate / 3600

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from captioner import __version__
-from captioner.prediction import kept, predict
+from captioner.prediction import Costs, kept, predict, settings_digest
 from captioner.resources import Allocation, Cluster
 from captioner.sources.urls import redact
 from captioner.tables import PartSummary
@@ -58,15 +58,22 @@ def summarize(
 
 
 def predicted(plan: "Plan", allocation: Allocation, cluster: Cluster, num_images: int) -> dict[str, float] | None:
-    """Return what `jobs/plan.py` makes of a job like this one, if it was run for this output, model and device."""
+    """Return what `jobs/plan.py` makes of a job like this one, if it was run for this output.
+
+    None where it was run for another model, device, decoding, scoring, image or number of slots."""
     costs = kept(plan.table.store, plan.table.url)
-    is_on_gpu = allocation.worker_gpus > 0
-    if costs is None or costs.fingerprint != plan.model.fingerprint or (costs.device != "cpu") != is_on_gpu:
+    if costs is None or not _is_of(costs, plan, allocation):
         return None
     shared_cpus = None if cluster.can_grow else cluster.cpus
     found = predict(costs, allocation, num_images, shared_cpus=shared_cpus)
     seconds = found.seconds or 0.0
     return {"seconds": round(seconds, 2), "images_per_s": round(num_images / seconds, 2)} if seconds else None
+
+
+def _is_of(costs: Costs, plan: "Plan", allocation: Allocation) -> bool:
+    is_on_gpu = allocation.worker_gpus > 0
+    is_same = (costs.fingerprint, costs.settings) == (plan.model.fingerprint, settings_digest(plan.config))
+    return is_same and (costs.device != "cpu") == is_on_gpu
 
 
 def planned(plan: "Plan") -> dict[str, Any]:
@@ -104,6 +111,8 @@ def farewell(plan: "Plan", summary: Mapping[str, Any]) -> Iterator[str]:
     output = redact(plan.table.url)
     if not summary["read"]:
         yield f"nothing was left to do: {plan.num_skipped:,} images were done already, and no part was changed"
+    if summary.get("first_caption_s") is not None:
+        yield f"took      {summary['seconds']:g} s, the first captions {summary['first_caption_s']:g} s after the start"
     for row in plan.table.sample(5):
         yield _visible(f"  {row['image_id'].rpartition('/')[2]:24} {row['caption']}")
     yield f"table     {output}/captions (read it with pandas.read_parquet), failures beside it"

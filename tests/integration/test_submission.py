@@ -31,12 +31,13 @@ NUM_IMAGES = 400
 
 @dataclass
 class Submissions:
-    """Two submissions of one job, and one of a job that cannot run."""
+    """Two submissions of one job, one of a job that cannot run, and one of the plan of the first."""
 
     url: str
     first: "subprocess.CompletedProcess[str]"
     second: "subprocess.CompletedProcess[str]"
     wrong: "subprocess.CompletedProcess[str]"
+    plan: "subprocess.CompletedProcess[str]"
     metrics: set[str] = field(default_factory=set)
 
 
@@ -61,14 +62,15 @@ def submissions(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -
             first,
             submit(address, [*command, *flags]),
             submit(address, [*command, "--max-new-tokens", "0"]),
+            submit(address, ["s3://submitted/in", *command[2:], "--sample", "32"], job="plan.py"),
             metrics,
         )
 
 
-def submit(address: str, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+def submit(address: str, arguments: list[str], job: str = "caption.py") -> "subprocess.CompletedProcess[str]":
     """The README's command."""
     ray = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts"]
-    command = ["job", "submit", "--address", address, "--working-dir", ".", "--", "python", "jobs/caption.py"]
+    command = ["job", "submit", "--address", address, "--working-dir", ".", "--", "python", f"jobs/{job}"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.run(
         [*ray, *command, *arguments],
@@ -141,3 +143,9 @@ def test_a_job_that_cannot_run_makes_the_submission_fail_with_its_words(submissi
 def test_prometheus_is_served_every_metric_that_we_name(submissions: Submissions) -> None:
     expected = {f"ray_{name}" + ("_total" if metric.kind == "counter" else "") for name, metric in METRICS.items()}
     assert submissions.metrics == expected
+
+
+def test_a_plan_is_made_by_a_submission_too(submissions: Submissions) -> None:
+    assert submissions.plan.returncode == 0, submissions.plan.stdout + submissions.plan.stderr
+    [line] = [line for line in submissions.plan.stdout.splitlines() if line.startswith('{"images"')]
+    assert json.loads(line)["images"] == NUM_IMAGES + 1

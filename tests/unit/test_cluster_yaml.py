@@ -12,7 +12,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from captioner.command_line import parse
-from captioner.config import CaptionJobConfig
+from captioner.config import CaptionJobConfig, PlanConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "cluster.yaml").read_text()
@@ -116,6 +116,8 @@ def test_the_manifest_grows_from_nothing_and_keeps_decoding_off_gpu_pods() -> No
 
 
 def test_the_readme_submits_what_our_command_line_takes() -> None:
-    [line] = re.findall(r"^ray job submit .*$", README, re.MULTILINE)
-    _, _, entrypoint = line.partition(" -- ")
-    assert parse(CaptionJobConfig, shlex.split(entrypoint)[2:]).resources.workers == "1:64"
+    lines = re.findall(r"^ray job submit .* -- python (\S+) (.*)$", README, re.MULTILINE)
+    entrypoints = {script: shlex.split(arguments) for script, arguments in lines}
+    assert parse(CaptionJobConfig, entrypoints.pop("jobs/caption.py")).resources.workers == "1:64"
+    assert parse(PlanConfig, entrypoints.pop("jobs/plan.py")).output == "s3://out"
+    assert not entrypoints

@@ -213,6 +213,26 @@ def test_a_tar_is_counted_when_it_was_read_to_its_end_and_not_before(config: Cap
     assert plan_job(config).num_left == 4
 
 
+def test_a_tar_that_nobody_has_counted_is_expected_to_hold_what_its_bytes_can(
+    config: CaptionJobConfig, tmp_path: Path
+) -> None:
+    tar_of_images(tmp_path / "0.tar", num_images=4)
+    tar_of_images(tmp_path / "1.tar", num_images=4)
+    config = replace(config, input_path=str(tmp_path / "{0..1}.tar"))
+    plan = plan_job(config)
+    size_bytes = (tmp_path / "0.tar").stat().st_size
+    assert plan.num_expected(size_bytes / 8) == 16
+    assert plan.num_expected(1e9) == 2  # a tar has one at least
+    list(plan.reader.read(plan.slices[0]))
+    assert plan_job(config).num_expected(size_bytes / 8) == 4 + 8
+
+
+def test_a_dry_run_can_be_read_from_the_folder_that_it_was_given(config: CaptionJobConfig, tmp_path: Path) -> None:
+    plan = plan_job(replace(config, dry_run=True), scratch=str(tmp_path / "scratch"))
+    assert left(plan) == list(range(600))
+    assert not (tmp_path / "out").exists()
+
+
 def test_finished_units_are_not_read_again_even_where_they_are_gone(config: CaptionJobConfig, tmp_path: Path) -> None:
     for shard in range(3):
         pq.write_table(pa.table({"image": [b"x"] * 4}), tmp_path / f"{shard}.parquet")

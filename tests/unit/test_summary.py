@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from captioner.config import ResourceConfig
+from captioner.config import CaptionJobConfig, ResourceConfig
 from captioner.prediction import keep
 from captioner.resources import Cluster, allocate
 from captioner.sources import open_store
@@ -22,7 +22,8 @@ ON_CPUS = allocate(ResourceConfig(gpus_per_worker=0), CLUSTER)
 @pytest.fixture
 def plan(tmp_path: Path) -> Any:
     table = SimpleNamespace(store=open_store(str(tmp_path), {}), url=str(tmp_path))
-    return SimpleNamespace(table=table, model=SimpleNamespace(fingerprint="f"))
+    config = CaptionJobConfig(output="out")
+    return SimpleNamespace(table=table, model=SimpleNamespace(fingerprint="f"), config=config)
 
 
 def test_nothing_is_predicted_where_nobody_planned(plan: Any) -> None:
@@ -40,8 +41,16 @@ def test_the_prediction_is_for_the_pools_that_ran(plan: Any) -> None:
 def test_costs_of_another_model_or_device_predict_nothing(plan: Any) -> None:
     keep(COSTS, plan.table.store, plan.table.url)
     assert predicted(plan, ON_CPUS, CLUSTER, 1000) is None
-    keep(replace(COSTS, fingerprint="another"), plan.table.store, plan.table.url)
-    assert predicted(plan, ON_GPUS, CLUSTER, 1000) is None
+    for other in ({"fingerprint": "another"}, {"settings": "another"}):
+        keep(replace(COSTS, **other), plan.table.store, plan.table.url)
+        assert predicted(plan, ON_GPUS, CLUSTER, 1000) is None
+
+
+def test_a_person_is_told_how_long_the_start_took(plan: Any) -> None:
+    plan.table.sample = lambda _: []
+    lines = list(farewell(plan, {"read": 1, "seconds": 20.5, "first_caption_s": 12.25}))
+    assert lines[0] == "took      20.5 s, the first captions 12.25 s after the start"
+    assert not any("first" in line for line in farewell(plan, {"read": 1, "seconds": 1, "first_caption_s": None}))
 
 
 def test_a_name_that_would_command_the_terminal_is_shown_without_its_commands(plan: Any) -> None:
