@@ -3,6 +3,7 @@
 import copy
 import re
 import shlex
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,20 @@ def test_nodes_install_what_the_tests_ran_with_and_keep_weights_on_their_disk() 
     assert "-c ~/captioner/constraints.txt '/home/ubuntu/captioner[cluster]'" in commands
     assert filled(TEXT)["file_mounts"] == {"/home/ubuntu/captioner": "."}
     assert "CAPTIONER_CACHE=" in commands
+
+
+def test_what_git_ignores_is_not_copied_to_every_node() -> None:
+    ignored = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    patterns = filled(TEXT)["rsync_exclude"]
+    for name in ignored - {"*.egg-info", "captions-demo.html"}:  # small, and needed by no one
+        assert any(fnmatch(name, pattern.removeprefix("**/")) for pattern in patterns), name
+
+
+def test_apt_waits_for_the_updates_of_a_fresh_machine() -> None:
+    commands = [line for line in filled(TEXT)["setup_commands"] if "apt-get" in line]
+    assert commands
+    for part in re.findall(r"apt-get .*?(?= &&|$)", "\n".join(commands), re.MULTILINE):
+        assert "DPkg::Lock::Timeout=" in part
 
 
 def manifest() -> dict[str, Any]:
