@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +25,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
+from ray.experimental import internal_kv
 from ray.util import metrics as ray_metrics
 from ray.util.annotations import RayDeprecationWarning
 
@@ -33,7 +34,8 @@ from captioner.decode_worker import DecodeWorker
 from captioner.errors import ConfigError
 from captioner.machine import num_cpus
 from captioner.progress import progress
-from captioner.resources import Allocation, Cluster, allocate
+from captioner.resources import Allocation, Cluster, allocate, missing
+from captioner.restarts import Start, next_start
 from captioner.slices import BLOCK_ROWS, Slice
 from captioner.sources.faults import output_errors
 from captioner.summary import facts, farewell, planned, predicted, summarize
@@ -52,6 +54,7 @@ __all__ = [
     "check_device",
     "cluster_of",
     "decode_slices",
+    "guarded",
     "job_errors",
     "joined_cluster",
     "one_table",
@@ -66,10 +69,11 @@ _SMALL_IMAGE_BYTES = 16 << 10  # of a tar that nobody has counted: few images ar
 _TARGET_BLOCK_BYTES = 32 << 20  # 200 pixel arrays at 224 px: work starts at once, memory stays flat
 _CAPTION_CALLS = 4  # calls an actor serves at once: they share one engine, so that its slots stay full
 _DECODE_CALLS = 2  # one fetches while the other decodes
-_MAX_INIT_DEATHS = 2  # in a row, of workers that die loading
-_MAX_RESTARTS = 10  # of one worker: a spot node takes its workers with it. What ends them each time ends the job
-# Until Ray knows that a node is gone, every try of its tasks fails at once: a small number of tries is used up before.
-RETRIES: dict[str, Any] = {"max_restarts": _MAX_RESTARTS, "max_task_retries": -1}
+_MAX_INIT_DEATHS = 1  # in a row, of workers that could not load: another one may, on another node
+_INIT_RETRIES = 1  # of a load that raised, in its process: Ray would not restart that worker, and its tasks end the job
+# A spot node takes its workers with it, as often as it likes; `guarded` ends what dies by itself. Until Ray knows that
+# a node is gone, every try of its tasks fails at once: a small number of tries is used up before.
+RETRIES: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
 _STAGE_LABEL = "captioner-stage"
 # Ray keeps as many processes as there are CPUs: on a small machine each write task would start a Python of its own.
 _LOCAL_CONFIG = {"num_workers_soft_limit": num_cpus() + 8}
@@ -141,7 +145,7 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
         allocation,
     )
     captioned: Dataset = decoded.map_batches(
-        CaptionWorker,
+        guarded(CaptionWorker),
         fn_constructor_kwargs={
             "config": config,
             "kept": kept,
@@ -171,7 +175,7 @@ def decode_slices(source: "ReadSlices", decoder: Mapping[str, Any], allocation: 
         override_num_blocks=source.num_slices,  # fewer than Ray would like are split into crumbs
     )
     decoded: Dataset = rows.map_batches(
-        DecodeWorker,
+        guarded(DecodeWorker),
         fn_constructor_kwargs=dict(decoder),
         batch_size=BLOCK_ROWS,
         batch_format="pyarrow",
@@ -207,6 +211,26 @@ def worker_pool(size: tuple[int, int], calls: int) -> ActorPoolStrategy:
         max_tasks_in_flight_per_actor=2 * calls,  # a pool grows only when twice as many wait as run
         enable_true_multi_threading=True,
     )
+
+
+def guarded(worker: type) -> type:
+    """Return a class of the same name whose loading is given up where its processes die each time.
+
+    What a worker's next process must know is kept in Ray's own store: it outlives processes and nodes.
+    """
+
+    def load(self: Any, *args: Any, **kwargs: Any) -> None:
+        context = ray.get_runtime_context()
+        key = f"{_start_key(worker.__name__)} {context.get_actor_id()}"
+        process = f"{os.getpid()} {context.get_node_id()}"
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+        last = Start.parse(internal_kv._internal_kv_get(key))
+        start = next_start(last, process, context.get_node_id(), alive=nodes, now=time.time())
+        internal_kv._internal_kv_put(key, start.dump(), overwrite=True)
+        worker.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        internal_kv._internal_kv_put(key, replace(start, loaded_at=time.time()).dump(), overwrite=True)
+
+    return type(worker.__name__, (worker,), {"__init__": load})
 
 
 class Reader(Protocol):
@@ -337,6 +361,7 @@ def joined_cluster() -> Iterator[Cluster]:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     context.max_consecutive_actor_init_deaths = _MAX_INIT_DEATHS
+    context.actor_init_retry_on_errors, context.actor_init_max_retries = True, _INIT_RETRIES
     context.execution_no_progress_timeout_s = -1  # a job may wait for a GPU as long as it takes
     try:
         yield cluster_of(ray.nodes(), _has_autoscaler())  # type: ignore[no-untyped-call]
@@ -365,10 +390,18 @@ def _has_autoscaler() -> bool:
 
 def shortage(allocation: Allocation) -> str:
     """Return what the job waits for, while not even one model worker can run."""
-    gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
-    if gpus >= allocation.worker_gpus:
-        return ""
-    return f"waiting for GPUs: the cluster has {gpus:g}, a worker needs {allocation.worker_gpus:g}"
+    total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
+    return missing(allocation, total, free, has_begun=_has_begun())
+
+
+def _start_key(worker: str) -> str:
+    return f"captioner-start {ray.get_runtime_context().get_job_id()} {worker}"
+
+
+def _has_begun() -> bool:
+    """Say whether a model worker of this job has ever had a place to load in."""
+    starts: list[bytes] = internal_kv._internal_kv_list(_start_key(""))
+    return any(DecodeWorker.__name__ not in key.decode() for key in starts)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from captioner.caption_pipeline import (
     ReadSlices,
     check_device,
     decode_slices,
+    guarded,
     job_errors,
     one_table,
     shortage,
@@ -99,7 +100,7 @@ def _featured(
 
     decoder = {"config": plan.job, "preprocessing": model.preprocessing, "kept": STAMPED}
     featured: Dataset = decode_slices(source, decoder, allocation).map_batches(
-        FeatureWorker,
+        guarded(FeatureWorker),
         fn_constructor_kwargs={
             "clip": model.clip,
             "model": config,

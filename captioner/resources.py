@@ -8,12 +8,13 @@ left over, read tasks would count against them, and no part be written before ev
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from captioner.config import ResourceConfig, worker_range
 from captioner.errors import ResourceError
 
-__all__ = ["Allocation", "Cluster", "allocate", "readers_for", "useful_workers"]
+__all__ = ["Allocation", "Cluster", "allocate", "missing", "readers_for", "useful_workers"]
 
 _TASK_CPUS = 0.05  # a read or write task: it waits for a store
 _MIN_READERS = 2
@@ -100,6 +101,24 @@ def allocate(config: ResourceConfig, cluster: Cluster, num_images: int | None = 
             allocation = _with_all_decoders(allocation, num_images)
         _check_fits(allocation, cluster)
     return _asked_at_once(allocation, num_images) if gpus_per_worker else allocation
+
+
+def missing(allocation: Allocation, total: Mapping[str, float], free: Mapping[str, float], *, has_begun: bool) -> str:
+    """Return what a job waits for as long as no model worker can run; empty if nothing.
+
+    total, free: what the cluster has, by Ray's names. has_begun: whether a model worker has had its place already.
+    """
+    wanted = allocation.worker_gpus
+    gpus, unused = total.get("GPU", 0.0), free.get("GPU", 0.0)
+    if gpus < wanted:
+        return f"waiting for GPUs: the cluster has {gpus:g}, a worker needs {wanted:g}"
+    if total.get("CPU", 0.0) < allocation.decoder_cpus:
+        return (
+            f"waiting for CPUs: the cluster has {total.get('CPU', 0.0):g}, a decoder needs {allocation.decoder_cpus:g}"
+        )
+    if unused < wanted and not has_begun:
+        return f"waiting for GPUs: {unused:g} of the cluster's {gpus:g} are free, a worker needs {wanted:g}"
+    return ""
 
 
 def useful_workers(num_images: int | None, most: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 from tests.bundles import save_tiny_bundle
 from tests.pictures import encoded
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # for a machine with other work
 
 ROOT = Path(__file__).parents[2]
 INJECTOR = """
@@ -34,9 +34,18 @@ class Finder:
                 (marks / str(tries)).touch()
                 if os.environ["CRASH"] == "raise":
                     raise RuntimeError("the weights melted")
-                if tries == 0:
+                if (os.environ["CRASH"], tries) == ("after a restart", 1):
+                    raise RuntimeError("a card that is not ready")
+                if os.environ["CRASH"] == "kill each" or (os.environ["CRASH"], tries) == ("kill", 0):
                     os.kill(os.getpid(), signal.SIGKILL)
                 real(worker, *args, **kwargs)
+            caption = module.CaptionWorker.__call__
+            def call(worker, rows):
+                num_loads = len(list(Path(os.environ["CRASH_MARKS"]).iterdir()))
+                if (os.environ["CRASH"], num_loads) == ("after a restart", 1):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return caption(worker, rows)
+            module.CaptionWorker.__call__ = call
             module.CaptionWorker.__init__ = load
         spec.loader.exec_module = exec_module
         return spec
@@ -65,7 +74,7 @@ def run_job(inputs: tuple[Path, str], tmp_path: Path, crash: str) -> "tuple[subp
         env={**kept, "PYTHONPATH": f"{tmp_path}:{ROOT}", "CRASH": crash, "CRASH_MARKS": str(marks)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=540,
         check=False,
     )
     return done, len(list(marks.iterdir()))
@@ -82,4 +91,20 @@ def test_a_model_that_never_loads_is_reported_with_its_cause(inputs: tuple[Path,
     done, num_loads = run_job(inputs, tmp_path, "raise")
     assert done.returncode == 1
     assert "RuntimeError: the weights melted" in done.stderr.splitlines()[-1]
+    assert num_loads == 4
+
+
+def test_a_model_whose_load_is_killed_each_time_ends_the_job_with_a_cause(
+    inputs: tuple[Path, str], tmp_path: Path
+) -> None:
+    done, num_loads = run_job(inputs, tmp_path, "kill each")
+    assert done.returncode == 1
+    assert "killed 3 times in a row while it loaded" in done.stderr.splitlines()[-1]
+    assert num_loads == 6
+
+
+def test_a_load_that_fails_once_after_a_restart_is_tried_again(inputs: tuple[Path, str], tmp_path: Path) -> None:
+    done, num_loads = run_job(inputs, tmp_path, "after a restart")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["captioned"] == 8
     assert num_loads == 3

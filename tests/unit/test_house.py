@@ -16,7 +16,7 @@ ORDER = [
     {"errors"},
     {"config", "repetition", "rows", "telemetry"},
     {"command_line", "demo", "tracebacks", "waiting"},
-    {"keys", "machine", "resources", "sources", "images", "model"},
+    {"keys", "machine", "resources", "restarts", "sources", "images", "model"},
     {
         *("decoding", "metrics", "tables", "failure_limit", "slices", "prediction", "decode_worker"),
         *("caption_files", "splits"),

@@ -7,7 +7,7 @@ import pytest
 
 from captioner.config import ResourceConfig
 from captioner.errors import ResourceError
-from captioner.resources import Allocation, Cluster, allocate
+from captioner.resources import Allocation, Cluster, allocate, missing
 
 
 def reserved(allocation: Allocation, end: int) -> float:
@@ -148,3 +148,20 @@ def test_gpus_that_lie_on_several_nodes_are_no_place_for_one_worker() -> None:
 def test_a_model_worker_on_cpus_fits_one_of_several_nodes() -> None:
     assert allocate(ResourceConfig(), Cluster(cpus=16, gpus=0)).worker_cpus == 12
     assert allocate(ResourceConfig(), Cluster(cpus=16, gpus=0, node_cpus=(4, 4, 4, 4))).worker_cpus == 3
+
+
+@pytest.mark.parametrize(
+    ("gpus", "free", "cpus", "has_begun", "said"),
+    [
+        (0, 0, 8, False, "waiting for GPUs: the cluster has 0, a worker needs 1"),
+        (4, 0, 8, False, "waiting for GPUs: 0 of the cluster's 4 are free, a worker needs 1"),  # behind another job
+        (4, 0, 8, True, ""),  # they are ours
+        (4, 2, 8, False, ""),
+        (4, 4, 0, False, "waiting for CPUs: the cluster has 0, a decoder needs 0.9"),
+    ],
+)
+def test_a_job_says_what_it_waits_for(gpus: int, free: int, cpus: int, has_begun: bool, said: str) -> None:
+    allocation = allocate(ResourceConfig(gpus_per_worker=1), Cluster(cpus=0, gpus=0, can_grow=True))
+    assert missing(allocation, {"GPU": gpus, "CPU": cpus}, {"GPU": free}, has_begun=has_begun) == said
+    on_cpus = allocate(ResourceConfig(gpus_per_worker=0), Cluster(cpus=8, gpus=0))
+    assert missing(on_cpus, {"CPU": 8.0}, {}, has_begun=False) == ""
