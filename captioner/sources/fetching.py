@@ -179,7 +179,7 @@ class Fetcher:
                 return Reject(RejectReason.FETCH_FAILED, str(error))
             except Exception as error:  # each store raises its own kinds; diagnose() keeps type and text
                 fault = diagnose(error)
-            if fault.is_of_bucket or (fault.reason == RejectReason.MISSING and self._is_input_away(uri)):
+            if fault.is_of_bucket or (fault.reason == RejectReason.MISSING and _is_folder_away(uri)):
                 return Reject(RejectReason.FETCH_FAILED, fault.detail)  # which says nothing of the image
             if not fault.is_transient:
                 return fault.reject
@@ -187,14 +187,6 @@ class Fetcher:
             if attempt < self._image.fetch_retries:
                 await asyncio.sleep(pause_s(attempt, fault.retry_after_s))
         return Reject(fault.reason, f"{fault.detail} (tried {self._image.fetch_retries + 1} times)")
-
-    def _is_input_away(self, uri: str) -> bool:
-        """Say whether a local file is missing with all others of its input: the disk it lies on is not mounted."""
-        root = urls.parent(urls.glob_prefix(self._input) + ".") if urls.has_glob(self._input) else self._input
-        if urls.scheme(root) != "file" or not uri.startswith(root.rstrip("/") + "/"):
-            return False
-        folder = Path(urls.local_path(root))
-        return not folder.is_dir() or not any(folder.iterdir())
 
     def _objection(self, uri: str) -> str | None:
         """Return why a list that lies in a remote store may not point here, if so."""
@@ -236,6 +228,17 @@ class Fetcher:
         same = own == scheme or {own, scheme} <= {"http", "https"} or {own, scheme} <= {"az", "abfs", "abfss"}
         is_store_behind_local_list = own == "file" and not scheme.startswith("http")
         return dict(self._access.storage_options) if same or is_store_behind_local_list else {}
+
+
+def _is_folder_away(uri: str) -> bool:
+    """Say whether a local file is missing with all that was to stand beside it, as on a disk that is not mounted."""
+    if urls.scheme(uri) != "file":
+        return False
+    folder = Path(urls.local_path(urls.parent(uri)))
+    try:
+        return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    except OSError:  # a name that no folder can have, or one that may not be listed
+        return False
 
 
 def _without_secrets(options: dict[str, Any]) -> dict[str, Any]:

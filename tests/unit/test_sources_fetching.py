@@ -365,6 +365,20 @@ def test_files_that_are_missing_with_the_whole_input_are_tried_again_later(tmp_p
     assert [found.reason for found in fetcher.fetch(files)] == ["fetch_failed", "fetch_failed"]
 
 
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_images_of_a_list_whose_disk_is_not_mounted_are_tried_again_later(tmp_path, how):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "1.jpg").write_bytes(b"one")
+    fetcher = Fetcher(str(tmp_path / "list.txt"), InputConfig(), ImageConfig())
+    files = [str(disk / "1.jpg"), str(disk / "2.jpg")]
+    assert [getattr(found, "reason", found) for found in fetcher.fetch(files)] == [b"one", "missing"]
+    (disk / "1.jpg").unlink()
+    if how == "gone":
+        disk.rmdir()
+    assert [found.reason for found in fetcher.fetch(files)] == ["fetch_failed", "fetch_failed"]
+
+
 def test_a_local_file_that_is_too_large_is_a_reject(tmp_path):
     (tmp_path / "x").write_bytes(b"x" * 11)
     assert _reason(_fetch([f"{tmp_path}/x"], max_image_bytes=10)[0]) == "too_large"
