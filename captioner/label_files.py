@@ -278,7 +278,7 @@ def _samples(unit: Unit, columns: Columns, access: InputConfig, config: LabelsCo
 
 
 def _of_sample(row: Mapping[str, Any], source: str) -> LabelRow:
-    if row["reason"] == RejectReason.FETCH_FAILED:
+    if row["reason"] in (RejectReason.FETCH_FAILED, RejectReason.CHANGED):
         raise StoreError(Fault(RejectReason.FETCH_FAILED, f"{source}: {row['detail']}", is_transient=True))
     if row["reason"] != RejectReason.TOO_LARGE:  # what an image is that is there, but may not be held
         return LabelRow(problem=row["reason"], detail=f"{source}: {row['detail']}")

@@ -9,16 +9,17 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from captioner import demo
-from captioner.config import CaptionJobConfig, InputConfig
+from captioner.config import CaptionJobConfig
 from captioner.errors import ConfigError
 from captioner.failure_limit import FailureLimit
 from captioner.model.bundle import BundleDescription, describe
 from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
 from captioner.slices import Slice, SliceReader, cut
-from captioner.sources import Frozen, Refreshed, count_images, freeze, load_frozen, refresh
+from captioner.sources import Columns, Frozen, Refreshed, Unit, count_images, freeze, load_frozen, refresh, save_count
 from captioner.sources.urls import absolute, redact, scheme
 from captioner.tables import CaptionTable, Done, Lease, holder, mend
 
@@ -142,7 +143,8 @@ def plan_job(
     if done.num_doubled and lease:
         log.info("doubled=%d reason=%s", mend(table, lease.run_id), "a writer outlived its driver")
         done = table.done(is_retried)
-    slices, num_skipped = _slices(frozen, done, config.input)
+    count = partial(_count, config=config, columns=frozen.columns, table=table)
+    slices, num_skipped = _slices(frozen, done, config.input.limit, count)
     return Plan(
         config=config,
         table=table,
@@ -243,15 +245,25 @@ def _without_slash(path: str) -> str:
     return path.rstrip("/") or path if scheme(path) == "file" else path
 
 
-def _slices(frozen: Frozen, done: Done, access: InputConfig) -> tuple[list[Slice], int]:
+def _count(unit: Unit, *, config: CaptionJobConfig, columns: Columns, table: CaptionTable) -> int:
+    """Return how many rows a unit gives, and note it, so that a tar is counted once."""
+
+    def note(num_rows: int) -> None:
+        if not config.dry_run:
+            save_count(unit.ordinal, num_rows, table.run_folder, output_options(config))
+
+    return count_images(unit, columns, config.input, note)
+
+
+def _slices(frozen: Frozen, done: Done, limit: int | None, count: Callable[[Unit], int]) -> tuple[list[Slice], int]:
     """Return what is left to read of the first `limit` images, and how many of them need not be read again."""
     attempts = _by_unit(done.attempts)
     slices: list[Slice] = []
-    num_skipped, left = 0, access.limit
+    num_skipped, left = 0, limit
     for unit in frozen.units:
         stop = unit.num_rows
         if left is not None:
-            stop = min(left, count_images(unit, frozen.columns, access) if stop is None else stop)
+            stop = min(left, count(unit) if stop is None else stop)
             left -= stop
         finished = done.keys.positions(unit.ordinal, stop)
         num_skipped += int(finished.sum())

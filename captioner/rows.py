@@ -46,6 +46,7 @@ class RejectReason(StrEnum):
     MISSING = "missing"  # the store says there is no such object
     FORBIDDEN = "forbidden"  # the store refuses our credentials for it
     FETCH_FAILED = "fetch_failed"  # the store did not deliver, after every retry
+    CHANGED = "changed"  # its tar or Parquet file is not the one that was frozen
     UNSAFE_URI = "unsafe_uri"  # a URI that a list may not point to: local files in a remote list, link-local hosts
     EMPTY = "empty"  # a null, or zero bytes
     NOT_AN_IMAGE = "not_an_image"  # bytes that no decoder recognises
@@ -69,6 +70,7 @@ TRANSIENT_REASONS = frozenset(
     {
         RejectReason.FORBIDDEN,  # credentials are the run's, not the image's
         RejectReason.FETCH_FAILED,
+        RejectReason.CHANGED,  # the file may be put back
         RejectReason.OUT_OF_MEMORY,
         RejectReason.DECODE_TIMEOUT,
     }

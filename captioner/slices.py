@@ -5,13 +5,14 @@ Torch-free, like everything that a read task imports: its process would otherwis
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from captioner.config import CaptionJobConfig
-from captioner.rows import MAX_UNIT_ROWS, TRANSIENT_REASONS, split_key
+from captioner.rows import MAX_UNIT_ROWS
 from captioner.sources import Columns, Limits, Unit, read_unit, save_count
 
 __all__ = ["BLOCK_ROWS", "Slice", "SliceReader", "cut"]
@@ -75,44 +76,34 @@ class SliceReader:
     output_options: Mapping[str, Any]
 
     def read(self, piece: Slice) -> Iterator[pa.Table]:
-        """Yield the rows of a slice that are left, with the number of the attempt that this run makes."""
-        finished = _finished(piece)
-        last = None
-        for last in self._tables(piece, finished):
-            yield _with_attempts(last, piece.attempts)
-        if piece.unit.num_rows is None and piece.stop is None and not _is_cut(last):
-            last_done = int(np.flatnonzero(finished)[-1]) if finished.any() else -1
-            num_rows = max(last_done, _last_position(last)) + 1
-            save_count(piece.unit.ordinal, num_rows, self.run_folder, self.output_options)
+        """Return the rows of a slice that are left, with the number of the attempt that this run makes.
 
-    def _tables(self, piece: Slice, finished: np.ndarray) -> Iterator[pa.Table]:
+        Notes how many rows a tar has once it is known.
+        """
         limits = Limits(
             rows_per_block=BLOCK_ROWS, max_image_bytes=self.config.image.max_image_bytes, stop_at=piece.stop
         )
-        return read_unit(
+        tables = read_unit(
             piece.unit,
             self.columns,
             self.config.input,
             run_folder=self.run_folder,
             output_options=self.output_options,
             limits=limits,
-            done=finished,
+            done=_finished(piece),
+            on_end=partial(self._note_count, piece.unit),
         )
+        return (_with_attempts(table, piece.attempts) for table in tables)
+
+    def _note_count(self, unit: Unit, num_rows: int) -> None:
+        if unit.num_rows is None:
+            save_count(unit.ordinal, num_rows, self.run_folder, self.output_options)
 
 
 def _finished(piece: Slice) -> np.ndarray:
     """Return bool[N], true where a position of the unit is not to be read."""
     here = np.empty(0, bool) if piece.done is None else piece.done
     return np.concatenate([np.ones(piece.start, bool), here])
-
-
-def _is_cut(table: pa.Table | None) -> bool:
-    """Say whether reading ended at a fault that may pass, so that nobody knows how many rows are behind it."""
-    return table is not None and table.column("reason")[-1].as_py() in TRANSIENT_REASONS
-
-
-def _last_position(table: pa.Table | None) -> int:
-    return -1 if table is None else split_key(table.column("key")[-1].as_py())[1]
 
 
 def _with_attempts(table: pa.Table, attempts: Mapping[int, int]) -> pa.Table:

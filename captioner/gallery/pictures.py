@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 
 from captioner.config import ImageConfig, InputConfig
-from captioner.errors import JobError
 from captioner.images.thumbnails import Thumbnail, Thumbnailer
 from captioner.rows import Reject, RejectReason, row_key, split_key
 from captioner.sources import Columns, Fetcher, Frozen, Limits, Unit, load_frozen, read_unit
@@ -105,8 +104,6 @@ class Pictures:
                 found |= dict(zip(rows.column("key").to_pylist(), pictures, strict=True))
         except StoreError as error:
             fault = error.fault.reject
-        except JobError as error:  # the file is another one by now
-            fault = Reject(RejectReason.MISSING, str(error))
         return {key: found.get(key, fault) for key in (row_key(unit.ordinal, position) for position in positions)}
 
     def _rows(self, unit: Unit, positions: list[int]) -> Iterator[pa.Table]:

@@ -16,11 +16,11 @@ from botocore import exceptions as botocore  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
 from captioner.errors import JobError, OutputError
-from captioner.rows import Reject, RejectReason
+from captioner.rows import TRANSIENT_REASONS, Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.hosts import UNSAFE
 
-__all__ = ["Fault", "StoreError", "diagnose", "is_taken", "output_errors"]
+__all__ = ["Fault", "StoreError", "changed", "diagnose", "is_taken", "output_errors"]
 
 _MAX_DETAIL = 300
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 529})
@@ -52,6 +52,17 @@ class Fault:
     def reject(self) -> Reject:
         """What stands in place of the image."""
         return Reject(self.reason, self.detail)
+
+    @property
+    def reject_of_unit(self) -> Reject:
+        """What stands in place of the rows of a unit: it was there when it was frozen, so to be gone may pass."""
+        is_told = self.reason in TRANSIENT_REASONS or self.reason == RejectReason.CORRUPT
+        return Reject(self.reason if is_told else RejectReason.FETCH_FAILED, self.detail)
+
+
+def changed(how: str) -> Fault:
+    """Return the fault of a unit that is not the one that was frozen."""
+    return Fault(RejectReason.CHANGED, f"changed since the job began: {how}; put it back, or caption it anew elsewhere")
 
 
 class StoreError(OSError):

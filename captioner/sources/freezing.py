@@ -199,21 +199,23 @@ def _tars(
     if config.id_column:
         raise ConfigError("--id-column: samples of a tar are named by their members; use --keep-columns for it")
     units = [tar_unit(ordinal, entry, selection) for ordinal, entry in enumerate(entries)]
-    problems = (check_tar(selection.store, unit.path) for unit in units)
+    problems = (unit.problem or check_tar(selection.store, unit.path) for unit in units)
     _check_some_readable(problems, selection)
     kept = tuple(pa.field(new, pa.string()) for new in config.kept)
     return tuple(units), Columns(image=config.image_column, kept=kept, kept_from=tuple(config.kept.values()))
 
 
 def tar_unit(ordinal: int, entry: Entry, selection: Selection) -> Unit:
-    """Return a tar as a unit that nobody has counted."""
+    """Return a tar as a unit that nobody has counted, or, where a name in braces stands for nothing, one row long."""
+    is_there = entry.size_bytes is not None or selection.store.info(entry.url) is not None
     return Unit(
         ordinal=ordinal,
         kind="webdataset",
         path=entry.url,
         name=selection.name(entry.url),
-        num_rows=None,
+        num_rows=None if is_there else 1,
         size_bytes=entry.size_bytes,
+        problem=None if is_there else Reject(RejectReason.MISSING, "no such file when the input was frozen"),
     )
 
 

@@ -12,13 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from captioner.errors import JobError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.blocks import MAX_BLOCK_BYTES, Done, Limits, Row, assemble, positions_left, tabulate, too_large
 from captioner.sources.columns import is_bytes, is_struct, is_text, plain_type
 from captioner.sources.deaths import begun
-from captioner.sources.faults import Fault, StoreError
+from captioner.sources.faults import Fault, StoreError, changed
 from captioner.sources.store import Store
 from captioner.sources.units import Columns, Unit
 
@@ -49,30 +48,31 @@ def read_parquet(
 ) -> Iterator[pa.Table]:
     """Yield the rows of one file that are not done; where they cannot be read, rejects in their place.
 
-    A bad row group costs its own rows; a store that stops delivering costs all that follow. Raises JobError when the
-    file is not the one that was frozen.
+    A bad row group costs its own rows; a store that stops delivering costs all that follow, and a file that is not the
+    one that was frozen all that are left.
     """
     assert unit.num_rows is not None
     left = positions_left(unit.num_rows, done, limits.stop_at)
     try:
-        file, size_bytes = open_parquet(store, unit.path)
+        file = _open_unchanged(store, unit)
     except StoreError as error:
-        yield from _rejects(error.fault.reject, left, unit, columns, limits)
+        yield from _rejects(error.fault.reject_of_unit, left, unit, columns, limits)
         return
     with file:
-        _check_unchanged(file, size_bytes, unit)
         if columns.image not in file.schema_arrow.names:
             yield from _rejects(Reject(RejectReason.CORRUPT, f"no column {columns.image}"), left, unit, columns, limits)
             return
         yield from _Reader(file, unit, columns, limits).rows(left)
 
 
-def _check_unchanged(file: pq.ParquetFile, size_bytes: int, unit: Unit) -> None:
-    if (file.metadata.num_rows, size_bytes) != (unit.num_rows, unit.size_bytes):
-        raise JobError(
-            f"{urls.shown(unit.path)} changed since the job began: it has {file.metadata.num_rows} rows and"
-            f" {size_bytes} bytes, not {unit.num_rows} and {unit.size_bytes}; caption it into a new output"
-        )
+def _open_unchanged(store: Store, unit: Unit) -> pq.ParquetFile:
+    file, size_bytes = open_parquet(store, unit.path)
+    num_rows = file.metadata.num_rows
+    if (num_rows, size_bytes) == (unit.num_rows, unit.size_bytes):
+        return file
+    file.close()
+    now, then = f"{num_rows} rows and {size_bytes} bytes", f"{unit.num_rows} and {unit.size_bytes}"
+    raise StoreError(changed(f"it has {now}, not {then}"))
 
 
 def _rejects(reject: Reject, positions: Positions, unit: Unit, columns: Columns, limits: Limits) -> Iterator[pa.Table]:
@@ -98,7 +98,7 @@ class _Reader:
             try:
                 yield from self._group(group, first, wanted)
             except StoreError as error:
-                yield from self._reject(error.fault.reject, left)
+                yield from self._reject(error.fault.reject_of_unit, left)
                 return
             except _DATA_ERRORS as error:
                 reject = Reject(RejectReason.CORRUPT, f"row group {group}: {error}"[:300])

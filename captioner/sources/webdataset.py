@@ -3,7 +3,10 @@
 A key is a member's path up to the first dot of its base name. The first image member of a sample is its image. The tar
 is a stream: never whole in memory, never unpacked - a member's name is only ever text, so `..`, links and devices lead
 nowhere. Beyond webdataset: a broken tar gives the rows before the break and one reject, samples without an image and
-links in place of one are rejects too, and members without a suffix count as images.
+links in place of one are rejects too, a tar without samples is one, and members without a suffix count as images.
+
+A tar that nobody has counted has a last row that is not done: how many there are is noted before it is given out. So
+whenever a store drops such a tar there is a row that exists and can say so, and the count is never guessed.
 """
 
 import gzip
@@ -11,17 +14,17 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from captioner.errors import JobError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.blocks import Done, Limits, Row, tabulate, too_large
-from captioner.sources.faults import StoreError
+from captioner.sources.faults import StoreError, changed
 from captioner.sources.store import Store
 from captioner.sources.units import Columns, Unit
 
@@ -48,6 +51,14 @@ _SPARSE = "GNU.sparse."
 _DATA_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
+OnEnd = Callable[[int], None]
+"""Is told how many rows a unit has."""
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
 def check_tar(store: Store, url: str) -> Reject | None:
     """Return why a tar cannot be opened, or None where it can, or where another try may."""
     try:
@@ -62,22 +73,64 @@ def check_tar(store: Store, url: str) -> Reject | None:
     return None
 
 
-def count_samples(store: Store, unit: Unit, columns: Columns) -> int:
-    """Return how many rows `read_tar` gives; reads the headers, and the bodies only where the store cannot skip."""
-    return sum(1 for _ in _samples(store, unit, columns, Limits(), lambda _: False))
+def count_samples(store: Store, unit: Unit, columns: Columns, on_end: OnEnd = _ignore) -> int:
+    """Return how many rows `read_tar` gives, or is known to give where the store drops the tar; `on_end` as there.
+
+    Reads the headers, and the bodies only where the store cannot skip.
+    """
+    walk = _Walk(store, unit, columns, Limits(), lambda _: False)
+    for _ in walk:
+        pass
+    assert walk.end is not None
+    if walk.end.is_certain:
+        on_end(walk.end.num_rows)
+    return walk.end.num_rows
 
 
 def read_tar(
-    store: Store, unit: Unit, columns: Columns, limits: Limits, done: Done | None = None
+    store: Store, unit: Unit, columns: Columns, limits: Limits, done: Done | None = None, on_end: OnEnd = _ignore
 ) -> Iterator[pa.Table]:
-    """Yield the samples that are not done. Raises JobError when the file is not the one that was frozen."""
+    """Yield the samples that are not done; where they cannot be read, rejects in their place.
+
+    on_end: is told how many rows the tar has as soon as that is certain, before the last one is given out. A store that
+    drops the tar costs all rows up to `limits.stop_at`, and the first one that is left where nobody has counted them.
+    """
 
     def is_wanted(position: int) -> bool:
         return done is None or position >= len(done) or not done[position]
 
-    samples = _samples(store, unit, columns, limits, is_wanted)
-    rows = (sample.row(unit, columns) for sample in samples if is_wanted(sample.position))
+    rows = _rows(_Walk(store, unit, columns, limits, is_wanted), on_end)
     return tabulate(rows, unit.ordinal, columns.kept, limits.rows_per_block)
+
+
+def _rows(walk: "_Walk", on_end: OnEnd) -> Iterator[Row]:
+    yield from (sample.row(walk.unit, walk.columns) for sample in walk if walk.is_wanted(sample.position))
+    if walk.end is None:
+        return
+    if walk.end.is_certain:
+        on_end(walk.end.num_rows)
+    if walk.end.last is not None and walk.is_wanted(walk.end.last.position):
+        yield walk.end.last.row(walk.unit, walk.columns)
+    yield from _rejects(walk, walk.end)
+
+
+def _rejects(walk: "_Walk", end: "_End") -> Iterator[Row]:
+    """Yield what stands in place of the rows that cannot be read."""
+    if end.reject is None and walk.unit.num_rows is None:
+        return
+    reject = end.reject or changed(f"it has {end.position} samples, not {walk.unit.num_rows}").reject
+    for position in filter(walk.is_wanted, _unread(walk.limits.stop_at, end)):
+        key = f"/{end.key}" if end.key and position == end.position else f"#{position}"
+        yield Row(position, f"{walk.unit.name}{key}", reject=reject)
+        if walk.limits.stop_at is None:
+            return
+
+
+def _unread(stop_at: int | None, end: "_End") -> Iterable[int]:
+    """Return the positions from the end of a pass on: those that are known, or else those of which one has to exist."""
+    if stop_at is not None:
+        return range(end.position, stop_at)
+    return range(end.position, end.num_rows) if end.is_certain else count(end.position)
 
 
 @dataclass
@@ -117,45 +170,82 @@ class _Sample:
         return urls.printable(value) if isinstance(value, str) else json.dumps(value)
 
 
-def _samples(
-    store: Store, unit: Unit, columns: Columns, limits: Limits, is_wanted: Callable[[int], bool]
-) -> Iterator[_Sample]:
-    """Yield every sample in order; where the tar or its store breaks, a last one that says so."""
-    current: _Sample | None = None
-    num_seen = 0
-    try:
-        with _open(store, unit) as file:
+@dataclass(frozen=True)
+class _End:
+    """Where a pass over a tar ended."""
+
+    position: int
+    """The first position without a sample."""
+
+    last: _Sample | None = None
+    """The sample before it, which was held back."""
+
+    reject: Reject | None = None
+    """What stands at `position`, if not even that there is none."""
+
+    key: str = ""
+    """Key of the sample there, as far as it was read."""
+
+    is_certain: bool = True
+    """False where another try may get further."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows up to here."""
+        return self.position + (self.reject is not None)
+
+
+@dataclass
+class _Walk:
+    """A pass over a tar: yields every sample once the next one begins, and in `end` how it ended."""
+
+    store: Store
+    unit: Unit
+    columns: Columns
+    limits: Limits
+    is_wanted: Callable[[int], bool]
+
+    end: _End | None = None
+    """None while it lasts, and where it was to stop."""
+
+    _current: _Sample | None = None
+    _num_seen: int = 0
+
+    def __iter__(self) -> Iterator[_Sample]:
+        try:
+            yield from self._samples()
+        except StoreError as error:  # another try gives the whole sample, so what is there of it does not count
+            self.end = self._broken(error.fault.reject_of_unit, is_certain=False)
+        except (_BrokenTarError, *_DATA_ERRORS) as error:
+            reject = Reject(RejectReason.CORRUPT, f"{type(error).__name__}: {error}"[:300])
+            is_whole = self._current is not None and self._current.image_name is not None
+            self.end = _End(self._num_seen, self._current, reject) if is_whole else self._broken(reject)
+
+    def _broken(self, reject: Reject, *, is_certain: bool = True) -> _End:
+        position, key = (0, "") if self._current is None else (self._current.position, self._current.key)
+        return _End(position, None, reject, key, is_certain)
+
+    def _samples(self) -> Iterator[_Sample]:
+        with _open(self.store, self.unit) as file:
             for member in _members(file):
                 key, ending = _split(member.name)
-                if current is None or key != current.key or current.has_image_of(ending, columns):
-                    if current is not None:
-                        yield current
-                    if num_seen == limits.stop_at:
+                if self._is_next(key, ending):
+                    if self._current is not None:
+                        yield self._current
+                    if self._num_seen == self.limits.stop_at:
                         return
-                    current = _Sample(num_seen, key)
-                    num_seen += 1
-                _add(current, member, ending, columns, limits, is_wanted=is_wanted(current.position))
-    except StoreError as error:
-        # Another try gives the whole sample, so what is there of it does not count.
-        is_redone = current is not None and is_wanted(current.position)
-        yield from _broken(current, num_seen, error.fault.reject, is_whole=not is_redone)
-        return
-    except (_BrokenTarError, *_DATA_ERRORS) as error:
-        reject = Reject(RejectReason.CORRUPT, f"{type(error).__name__}: {error}"[:300])
-        yield from _broken(current, num_seen, reject, is_whole=current is not None and current.image_name is not None)
-        return
-    if current is not None:
-        yield current
+                    self._current = _Sample(self._num_seen, key)
+                    self._num_seen += 1
+                assert self._current is not None
+                is_wanted = self.is_wanted(self._current.position)
+                _add(self._current, member, ending, self.columns, self.limits, is_wanted=is_wanted)
+        empty = None if self._num_seen else Reject(RejectReason.EMPTY, "a tar without samples")
+        self.end = _End(self._num_seen, self._current, empty)
 
-
-def _broken(current: _Sample | None, num_seen: int, reject: Reject, *, is_whole: bool) -> Iterator[_Sample]:
-    if current is None or is_whole:
-        if current is not None:
-            yield current
-        yield _Sample(num_seen, "", image=reject)
-    else:
-        current.image = reject
-        yield current
+    def _is_next(self, key: str, ending: str) -> bool:
+        """Say whether a member begins another sample."""
+        known = self._current
+        return known is None or key != known.key or known.has_image_of(ending, self.columns)
 
 
 def _add(sample: _Sample, member: "_Member", ending: str, columns: Columns, limits: Limits, *, is_wanted: bool) -> None:
@@ -232,10 +322,8 @@ class _Member:
 def _open(store: Store, unit: Unit) -> BinaryIO:
     raw, size_bytes = _sized(store, unit.path)
     if unit.size_bytes not in (None, size_bytes):
-        raise JobError(
-            f"{urls.shown(unit.path)} changed since the job began: it has {size_bytes} bytes, not {unit.size_bytes};"
-            " caption it into a new output"
-        )
+        raw.close()
+        raise StoreError(changed(f"it has {size_bytes} bytes, not {unit.size_bytes}"))
     return _decompressed(raw)
 
 

@@ -207,7 +207,7 @@ def test_a_unit_that_changed_or_went_away_costs_its_own_pictures_only(tmp_path: 
     (tmp_path / "c.parquet").unlink()
     pictures = Pictures.of(table, {}).get([row_key(unit, 1) for unit in range(3)])
     assert isinstance(pictures[1], Thumbnail)
-    assert [found.reason for found in pictures.values() if isinstance(found, Reject)] == ["missing", "missing"]
+    assert [found.reason for found in pictures.values() if isinstance(found, Reject)] == ["changed", "fetch_failed"]
     changed = pictures[row_key(1, 1)]
     assert isinstance(changed, Reject)
     assert "changed since the job began" in changed.detail

@@ -13,7 +13,9 @@ import pytest
 from captioner.config import CaptionJobConfig, DecodingConfig, InputConfig, ModelConfig, ResourceConfig
 from captioner.errors import BundleError, ConfigError, InputError, OutputError
 from captioner.plan import Plan, output_options, plan_job
-from captioner.rows import captioned_schema, row_key
+from captioner.rows import RejectReason, captioned_schema, row_key
+from captioner.slices import BLOCK_ROWS
+from captioner.sources.faults import Fault, StoreError
 from captioner.tables import CaptionTable, Stamp, audit
 from tests.bundles import save_tiny_bundle
 
@@ -202,15 +204,56 @@ def test_a_limit_counts_into_tars_that_nobody_has_counted(config: CaptionJobConf
 
 
 def test_a_tar_is_counted_when_it_was_read_to_its_end_and_not_before(config: CaptionJobConfig, tmp_path: Path) -> None:
-    tar_of_images(tmp_path / "0.tar", num_images=4)
+    tar_of_images(tmp_path / "0.tar", num_images=2 * BLOCK_ROWS + 2)
     config = replace(config, input_path=str(tmp_path / "0.tar"))
     plan = plan_job(config)
     assert plan.num_left is None
     tables = plan.reader.read(plan.slices[0])
-    next(tables)
+    assert next(tables).num_rows == BLOCK_ROWS
+    finish(plan, range(BLOCK_ROWS))
     assert plan_job(config).num_left is None
     list(tables)
-    assert plan_job(config).num_left == 4
+    assert plan_job(config).num_left == BLOCK_ROWS + 2
+
+
+def test_a_store_that_drops_a_tar_that_is_half_done_leaves_the_rest_of_it_for_another_run(
+    config: CaptionJobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar_of_images(tmp_path / "0.tar", num_images=10)
+    config = replace(config, input_path=str(tmp_path / "0.tar"))
+    finish(plan_job(config), range(5))
+
+    def refuse(*_: object) -> None:
+        raise StoreError(Fault(RejectReason.FETCH_FAILED, "HTTP 503 SlowDown", is_transient=True))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("captioner.sources.webdataset._sized", refuse)
+        assert left(plan_job(config)) == [5]
+    plan = plan_job(config)
+    assert plan.num_left is None
+    assert left(plan) == [5, 6, 7, 8, 9]
+    with monkeypatch.context() as patch:
+        patch.setattr("captioner.sources.webdataset._sized", refuse)
+        assert left(plan_job(config)) == [5, 6, 7, 8, 9]  # by now it is known how many there are
+
+
+def test_a_limit_counts_a_tar_once(config: CaptionJobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar_of_images(tmp_path / "0.tar", num_images=4)
+    config = replace(config, input_path=str(tmp_path / "0.tar"), input=InputConfig(limit=2))
+    assert plan_job(config).num_left == 2
+    monkeypatch.setattr("captioner.sources.webdataset._sized", None)
+    assert plan_job(config).num_left == 2
+
+
+def test_a_limit_over_a_tar_that_the_store_drops_counts_nothing(config: CaptionJobConfig, tmp_path: Path) -> None:
+    tar_of_images(tmp_path / "0.tar", num_images=4)
+    config = replace(config, input_path=str(tmp_path / "0.tar"))
+    plan_job(config)
+    limited = replace(config, input=InputConfig(limit=3))
+    (tmp_path / "0.tar").rename(tmp_path / "away.tar")
+    assert plan_job(limited).num_left == 1
+    (tmp_path / "away.tar").rename(tmp_path / "0.tar")
+    assert plan_job(limited).num_left == 3
 
 
 def test_a_tar_that_nobody_has_counted_is_expected_to_hold_what_its_bytes_can(

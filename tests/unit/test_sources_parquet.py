@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import InputConfig
-from captioner.errors import InputError, JobError
+from captioner.errors import InputError
 from captioner.rows import source_schema, split_key
 from captioner.sources import Limits, blocks, freeze, read_unit
 from captioner.sources.faults import Fault, StoreError
@@ -266,20 +267,22 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path, run):
     assert "row group 1" in rows[10]["detail"]
 
 
-def test_a_table_that_changed_since_it_was_frozen_stops_the_job(tmp_path, run):
+def test_a_table_that_changed_since_it_was_frozen_costs_the_rows_that_are_left_of_it(tmp_path, run):
     path = _write(tmp_path / "t.parquet", {"image": [b"a"]})
     frozen = freeze(path, InputConfig(), run)
     _write(path, {"image": [b"a", b"b"]})
-    with pytest.raises(JobError, match=r"t.parquet changed since the job began: it has 2 rows .* not 1 .* new output"):
-        list(read_unit(frozen.units[0], frozen.columns, InputConfig(), run_folder=run))
+    [table] = read_unit(frozen.units[0], frozen.columns, InputConfig(), run_folder=run)
+    [row] = table.to_pylist()
+    assert (row["image_id"], row["reason"]) == ("t.parquet#0", "changed")
+    assert re.match(r"changed since the job began: it has 2 rows and \d+ bytes, not 1 and \d+; put", row["detail"])
 
 
-def test_a_table_that_is_gone_gives_a_reject_for_each_row(tmp_path, run):
+def test_a_table_that_is_gone_may_come_back(tmp_path, run):
     path = _write(tmp_path / "t.parquet", {"image": [b"a", b"b"]})
     frozen = freeze(path, InputConfig(), run)
     Path(path).unlink()
     tables = list(read_unit(frozen.units[0], frozen.columns, InputConfig(), run_folder=run))
-    assert [row["reason"] for row in pa.concat_tables(tables).to_pylist()] == ["missing", "missing"]
+    assert [row["reason"] for row in pa.concat_tables(tables).to_pylist()] == ["fetch_failed", "fetch_failed"]
 
 
 def test_a_store_that_stops_delivering_leaves_the_rest_for_another_run(tmp_path, run, monkeypatch):

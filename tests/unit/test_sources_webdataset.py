@@ -1,6 +1,8 @@
 import gzip
 import io
+import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from captioner.config import InputConfig
-from captioner.errors import ConfigError, InputError, JobError
+from captioner.errors import ConfigError, InputError
 from captioner.rows import split_key
 from captioner.sources import Limits, count_images, freeze, read_unit
 from captioner.sources.faults import Fault, StoreError
@@ -208,12 +210,66 @@ def test_an_image_larger_than_allowed_is_skipped_over(tmp_path, run):
     assert [(row["reason"], row["data"]) for row in rows] == [("too_large", None), (None, b"y")]
 
 
-def test_a_tar_that_changed_since_it_was_frozen_stops_the_job(tmp_path, run):
-    (tmp_path / "s.tar").write_bytes(_tar(_samples(1)))
+def _counted(frozen, num_rows):
+    return replace(frozen, units=tuple(replace(unit, num_rows=num_rows) for unit in frozen.units))
+
+
+def _reasons(rows):
+    return [(row["key"], row["reason"]) for row in rows]
+
+
+def test_a_tar_that_changed_since_it_was_frozen_costs_the_rows_that_are_left_of_it(tmp_path, run):
+    (tmp_path / "s.tar").write_bytes(_tar(_samples(3)))
     frozen = _freeze(tmp_path / "s.tar", run)
     (tmp_path / "s.tar").write_bytes(_tar(_samples(20)))
-    with pytest.raises(JobError, match=r"s.tar changed since the job began: it has \d+ bytes, not 10240"):
-        _read(frozen, run)
+    counts = []
+    rows = _read(frozen, run, on_end=counts.append, done=np.array([True, False, True]))
+    assert _reasons(rows) == [(1, "changed")]
+    assert re.match(r"changed since the job began: it has \d+ bytes, not 10240; put it back", rows[0]["detail"])
+    rows = _read(_counted(frozen, 3), run, limits=Limits(stop_at=3), done=np.array([True]))
+    assert _reasons(rows) == [(1, "changed"), (2, "changed")]
+    assert [row["image_id"] for row in rows] == ["s.tar#1", "s.tar#2"]
+    assert counts == []
+
+
+def test_a_tar_of_the_same_size_with_fewer_samples_changed_too(tmp_path, run):
+    (tmp_path / "s.tar").write_bytes(_tar(_samples(4)))
+    frozen = _counted(_freeze(tmp_path / "s.tar", run), 4)
+    (tmp_path / "s.tar").write_bytes(_tar(_samples(2)))
+    rows = _read(frozen, run, limits=Limits(stop_at=4))
+    assert _reasons(rows) == [(0, None), (1, None), (2, "changed"), (3, "changed")]
+    assert rows[3]["detail"].startswith("changed since the job began: it has 2 samples, not 4")
+
+
+def test_a_tar_that_is_gone_may_come_back(tmp_path, run):
+    (tmp_path / "s.tar").write_bytes(_tar(_samples(3)))
+    frozen, counts = _freeze(tmp_path / "s.tar", run), []
+    (tmp_path / "s.tar").unlink()
+    assert _reasons(_read(frozen, run, on_end=counts.append)) == [(0, "fetch_failed")]
+    assert counts == []
+    rows = _read(_counted(frozen, 3), run, limits=Limits(stop_at=3), done=np.array([False, True]))
+    assert _reasons(rows) == [(0, "fetch_failed"), (2, "fetch_failed")]
+
+
+def test_the_count_of_a_tar_is_told_before_its_last_row_is_given_out(tmp_path, run):
+    (tmp_path / "s.tar").write_bytes(_tar(_samples(5)))
+    frozen, counts = _freeze(tmp_path / "s.tar", run), []
+    unit = frozen.units[0]
+    tables = read_unit(
+        unit, frozen.columns, InputConfig(), run_folder=run, limits=Limits(rows_per_block=1), on_end=counts.append
+    )
+    known = [(table["key"].to_pylist(), list(counts)) for table in tables]
+    assert known[0] == ([0], [])
+    assert known[-1] == ([4], [5])
+
+
+def test_a_tar_without_samples_is_one_row(tmp_path, run):
+    (tmp_path / "0.tar").write_bytes(_tar(_samples(1)))
+    (tmp_path / "1.tar").write_bytes(_tar([(".hidden.jpg", b"x")]))
+    frozen, counts = _freeze(f"{tmp_path}/*.tar", run), []
+    rows = _read(frozen, run, on_end=counts.append)
+    assert [(row["image_id"], row["reason"]) for row in rows] == [("0.tar/0000.jpg", None), ("1.tar#0", "empty")]
+    assert counts == [1, 1]
 
 
 # -- what is broken
@@ -284,7 +340,7 @@ def test_an_empty_file_among_shards_is_one_reject(tmp_path, run):
     (tmp_path / "0.tar").write_bytes(b"")
     (tmp_path / "1.tar").write_bytes(_tar(_samples(1)))
     rows = _rows(f"{tmp_path}/*.tar", run)
-    assert [(row["image_id"], row["reason"]) for row in rows] == [("0.tar", "corrupt"), ("1.tar/0000.jpg", None)]
+    assert [(row["image_id"], row["reason"]) for row in rows] == [("0.tar#0", "corrupt"), ("1.tar/0000.jpg", None)]
 
 
 def test_a_store_that_stops_delivering_leaves_the_rest_for_another_run(tmp_path, run, monkeypatch):
