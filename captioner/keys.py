@@ -21,7 +21,8 @@ class KeySet:
     def add(self, keys: np.ndarray) -> np.ndarray:
         """Add int64[N] keys; return those that were in the set already, or stand twice in `keys`."""
         again = []
-        for unit, positions in _by_unit(keys):
+        for unit, places in _by_unit(keys):
+            positions = keys[places] & (MAX_UNIT_ROWS - 1)
             bitmap = self._grown(unit, int(positions.max()) + 1)
             distinct, counts = np.unique(positions, return_counts=True)
             again.append((unit << 32) + distinct[(counts > 1) | bitmap[distinct]])
@@ -40,11 +41,9 @@ class KeySet:
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """Return bool[N], true where a key is in the set."""
         found = np.zeros(len(keys), bool)
-        units = keys >> 32
-        for unit, positions in _by_unit(keys):
-            found[units == unit] = self.positions(unit, int(positions.max()) + 1)[
-                keys[units == unit] & (MAX_UNIT_ROWS - 1)
-            ]
+        for unit, places in _by_unit(keys):
+            positions = keys[places] & (MAX_UNIT_ROWS - 1)
+            found[places] = self.positions(unit, int(positions.max()) + 1)[positions]
         return found
 
     def positions(self, unit: int, num_rows: int | None = None) -> np.ndarray:
@@ -65,7 +64,7 @@ class KeySet:
 
 
 def _by_unit(keys: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (unit, int64 positions) for each unit among the keys."""
-    units = keys >> 32
-    for unit in np.unique(units):
-        yield int(unit), keys[units == unit] & (MAX_UNIT_ROWS - 1)
+    """Yield (unit, int64 places of its keys) for each unit among the keys."""
+    order = np.argsort(keys, kind="stable")
+    units, starts = np.unique(keys[order] >> 32, return_index=True)
+    yield from zip(units.tolist(), np.split(order, starts[1:]), strict=False)  # without keys there is one empty piece

@@ -3,6 +3,7 @@
 Torch-free, like everything that a read task imports: its process would otherwise start seconds later.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -50,12 +51,14 @@ def cut(unit: Unit, stop: int | None, finished: np.ndarray, attempts: Mapping[in
         yield Slice(unit=unit, done=finished if finished.any() else None, attempts=attempts)
         return
     step = _slice_rows(unit) or max(stop, 1)
+    tried: defaultdict[int, dict[int, int]] = defaultdict(dict)
+    for position, count in attempts.items():
+        tried[position // step * step][position] = count
     for start in range(0, stop, step):
         end = min(stop, start + step)
         here = finished[start:end]
-        tried = {position: attempts[position] for position in attempts if start <= position < end}
         if not here.all():
-            yield Slice(unit=unit, start=start, stop=end, done=here if here.any() else None, attempts=tried)
+            yield Slice(unit=unit, start=start, stop=end, done=here if here.any() else None, attempts=tried[start])
 
 
 def _slice_rows(unit: Unit) -> int | None:

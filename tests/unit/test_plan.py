@@ -5,7 +5,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +16,8 @@ from captioner.config import CaptionJobConfig, DecodingConfig, InputConfig, Mode
 from captioner.errors import BundleError, ConfigError, InputError, OutputError
 from captioner.plan import Plan, output_options, plan_job
 from captioner.rows import RejectReason, captioned_schema, row_key
-from captioner.slices import BLOCK_ROWS
+from captioner.slices import BLOCK_ROWS, cut
+from captioner.sources import Unit
 from captioner.sources.faults import Fault, StoreError
 from captioner.tables import CaptionTable, Stamp, audit
 from tests.bundles import save_tiny_bundle
@@ -97,6 +100,23 @@ def test_failures_are_tried_again_as_asked_and_say_which_attempt_it_is(
     tables = [table for piece in plan.slices for table in plan.reader.read(piece)]
     attempts = [attempt for table in tables for attempt in table.column("attempt").to_pylist()]
     assert attempts == [2] * expected
+
+
+def test_the_attempts_of_a_unit_are_gone_through_once_for_all_of_its_slices() -> None:
+    class Counted(dict[int, int]):
+        num_reads = 0
+
+        def items(self) -> Any:
+            Counted.num_reads += 1
+            return super().items()
+
+        __iter__ = None  # type: ignore[assignment]
+
+    unit = Unit(ordinal=0, kind="listing", path="x", name="x", num_rows=1000, size_bytes=None)
+    attempts = Counted({0: 1, 255: 2, 256: 3, 999: 4})
+    slices = list(cut(unit, 1000, np.zeros(1000, bool), attempts))
+    assert [dict(piece.attempts) for piece in slices] == [{0: 1, 255: 2}, {256: 3}, {}, {999: 4}]
+    assert Counted.num_reads == 1
 
 
 def test_an_unknown_reason_to_retry_is_refused(config: CaptionJobConfig) -> None:
