@@ -29,6 +29,7 @@ class Refusals:
         self._lock = threading.Lock()
         self._num_in_a_row = 0
         self._places: set[str] = set()
+        self._units: set[str] = set()
         self._has_seen_one = False
 
     def see(self, rows: pa.Table, found: Sequence[object]) -> None:
@@ -47,10 +48,11 @@ class Refusals:
         if not isinstance(outcome, Reject) or outcome.reason not in _ACCESS:
             self._num_in_a_row, self._has_seen_one = 0, True
             self._places.clear()
+            self._units.clear()
             return
         self._num_in_a_row += 1
-        self._places.add(self._place(uri) if uri else shown)
-        if self._num_in_a_row >= _MOST_IN_A_ROW and self._is_out_of_reach():
+        (self._places if uri else self._units).add(self._place(uri) if uri else shown)
+        if self._is_out_of_reach():
             raise JobError(self._complaint(shown, outcome))
 
     def _place(self, uri: str) -> str:
@@ -59,7 +61,11 @@ class Refusals:
         return "" if host in (None, self._own_host) else str(host)
 
     def _is_out_of_reach(self) -> bool:
-        return "" in self._places or len(self._places) >= _FEWEST_PLACES
+        """Say whether so many failed together; an input file counts once, since a tar may fail by a single row."""
+        if len(self._units) >= _FEWEST_PLACES:
+            return True
+        is_of_many = "" in self._places or len(self._places | self._units) >= _FEWEST_PLACES
+        return self._num_in_a_row >= _MOST_IN_A_ROW and is_of_many
 
     def _complaint(self, shown: str, last: Reject) -> str:
         since = "since some arrived before" if self._has_seen_one else "and none arrived before"

@@ -81,5 +81,16 @@ def test_one_file_of_rows_that_cannot_be_read_is_its_own_affair_and_eight_in_a_r
         see(refusals, [(None, FAILED)], unit=7)
 
 
+def test_eight_tars_in_a_row_that_give_a_single_failure_each_are_enough() -> None:
+    refusals = Refusals("s3://bucket/tars")
+    for unit in range(7):
+        see(refusals, [(None, FORBIDDEN)], unit=unit)
+    see(refusals, [(None, None)])
+    for unit in range(7):
+        see(refusals, [(None, FORBIDDEN)], unit=unit)
+    with pytest.raises(JobError, match=r"8 images in a row .* since some arrived before; the last is input file 8"):
+        see(refusals, [(None, FORBIDDEN)], unit=8)
+
+
 def test_what_failed_in_an_earlier_run_says_nothing_of_today() -> None:
     see(Refusals("s3://bucket"), (("s3://bucket/1.jpg", FORBIDDEN) for _ in range(1000)), attempt=2)
