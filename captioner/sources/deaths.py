@@ -4,7 +4,8 @@
         ...
 
 A job tries again what its processes leave unfinished, and must not do so for ever. Kept in files of the machine, since
-who died can say nothing. The block is to be short: whoever is killed in it for another reason counts too.
+who died can say nothing. The block is to be short: whoever is killed in it for another reason counts too. Containers
+that share the folder do not see each other's processes, and leave each other's marks alone.
 """
 
 import hashlib
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from captioner.sources.processes import machine
+
 __all__ = ["begun"]
 
 _FORGOTTEN_S = 3600.0  # a death of long ago was another job's
@@ -24,7 +27,7 @@ _FORGOTTEN_S = 3600.0  # a death of long ago was another job's
 def begun(what: str) -> Iterator[int]:
     """Yield how many processes died in the middle of this within the last hour; forgets them once one does not."""
     folder = Path(tempfile.gettempdir()) / f"captioner-reading-{os.getuid()}"
-    name = hashlib.blake2b(what.encode(), digest_size=12).hexdigest()
+    name = hashlib.blake2b(f"{machine()} {what}".encode(), digest_size=12).hexdigest()
     mark = folder / f"{name}.{os.getpid()}"
     with suppress(OSError):  # a machine without room for this goes on without
         folder.mkdir(mode=0o700, exist_ok=True)

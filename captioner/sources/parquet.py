@@ -80,6 +80,10 @@ def _rejects(reject: Reject, positions: Positions, unit: Unit, columns: Columns,
     return tabulate(rows, unit.ordinal, columns.kept, limits.rows_per_block)
 
 
+class _DeadlyError(Exception):
+    """Reading ended too many processes."""
+
+
 class _Reader:
     def __init__(self, file: pq.ParquetFile, unit: Unit, columns: Columns, limits: Limits) -> None:
         self._file = file
@@ -100,6 +104,8 @@ class _Reader:
             except StoreError as error:
                 yield from self._reject(error.fault.reject_of_unit, left)
                 return
+            except _DeadlyError as error:  # not corrupt for certain: the machine may have had no memory left
+                reject = Reject(RejectReason.OUT_OF_MEMORY, f"row group {group}: {error}")
             except _DATA_ERRORS as error:
                 reject = Reject(RejectReason.CORRUPT, f"row group {group}: {error}"[:300])
             yield from self._reject(reject, wanted)
@@ -128,12 +134,12 @@ class _Reader:
                 return  # who wants one row does not wait for the rest of its group
 
     def _batches(self, group: int, names: list[str]) -> Iterator[pa.RecordBatch]:
-        """Yield what Arrow reads; raise ArrowInvalid for what ended the processes that tried before."""
+        """Yield what Arrow reads. Raises _DeadlyError for what ended the processes that tried before."""
         batches: Iterator[pa.RecordBatch] | None = None
         while True:
             with begun(f"{self._unit.path} {self._unit.size_bytes} row {self._next} of {names}") as num_deaths:
                 if num_deaths >= _MOST_DEATHS:
-                    raise pa.ArrowInvalid(f"reading row {self._next} ended {num_deaths} processes")
+                    raise _DeadlyError(f"reading row {self._next} ended {num_deaths} processes")
                 batches = batches or self._file.iter_batches(
                     batch_size=self._batch_size(group), row_groups=[group], columns=names, use_threads=False
                 )

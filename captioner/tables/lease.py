@@ -27,10 +27,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from captioner.errors import JobError, OutputError
 from captioner.sources.faults import StoreError
+from captioner.sources.processes import machine, process_start
 from captioner.sources.store import Store
 from captioner.sources.urls import join, redact
 
@@ -71,12 +71,12 @@ class Holder:
     @property
     def is_here(self) -> bool:
         """True if its process, living or dead, is one of this machine."""
-        return bool(self.machine) and self.machine == _machine()
+        return bool(self.machine) and self.machine == machine()
 
     @property
     def is_dead(self) -> bool:
         """True if it certainly ended: only known of a process of this machine."""
-        return self.is_here and _process_start(self.pid) != self.process_start
+        return self.is_here and process_start(self.pid) != self.process_start
 
 
 @dataclass
@@ -219,30 +219,12 @@ def _holder(purpose: str) -> Holder:
         run_id=f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}-{secrets.token_hex(2)}",
         purpose=purpose,
         host=socket.gethostname(),
-        machine=_machine(),
+        machine=machine(),
         pid=os.getpid(),
-        process_start=_process_start(os.getpid()) or "",
+        process_start=process_start(os.getpid()) or "",
         since=now,
         last_beat=now,
     )
-
-
-def _machine() -> str:
-    """Return what two processes share exactly when they see each other's ids; empty where the system does not say."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - it points to no path
-    except OSError:
-        return ""
-
-
-def _process_start(pid: int) -> str | None:
-    """Return when a process of this machine began, in ticks since the boot; None when it ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
 
 
 def _keep(lease: Lease, ended: threading.Event, is_main: bool) -> None:

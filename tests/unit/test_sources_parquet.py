@@ -348,6 +348,6 @@ def test_rows_that_end_every_process_that_reads_them_are_given_up(tmp_path, run,
     assert [end.returncode for end in ends] == [-9, -9, -9, 0]
     lines = ends[-1].stdout.splitlines()
     assert lines[:5] == [f"{row} {images[row]} None None" for row in range(5)]
-    assert lines[5] == "5 None corrupt row group 1: reading row 5 ended 3 processes"
+    assert lines[5] == "5 None out_of_memory row group 1: reading row 5 ended 3 processes"
     assert lines[6:] == [f"{row} {images[row]} None None" for row in range(6, 9)]
     assert not list(tmp_path.glob("captioner-reading-*/*"))
