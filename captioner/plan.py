@@ -86,7 +86,8 @@ class Plan:
         if self.config.resources.rows_per_part:
             return self.config.resources.rows_per_part
         fewest, most = _PART_ROWS
-        return most if self.num_left is None else min(most, max(fewest, math.ceil(self.num_left / _PARTS)))
+        num_expected = sum(piece.num_expected for piece in self.slices)
+        return min(most, max(fewest, math.ceil(num_expected / _PARTS)))
 
     @property
     def reader(self) -> SliceReader:

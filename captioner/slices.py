@@ -19,6 +19,7 @@ from captioner.sources import Columns, Limits, Unit, read_unit, save_count
 __all__ = ["BLOCK_ROWS", "Slice", "SliceReader", "cut"]
 
 BLOCK_ROWS = 256  # images of one decode call
+_USUAL_TAR_BYTES, _USUAL_IMAGE_BYTES = 1 << 30, 64 << 10
 _LIGHT_ROW_BYTES = 4096  # a Parquet row below this holds a URI, not an image, so that many fit one block
 
 
@@ -43,6 +44,14 @@ class Slice:
         if self.stop is None:
             return None
         return self.stop - self.start - (0 if self.done is None else int(self.done.sum()))
+
+    @property
+    def num_expected(self) -> int:
+        """Rows to read; guessed from the size of a tar that nobody has counted."""
+        if self.num_left is not None:
+            return self.num_left
+        guess = (self.unit.size_bytes or _USUAL_TAR_BYTES) // _USUAL_IMAGE_BYTES
+        return max(0, guess - (0 if self.done is None else int(self.done.sum())))
 
 
 def cut(unit: Unit, stop: int | None, finished: np.ndarray, attempts: Mapping[int, int]) -> Iterator[Slice]:

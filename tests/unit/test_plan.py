@@ -207,6 +207,21 @@ def test_a_part_is_a_64th_of_the_work_within_limits(config: CaptionJobConfig) ->
     assert plan_job(replace(config, resources=ResourceConfig(rows_per_part=7))).rows_per_part == 7
 
 
+def test_a_part_of_tars_that_nobody_has_counted_is_a_64th_of_what_their_size_suggests(
+    config: CaptionJobConfig, tmp_path: Path
+) -> None:
+    tar_of_images(tmp_path / "0.tar", num_images=4)
+    plan = plan_job(replace(config, input_path=str(tmp_path / "0.tar")))
+    assert plan.rows_per_part == 256
+    [piece] = plan.slices
+    large = replace(piece, unit=replace(piece.unit, size_bytes=4 << 30))
+    assert replace(plan, slices=[large]).rows_per_part == 1024
+    assert replace(plan, slices=[large, large]).rows_per_part == 2048
+    unknown = replace(piece, unit=replace(piece.unit, size_bytes=None))
+    assert replace(plan, slices=[unknown] * 8).rows_per_part == 2048
+    assert replace(plan, slices=[unknown] * 1000).rows_per_part == 16_384
+
+
 def tar_of_images(path: Path, num_images: int) -> None:
     with tarfile.open(path, "w") as tar:
         for number in range(num_images):
