@@ -7,6 +7,7 @@ One of the modules that import ray. Knows how rows move and what each stage rese
 """
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ from captioner.resources import Allocation, Cluster, allocate, missing
 from captioner.restarts import Start, next_start
 from captioner.slices import BLOCK_ROWS, Slice
 from captioner.sources.faults import output_errors
+from captioner.stopping import stopping
 from captioner.summary import facts, farewell, planned, predicted, summarize
 from captioner.tables import PartSummary, Stamp, mend_late
 from captioner.telemetry import METRICS
@@ -114,7 +116,12 @@ def _run(plan: "Plan") -> dict[str, Any]:
         _announce(allocation, cluster)
         sink = WriteParts(plan, Stamp(run_id, plan.table.digest, is_leased=True))
         count, url = partial(plan.table.num_written, run_id), plan.table.url
-        with progress(plan.num_left, count, url, partial(shortage, allocation)), job_errors():
+        assert plan.stop_file is not None
+        with (
+            stopping(plan.stop_file, lambda: plan.lease is not None and plan.lease.is_lost) as stop,
+            progress(plan.num_left, count, url, partial(shortage, allocation)),
+            job_errors(),
+        ):
             write_rows(_captioned(plan, allocation), sink, allocation)
         mend_late(plan.table, plan.done.parts.union(*(part.parts for part in sink.parts)), run_id)
         seconds = time.monotonic() - start
@@ -122,6 +129,8 @@ def _run(plan: "Plan") -> dict[str, Any]:
         expected = predicted(plan, allocation, cluster, num_read)
         summary = summarize(plan, sink.parts, seconds, started_at=started_at, predicted=expected)
         plan.table.record(run_id, known | {"summary": summary})
+    if stop.is_asked and num_read < (plan.num_left or math.inf):
+        raise KeyboardInterrupt
     return summary
 
 
@@ -141,7 +150,7 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
     config, kept = plan.config, plan.frozen.columns.kept
     decoded = decode_slices(
         ReadSlices(plan.reader, plan.slices),
-        {"config": config, "preprocessing": plan.model.preprocessing, "kept": kept},
+        {"config": config, "preprocessing": plan.model.preprocessing, "kept": kept, "stop": plan.stop_file},
         allocation,
     )
     captioned: Dataset = decoded.map_batches(

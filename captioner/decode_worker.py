@@ -1,6 +1,7 @@
 """The CPU worker of a caption job: source rows in, decoded rows out. A plain class, tested without Ray.
 
-Rows in = rows out, in order; a row that failed earlier passes through. Torch-free, so that its process starts at once.
+Rows in = rows out, in order, until the job is to stop; a row that failed earlier passes through. Torch-free, so that
+its process starts at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +14,25 @@ from captioner.config import CaptionJobConfig
 from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.rows import Reject, build_table, decoded_schema
 from captioner.sources import Fetcher, Refusals
+from captioner.stopping import StopFile
 
 __all__ = ["DecodeWorker"]
 
 
 class DecodeWorker:
-    """Fetches and decodes on CPUs. `preprocessing` is CLIP's own preprocessor config; `kept` the user's columns."""
+    """Fetches and decodes on CPUs. `preprocessing` is CLIP's own preprocessor config; `kept` the user's columns.
+
+    stop: says when the job is to end: from then on rows that were read are left to the next run.
+    """
 
     def __init__(
-        self, config: CaptionJobConfig, preprocessing: Mapping[str, Any], kept: Sequence[pa.Field] = ()
+        self,
+        config: CaptionJobConfig,
+        preprocessing: Mapping[str, Any],
+        kept: Sequence[pa.Field] = (),
+        stop: StopFile | None = None,
     ) -> None:
+        self._stop = stop
         self._fetcher = Fetcher(config.input_path, config.input, config.image)
         self._refusals = Refusals(config.input_path)
         self._decoder = Decoder(Preprocessing.from_config(preprocessing), config.image)
@@ -33,6 +43,8 @@ class DecodeWorker:
 
         Raises JobError when a store gives nothing any more (see `sources.refusals`).
         """
+        if self._stop and self._stop.is_there():
+            rows = rows.slice(0, 0)
         outcomes, sizes = self._outcomes(rows)
         made = {
             "reason": [_if_reject(outcome, "reason") for outcome in outcomes],

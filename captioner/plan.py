@@ -21,6 +21,7 @@ from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
 from captioner.slices import Slice, SliceReader, cut
 from captioner.sources import Columns, Frozen, Refreshed, Unit, count_images, freeze, load_frozen, refresh, save_count
 from captioner.sources.urls import absolute, redact, scheme
+from captioner.stopping import StopFile
 from captioner.tables import CaptionTable, Done, Lease, holder, mend
 
 __all__ = ["Plan", "output_options", "plan_job"]
@@ -97,7 +98,15 @@ class Plan:
             columns=self.frozen.columns,
             run_folder=self.scratch or self.table.run_folder,
             output_options={} if self.scratch else output_options(self.config),
+            stop=self.stop_file,
         )
+
+    @property
+    def stop_file(self) -> StopFile | None:
+        """What tells the read tasks of this run to end early; None for a dry run."""
+        if self.lease is None:
+            return None
+        return StopFile(self.table.run_folder, self.lease.run_id, output_options(self.config))
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as people read it."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 from captioner.config import CaptionJobConfig
 from captioner.rows import MAX_UNIT_ROWS
 from captioner.sources import Columns, Limits, Unit, read_unit, save_count
+from captioner.stopping import StopFile
 
 __all__ = ["BLOCK_ROWS", "Slice", "SliceReader", "cut"]
 
@@ -86,16 +87,23 @@ class SliceReader:
     columns: Columns
     run_folder: str
     output_options: Mapping[str, Any]
+    stop: StopFile | None = None
+    """What says that nothing more is to be read."""
 
     def read(self, piece: Slice) -> Iterator[pa.Table]:
-        """Return the rows of a slice that are left, with the number of the attempt that this run makes.
+        """Yield the rows of a slice that are left, with the number of the attempt that this run makes.
 
-        Notes how many rows a tar has once it is known.
+        Notes how many rows a tar has once it is known. Ends where the job is to stop.
         """
+        tables = self._tables(piece)
+        while not (self.stop and self.stop.is_there()) and (table := next(tables, None)) is not None:
+            yield _with_attempts(table, piece.attempts)
+
+    def _tables(self, piece: Slice) -> Iterator[pa.Table]:
         limits = Limits(
             rows_per_block=BLOCK_ROWS, max_image_bytes=self.config.image.max_image_bytes, stop_at=piece.stop
         )
-        tables = read_unit(
+        return read_unit(
             piece.unit,
             self.columns,
             self.config.input,
@@ -105,7 +113,6 @@ class SliceReader:
             done=_finished(piece),
             on_end=partial(self._note_count, piece.unit),
         )
-        return (_with_attempts(table, piece.attempts) for table in tables)
 
     def _note_count(self, unit: Unit, num_rows: int) -> None:
         if unit.num_rows is None:

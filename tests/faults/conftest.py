@@ -29,6 +29,7 @@ class SlowStore(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
     latency_s = 0.0
+    num_served = 0
     files: ClassVar[dict[str, bytes]] = {}
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -41,6 +42,7 @@ class _SlowAnswer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         assert isinstance(self.server, SlowStore)
         time.sleep(self.server.latency_s)
+        self.server.num_served += 1
         data = self.server.files.get(self.path)
         self.send_response(404 if data is None else 200)
         self.send_header("Content-Length", str(len(data or b"")))

@@ -1,81 +1,67 @@
 """Ends of a driver, for real: whatever was finished stays, and the same command ends with the unbroken table."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from tests.bundles import save_tiny_bundle
-from tests.pictures import encoded
+from tests.faults.conftest import NUM_IMAGES, SlowStore
+from tests.faults.running_job import Job, table, verified, wait_for_parts
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-NUM_IMAGES = 1500
 
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("images")
-    for seed in range(NUM_IMAGES):
-        (folder / f"{seed:05d}.jpg").write_bytes(encoded(seed=seed))
-    return folder, save_tiny_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-def command(inputs: tuple[Path, str], output: Path) -> list[str]:
-    images, bundle = inputs
-    flags = ["--model", bundle, "--max-new-tokens", "6", "--rows-per-part", "128"]
-    return [sys.executable, str(ROOT / "jobs" / "caption.py"), str(images), str(output), *flags]
-
-
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**kept, "PYTHONPATH": str(ROOT)}
-
-
-def wait_for_a_part(output: Path, process: subprocess.Popen[str]) -> None:
-    give_up = time.monotonic() + 180
-    while not list(output.glob("captions/*.parquet")):
-        assert process.poll() is None, "the job ended before it could be interrupted"
-        assert time.monotonic() < give_up, "no part was written"
-        time.sleep(0.05)
-
-
-def rows_on_disk(output: Path) -> int:
-    return sum(int(part.stem.split("-")[-2]) for part in output.glob("captions/*.parquet"))
+def finished_rows(output: Path) -> int:
+    return sum(
+        len(pd.read_parquet(output / folder)) for folder in ("captions", "failures") if (output / folder).exists()
+    )
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_driver_that_is_ended_midway_leaves_whole_parts_and_a_rerun_does_the_rest(
-    inputs: tuple[Path, str], tmp_path: Path, ending: signal.Signals
+    start: Callable[..., Job], images: Path, tmp_path: Path, unbroken: pd.DataFrame, ending: signal.Signals
 ) -> None:
     output = tmp_path / "captions"
-    first = subprocess.Popen(
-        command(inputs, output), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for_a_part(output, first)
-    first.send_signal(ending)
-    assert rows_on_disk(output) < NUM_IMAGES, "the injector came too late to do anything"
-    _, log = first.communicate(timeout=60)
+    first = start(images, output)
+    wait_for_parts(first, output)
+    first.process.send_signal(ending)
+    assert finished_rows(output) < NUM_IMAGES, "the injector came too late to do anything"
+    code, _, log = first.end(timeout_s=60)
     if ending == signal.SIGKILL:
-        assert first.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         time.sleep(5)  # its workers notice that it is gone; until then they may write all that was left
     else:
-        assert first.returncode == 1
-        assert "the same command continues" in log
-    finished = len(pd.read_parquet(output / "captions"))
-    assert finished > 0
-
-    second = subprocess.run(
-        command(inputs, output), env=environment(), capture_output=True, text=True, timeout=240, check=True
-    )
-    summary = json.loads(second.stdout.splitlines()[-1])
+        assert (code, "the same command continues" in log) == (1, True), log
+    finished = finished_rows(output)
+    summary = start(images, output).summary()
     assert (summary["skipped_done"], summary["read"]) == (finished, NUM_IMAGES - finished)
-    captions = pd.read_parquet(output / "captions")
-    assert len(captions) == captions["key"].nunique() == NUM_IMAGES
+    assert len(table(output)) == len(unbroken) == NUM_IMAGES
+    verified(str(output))
+
+
+def wait_for_served(job: Job, store: SlowStore, num: int, timeout_s: float = 180) -> None:
+    give_up = time.monotonic() + timeout_s
+    while store.num_served < num:
+        assert job.process.poll() is None, f"the job ended before it could be interrupted: {job.end()}"
+        assert time.monotonic() < give_up, f"{store.num_served} images were fetched, not {num}"
+        time.sleep(0.02)
+
+
+def test_a_spot_notice_before_the_first_part_is_full_still_leaves_what_was_captioned(
+    start: Callable[..., Job], images: Path, store: SlowStore, tmp_path: Path
+) -> None:
+    output, before = tmp_path / "captions", store.num_served
+    job = start(images, output, "--rows-per-part", "100000")
+    wait_for_served(job, store, before + 600)
+    assert not list(output.glob("captions/*.parquet"))
+    job.process.terminate()
+    code, _, log = job.end(timeout_s=60)
+    assert "ending=after_what_is_fetched" in log
+    assert (code, "the same command continues" in log) == (1, True), log
+    assert 0 < finished_rows(output) < NUM_IMAGES, log
+    assert start(images, output).summary()["skipped_done"] > 0
+    assert len(table(output)) == NUM_IMAGES
+    verified(str(output))

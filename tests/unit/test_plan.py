@@ -272,6 +272,17 @@ def test_a_store_that_drops_a_tar_that_is_half_done_leaves_the_rest_of_it_for_an
         assert left(plan_job(config)) == [5, 6, 7, 8, 9]  # by now it is known how many there are
 
 
+def test_a_run_that_is_to_stop_reads_no_further_and_the_next_one_does(config: CaptionJobConfig) -> None:
+    with ExitStack() as held:
+        plan = plan_job(config, take_lease=lambda table: held.enter_context(table.take_lease("caption")))
+        assert plan.stop_file is not None
+        tables = plan.reader.read(plan.slices[0])
+        next(tables)
+        plan.stop_file.write()
+        assert list(tables) == left(plan) == []
+    assert len(left(plan_job(config))) == 600
+
+
 def test_a_limit_counts_a_tar_once(config: CaptionJobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar_of_images(tmp_path / "0.tar", num_images=4)
     config = replace(config, input_path=str(tmp_path / "0.tar"), input=InputConfig(limit=2))

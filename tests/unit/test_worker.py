@@ -14,6 +14,7 @@ from captioner.decode_worker import DecodeWorker
 from captioner.errors import InputError, JobError
 from captioner.model.bundle import describe
 from captioner.rows import Reject, RejectReason, captioned_schema, decoded_schema, source_schema
+from captioner.stopping import StopFile
 from captioner.worker import Caption, Captioner, CaptionWorker, image_seed
 from tests.bundles import save_tiny_bundle
 from tests.pictures import BROKEN, encoded, picture
@@ -80,6 +81,15 @@ def test_every_row_is_decoded_or_rejected_in_its_place(tmp_path: Path, bundle: s
     assert (decoded["width"][0].as_py(), decoded["height"][0].as_py()) == (60, 50)
     assert decoded["size_bytes"][1].as_py() == len(encoded("PNG"))
     assert set(decoded.column("label").to_pylist()) == {"kept"}
+
+
+def test_rows_that_were_read_before_a_job_is_to_stop_are_left_to_the_next_run(tmp_path: Path, bundle: str) -> None:
+    rows, stop = source([{"data": encoded("JPEG")}]), StopFile(str(tmp_path / "_run"), "run-1")
+    worker = DecodeWorker(job(tmp_path, bundle), describe(bundle).preprocessing, KEPT, stop)
+    assert worker(rows).num_rows == 1
+    stop.write()
+    assert worker(rows).num_rows == 0
+    assert worker(rows).schema == decoded_schema(32, KEPT)
 
 
 def test_rejects_pass_the_model_and_every_other_row_gets_its_caption(
