@@ -9,6 +9,7 @@ Rows are streamed: only the one batch being written is held. Knows Arrow and tex
 """
 
 import base64
+import io
 import json
 import math
 import shutil
@@ -34,7 +35,9 @@ _NULL = "NULL"
 
 
 def write_rows(rows: pa.RecordBatchReader, file: IO[bytes], form: str) -> int:
-    """Write all rows in one of WRITERS' forms and return how many. Raises ConfigError for columns of one name."""
+    """Write all rows in one of WRITERS' forms and return how many.
+
+    Raises ConfigError for columns of one name, and for types that the form has no word for."""
     names = rows.schema.names
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice and form != "csv":
@@ -62,12 +65,24 @@ def _write_json(rows: pa.RecordBatchReader, file: IO[bytes]) -> int:
 
 
 def _write_parquet(rows: pa.RecordBatchReader, file: IO[bytes]) -> int:
+    for field in rows.schema:
+        _check_parquet(field)
     num_rows = 0
     with pq.ParquetWriter(file, rows.schema, compression="zstd") as writer:
         for batch in rows:
             writer.write_batch(batch)
             num_rows += batch.num_rows
     return num_rows
+
+
+def _check_parquet(field: pa.Field) -> None:
+    try:
+        pq.write_table(pa.schema([field]).empty_table(), io.BytesIO())
+    except pa.ArrowNotImplementedError as error:
+        raise ConfigError(
+            f"column {field.name} is {field.type}, which Parquet has no word for; expected another type:"
+            f" {field.name}::VARCHAR AS {field.name}"
+        ) from error
 
 
 WRITERS: Mapping[str, Callable[[pa.RecordBatchReader, IO[bytes]], int]] = {

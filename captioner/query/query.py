@@ -18,12 +18,12 @@ from typing import IO, Any
 import pyarrow as pa
 
 from captioner.config import MAX_CARDS, QueryConfig
-from captioner.errors import OutputError
+from captioner.errors import JobError, OutputError
 from captioner.gallery import write_gallery
 from captioner.query.output import table_lines, write_rows
 from captioner.query.review import doubtful_sql
 from captioner.query.summary import summarize, summary_lines
-from captioner.query.views import Connection, ask, open_table, select
+from captioner.query.views import Connection, ask, open_table, stream
 from captioner.sources.faults import output_errors
 from captioner.sources.store import open_store
 from captioner.sources.urls import absolute, redact, scheme
@@ -77,9 +77,9 @@ def _first(rows: pa.RecordBatchReader, num_rows: int) -> pa.Table:
     return pa.Table.from_batches(taken, rows.schema).slice(0, num_rows + 1)
 
 
-def _reader(connection: Connection, config: QueryConfig) -> Any:
+def _reader(connection: Connection, config: QueryConfig) -> pa.RecordBatchReader:
     sql = config.sql if config.review is None else doubtful_sql(connection, config.review)
-    return select(connection, sql).to_arrow_reader(_BATCH_ROWS)
+    return stream(connection, sql, _BATCH_ROWS)
 
 
 def _write(table: CaptionTable, config: QueryConfig, file: IO[bytes]) -> int:
@@ -88,14 +88,27 @@ def _write(table: CaptionTable, config: QueryConfig, file: IO[bytes]) -> int:
     def write(connection: Connection) -> int:
         file.seek(0)
         file.truncate()
-        return write_rows(_reader(connection, config), file, config.chosen_format)
+        num_rows = write_rows(_reader(connection, config), file, config.chosen_format)
+        file.flush()
+        return num_rows
 
     return ask(table, write, config.sql)
 
 
+def _spool(table: CaptionTable, config: QueryConfig, file: IO[bytes]) -> int:
+    """Write the rows to a temporary file. Raises JobError where the disk has no room for them."""
+    try:
+        return _write(table, config, file)
+    except OSError as error:
+        raise JobError(
+            f"the rows are gathered in {tempfile.gettempdir()} first: {error.strerror}; expected room for them all"
+            " there, or in another folder that TMPDIR names"
+        ) from error
+
+
 def _stream(table: CaptionTable, config: QueryConfig) -> None:
     with tempfile.TemporaryFile() as spool:
-        _write(table, config, spool)
+        _spool(table, config, spool)
         spool.seek(0)
         _to_stdout(lambda: shutil.copyfileobj(spool, sys.stdout.buffer))
 
@@ -116,14 +129,12 @@ def _to_stdout(write: Callable[[], None]) -> None:
 def _save(table: CaptionTable, config: QueryConfig) -> int:
     """Write the rows to --out, whole or not at all, and return how many."""
     url = absolute(config.out)
-    with output_errors(url):
-        if scheme(url) != "file":
-            with tempfile.TemporaryFile() as spool:
-                num_rows = _write(table, config, spool)
-                spool.seek(0)
-                open_store(url, _options_for(url, table, config)).write_atomic(url, spool.read())
-            return num_rows
+    if scheme(url) == "file":
         return _save_local(table, config, Path(url))
+    with output_errors(url), tempfile.NamedTemporaryFile() as spool:
+        num_rows = _spool(table, config, spool)
+        open_store(url, _options_for(url, table, config)).write_atomic(url, Path(spool.name).read_bytes())
+    return num_rows
 
 
 def _save_local(table: CaptionTable, config: QueryConfig, path: Path) -> int:

@@ -31,7 +31,7 @@ from captioner.sources.store import Entry
 from captioner.sources.urls import has_glob, join, name, redact, scheme
 from captioner.tables import CaptionTable
 
-__all__ = ["VIEWS", "Connection", "ask", "open_table", "read_rows", "select"]
+__all__ = ["VIEWS", "Connection", "ask", "open_table", "read_rows", "select", "stream"]
 
 T = TypeVar("T")
 Connection = duckdb.DuckDBPyConnection
@@ -98,10 +98,32 @@ def select(connection: Connection, sql: str) -> duckdb.DuckDBPyRelation:
     return connection.sql(sql)
 
 
+def stream(connection: Connection, sql: str, batch_rows: int) -> pa.RecordBatchReader:
+    """Return the rows of one SELECT batch by batch; what fails on the way is DuckDB's error, as before the first."""
+    rows = select(connection, sql).to_arrow_reader(batch_rows)
+    return pa.RecordBatchReader.from_batches(rows.schema, _batches(rows))
+
+
+def _batches(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from rows
+    except OSError as error:  # what Arrow's interface for streams leaves of an error is its text
+        raise _of_duckdb(str(error)) from error
+
+
+def _of_duckdb(text: str) -> duckdb.Error:
+    """Return the error whose text begins with its kind: "Conversion Error: ..." was a ConversionException."""
+    words = text.partition(" Error:")[0].split(" ")
+    kind = "".join(word[:1].upper() + word[1:] for word in words) + "Exception"
+    return getattr(duckdb, kind, duckdb.Error)(text)
+
+
 def _check_select(connection: Connection, sql: str) -> None:
     statements = connection.extract_statements(sql)
     if len(statements) != 1:
         raise ConfigError(f"SQL holds {len(statements)} statements; expected one SELECT")
+    if statements[0].type == duckdb.StatementType.MULTI:
+        raise ConfigError("SQL has a PIVOT without its values; expected them: PIVOT ... ON column IN ('a', 'b') ...")
     if statements[0].type != duckdb.StatementType.SELECT:
         raise ConfigError(
             f"SQL is {statements[0].type.name}, and a caption table is only read; expected one SELECT,"

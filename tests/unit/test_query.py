@@ -1,12 +1,15 @@
 """SQL over a caption table: its views, what it may not do, and what a person is told who mistypes."""
 
+import errno
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.csv as pc_csv
@@ -14,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import QueryConfig
-from captioner.errors import ConfigError, InputError, OutputError
+from captioner.errors import ConfigError, InputError, JobError, OutputError
 from captioner.query import query, read_rows
 from captioner.query.output import table_lines, write_rows
 from captioner.query.views import VIEWS, ask, open_table, select
@@ -193,6 +196,117 @@ def test_queries_while_a_job_writes_see_whole_parts_and_each_row_once(table: Cap
     assert rows(table, "SELECT count(*) AS n FROM images") == [{"n": 400}]
 
 
+def after_the_first_batch(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> list[str]:
+    """Let something happen while rows are being written, once; return what is told each time that they are begun."""
+    begun: list[str] = []
+
+    def write(rows: pa.RecordBatchReader, file: IO[bytes], form: str) -> int:
+        begun.append(form)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            first = next(rows)
+            if len(begun) == 1:
+                meanwhile()
+            yield first
+            yield from rows
+
+        return write_rows(pa.RecordBatchReader.from_batches(rows.schema, batches()), file, form)
+
+    monkeypatch.setattr(sys.modules[query.__module__], "write_rows", write)
+    return begun
+
+
+LARGE = 60 * 2_048
+
+
+@pytest.fixture(scope="module")
+def large_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large") / "table"
+    table, _ = begin_table(str(folder), str(write_images(folder.with_name("images"), 1)))
+    for first in range(0, LARGE, 2_048):
+        add_part(table, [caption_row(key, str(key), "a dog " * 80) for key in range(first, first + 2_048)])
+    return folder
+
+
+@pytest.fixture
+def large(large_once: Path, tmp_path: Path) -> CaptionTable:
+    """More parts than DuckDB opens ahead of what it gives, in a folder without a character that means a pattern."""
+    return CaptionTable(str(shutil.copytree(large_once, tmp_path / "large")))
+
+
+def move_parts(table: CaptionTable) -> None:
+    """Give every part of a table another name, as a compaction on an object store does."""
+    for path in Path(table.url, "captions").iterdir():
+        path.rename(path.with_name(path.name.replace("part-", "part-moved-")))
+
+
+@pytest.mark.parametrize("flags", [{"out": "rows.csv"}, {"out": "rows.json"}, {"out": "rows.parquet"}])
+def test_an_export_whose_parts_are_taken_away_at_its_second_batch_is_begun_anew(
+    large: CaptionTable, flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    begun = after_the_first_batch(monkeypatch, lambda: move_parts(large))
+    assert query(QueryConfig(table=large.url, sql="SELECT key, caption FROM captions", **flags))["rows"] == LARGE
+    assert len(begun) == 2
+    out = Path(flags["out"])
+    written = pq.read_metadata(out).num_rows if out.suffix == ".parquet" else num_lines(out) - (out.suffix == ".csv")
+    assert written == LARGE
+
+
+def test_rows_for_stdout_are_begun_anew_before_any_is_shown(
+    large: CaptionTable, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = after_the_first_batch(monkeypatch, lambda: move_parts(large))
+    query(QueryConfig(table=large.url, sql="SELECT key, caption FROM captions", format="json"))
+    assert len(begun) == 2
+    assert len({json.loads(line)["key"] for line in capfdbinary.readouterr().out.splitlines()}) == LARGE
+
+
+def num_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def test_parts_that_go_away_for_good_in_the_middle_of_an_export_are_named_and_leave_no_file(
+    large: CaptionTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_all() -> None:
+        for path in Path(large.url, "captions").iterdir():
+            path.write_bytes(path.read_bytes()[:100])
+
+    after_the_first_batch(monkeypatch, cut_all)
+    with pytest.raises(InputError, match=r"a part of .*/large cannot be read: .*; expected whole parts"):
+        query(QueryConfig(table=large.url, sql="FROM captions", out=str(tmp_path / "out" / "rows.csv")))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [({"out": "x.csv"}, LARGE - 9), ({"format": "json"}, LARGE - 9), ({"out": "x.html"}, 9), ({}, 9)],
+)
+def test_sql_that_fails_at_a_late_row_is_told_as_sql_that_fails_at_the_first(
+    large: CaptionTable, flags: dict[str, str], place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sql = f"SELECT key, CASE WHEN key = {place} THEN caption ELSE '1' END::INTEGER AS x FROM captions"
+    with pytest.raises(ConfigError, match=r"^the query failed: Conversion Error: Could not convert string"):
+        query(QueryConfig(table=large.url, sql=sql, **flags))
+
+
+def test_a_disk_without_room_is_named_and_is_no_damaged_part(
+    full: CaptionTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    after_the_first_batch(monkeypatch, no_room)
+    with pytest.raises(OutputError, match=r"--out .*rows.csv: No space left on device; expected a file"):
+        query(QueryConfig(table=full.url, sql="FROM captions", out=str(tmp_path / "rows.csv")))
+    after_the_first_batch(monkeypatch, no_room)
+    with pytest.raises(JobError, match=r"gathered in .* first: No space left on device; .* that TMPDIR names"):
+        query(QueryConfig(table=full.url, sql="FROM captions", format="csv"))
+
+
 # What SQL may not do, and what is said
 
 
@@ -211,6 +325,7 @@ def test_queries_while_a_job_writes_see_whole_parts_and_each_row_once(table: Cap
         ("CREATE TABLE x AS SELECT 1", "SQL is CREATE"),
         ("EXPLAIN ANALYZE COPY captions TO 'x.csv'", "SQL is EXPLAIN"),
         ("SET threads = 1", "SQL is SET"),
+        ("PIVOT captions ON finish_reason USING count(*)", "PIVOT without its values; expected them: PIVOT .* IN"),
         ("FROM read_csv('/etc/hostname')", "SQL reads this table and no other file.*/etc/hostname"),
         ("FROM read_parquet('s3://bucket/x.parquet')", "SQL reads this table and no other file"),
         ("FROM glob('/*')", "SQL reads this table and no other file"),
@@ -296,6 +411,12 @@ def test_parquet_keeps_every_type() -> None:
     back = pq.read_table(io.BytesIO(written("parquet")))
     assert back.schema == ODD.schema
     assert back.drop_columns("score").equals(ODD.drop_columns("score"))
+
+
+def test_a_column_that_parquet_has_no_word_for_is_named(full: CaptionTable) -> None:
+    rows = read_rows(full, "SELECT key, INTERVAL 1 DAY AS d FROM captions")
+    with pytest.raises(ConfigError, match=r"^column d is month_day_nano_interval, .*; expected .*: d::VARCHAR AS d$"):
+        write_rows(rows.to_reader(), io.BytesIO(), "parquet")
 
 
 @pytest.mark.parametrize("width", [10, 40, 80, 200])
