@@ -133,7 +133,7 @@ def _save(table: CaptionTable, config: QueryConfig) -> int:
         return _save_local(table, config, Path(url))
     with output_errors(url), tempfile.NamedTemporaryFile() as spool:
         num_rows = _spool(table, config, spool)
-        open_store(url, _options_for(url, table, config)).write_atomic(url, Path(spool.name).read_bytes())
+        open_store(url, _options_for(url, table, config)).upload(url, spool.name)
     return num_rows
 
 

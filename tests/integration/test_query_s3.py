@@ -20,6 +20,7 @@ from captioner.query.views import ask, open_table
 from captioner.rows import RejectReason
 from captioner.sources.faults import Fault, StoreError
 from captioner.sources.store import Entry
+from captioner.sources.store.s3 import S3Store
 from captioner.tables import CaptionTable
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
 from tests.conftest import Bucket
@@ -58,6 +59,17 @@ def test_the_job_summarises_and_saves_into_the_bucket(table: CaptionTable, s3: B
     assert query(config(s3, sql=sql, out=out))["rows"] == 7
     with s3.fs.open(out) as file:
         assert pq.read_table(file).to_pylist()[0] == {"caption": "caption 0", "n": 5}
+
+
+def test_a_large_export_goes_into_the_bucket_in_pieces(
+    table: CaptionTable, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(S3Store, "_pieces", {"chunksize": 5 << 20})
+    out = f"{s3.url}/results/large.csv"
+    sql = "SELECT range AS n, repeat('x', 1000) AS text FROM range(12_000)"
+    assert query(config(s3, sql=sql, out=out))["rows"] == 12_000
+    assert s3.fs.info(out)["ETag"].strip('"').endswith("-3")  # S3's mark of an object made of three parts
+    assert s3.fs.cat_file(out).count(b"\n") == 12_001
 
 
 def test_doubtful_captions_of_a_bucket_become_a_page(table: CaptionTable, s3: Bucket, tmp_path: Path) -> None:

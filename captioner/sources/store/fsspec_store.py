@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
 
 import fsspec
 
@@ -44,6 +44,7 @@ class Store:
     """A store reached through fsspec."""
 
     _num_retries = _READ_RETRIES
+    _pieces: ClassVar[Mapping[str, Any]] = {}  # how a large file is put there, in the words of its fsspec package
 
     def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
         self.scheme = urls.scheme(url)
@@ -169,6 +170,12 @@ class Store:
             self.fs.pipe_file(self.path(url), data)
 
         self._steady(write)
+
+    def upload(self, url: str, path: str) -> None:
+        """Make `url` hold what the local file `path` holds, or leave it as it was; of large files only pieces are held.
+
+        Raises StoreError. On object stores a file in pieces is visible when its last one is there."""
+        self._steady(lambda: self.fs.put_file(path, self.path(url), **self._pieces))
 
     def create(self, url: str, data: bytes) -> bool:
         """Make `url` hold `data` unless something stands there; return whether it now holds it. Raises StoreError.

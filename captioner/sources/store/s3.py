@@ -1,7 +1,7 @@
 """S3 and whatever speaks its protocol."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from captioner.errors import InputError
 from captioner.sources.store.fsspec_store import PAGE_SIZE, Entry, Store
@@ -20,6 +20,7 @@ class S3Store(Store):
     """S3 and whatever speaks its protocol: a bucket is listed flat, by the pages of the service."""
 
     _num_retries = 7  # 24 s or so: throttling passes with patience
+    _pieces: ClassVar = {"max_concurrency": 2}  # of 50 MiB each: s3fs would hold ten
 
     def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
         given = storage_options.get("config_kwargs") or {}
