@@ -525,6 +525,13 @@ class QueryConfig:
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of the table's store, as JSON. By default the usual environment variables."""
 
+    image_storage_options: dict[str, object] | None = None
+    """fsspec options of the store of a gallery's images, as JSON.
+    By default those of the table, when both are on the same kind of store or the table is local."""
+
+    allow_local_uris: bool = False
+    """For a gallery follow local paths, and loopback or link-local hosts, that a remote list of images points to."""
+
     def __post_init__(self) -> None:
         is_count = self.review is None or 0 < self.review <= MAX_CARDS
         _check(is_count, "--review", self.review, f"1 to {MAX_CARDS:,}")

@@ -6,9 +6,10 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.config import GalleryConfig
-from captioner.gallery import open_table, write_comparison, write_gallery
-from captioner.gallery.table_rows import TableRows
+from captioner.gallery import write_comparison, write_gallery
+from captioner.gallery.table_rows import TableRows, ask_rows
 from captioner.query.views import ask, select
+from captioner.tables import open_table
 
 __all__ = ["gallery"]
 
@@ -41,7 +42,10 @@ def _query(config: GalleryConfig) -> tuple[pa.Table, str]:
 
 def _sample(config: GalleryConfig) -> tuple[pa.Table, str]:
     """Return rows drawn at random, and how they were chosen."""
-    rows = TableRows.of(open_table(config.table, config.storage_options))
+    return ask_rows(open_table(config.table, config.storage_options), lambda rows: _drawn(rows, config))
+
+
+def _drawn(rows: TableRows, config: GalleryConfig) -> tuple[pa.Table, str]:
     sample = rows.draw(config.sample, config.seed)
     num_rows = rows.num_captions + rows.num_failures
     failures = f" and {rows.num_failures:,} failed attempts" if rows.num_failures else ""

@@ -22,6 +22,7 @@ __all__ = [
     "CAPTIONS",
     "FAILURES",
     "MAX_UNIT_ROWS",
+    "SCORES",
     "SOURCE",
     "TRANSIENT_REASONS",
     "FinishReason",
@@ -170,3 +171,6 @@ def _column(values: Any, rows: pa.Table, field: pa.Field) -> Any:
 SOURCE = source_schema()
 CAPTIONS = captions_schema()
 FAILURES = pa.schema([*_IDENTITY, *_required(_REJECT), _ATTEMPT, _RUN])
+
+SCORES = ("clip_score", "mean_logprob", "min_logprob")
+"""Columns of CAPTIONS that say how good a caption is, the most telling first."""

@@ -14,7 +14,7 @@ Whoever has pictures and texts of his own makes `Card`s of them and calls `write
 """
 
 from captioner.gallery.cards import Card, Text
-from captioner.gallery.gallery import open_table, write_comparison, write_gallery
+from captioner.gallery.gallery import write_comparison, write_gallery
 from captioner.gallery.page import Page, write_page
 
-__all__ = ["Card", "Page", "Text", "open_table", "write_comparison", "write_gallery", "write_page"]
+__all__ = ["Card", "Page", "Text", "write_comparison", "write_gallery", "write_page"]

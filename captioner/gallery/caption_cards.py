@@ -10,15 +10,12 @@ from typing import Any
 from captioner.gallery.cards import Card, Fact, Text
 from captioner.gallery.differences import difference
 from captioner.gallery.pictures import Picture
-from captioner.rows import Reject, RejectReason
+from captioner.rows import SCORES, Reject, RejectReason
 from captioner.sources.urls import redact
 
-__all__ = ["SCORES", "Row", "caption_card", "pair_card"]
+__all__ = ["Row", "caption_card", "pair_card"]
 
 Row = Mapping[str, Any]
-
-SCORES = ("clip_score", "mean_logprob", "min_logprob")
-"""Columns that say how good a caption is, the most telling first."""
 
 _SHOWN_ELSEWHERE = {"image_id", "caption", "candidates"}
 
@@ -30,7 +27,7 @@ def caption_card(row: Row, picture: Picture, references: Sequence[str] = ()) -> 
     return Card(
         image_id=_name(row),
         picture=_refusal(row) if is_failed else picture,
-        texts=[*texts, *(Text.of(text, "reference") for text in references)],
+        texts=[*texts, *(Text.of(text, "reference", is_reference=True) for text in references)],
         facts=dict(_facts(row)),
         tags=list(_tags(row)),
     )
@@ -89,8 +86,19 @@ def _facts(row: Row) -> Iterator[tuple[str, Fact]]:
     first = [name for name in SCORES if name in row]
     for name in (*first, *(name for name in row if name not in {*first, *_SHOWN_ELSEWHERE})):
         yield name, str(row[name]) if name == "key" else _fact(row[name])
-    for number, candidate in enumerate((row.get("candidates") or [])[1:], 2):
-        yield f"caption {number}", f"{candidate['caption']} ({candidate['mean_logprob']:.3f})"
+    yield from _candidates(row.get("candidates"))
+
+
+def _candidates(found: Any) -> Iterator[tuple[str, Fact]]:
+    """Yield the captions that were not chosen, each with the score that ranked it; what a query calls so, as it is."""
+    if found is None:
+        return
+    if not (isinstance(found, list) and all(isinstance(one, Mapping) and "caption" in one for one in found)):
+        yield "candidates", _fact(found)
+        return
+    for number, candidate in enumerate(found[1:], 2):
+        scores = [candidate[name] for name in SCORES if candidate.get(name) is not None]
+        yield f"caption {number}", f"{candidate['caption']} ({scores[0]:.3f})" if scores else str(candidate["caption"])
 
 
 def _fact(value: Any) -> Fact:

@@ -30,10 +30,13 @@ class Text:
     is_missing: bool = False
     """True if this says why there is no text."""
 
+    is_reference: bool = False
+    """True if a person wrote it, to compare with: an image that has no other text has none."""
+
     @classmethod
-    def of(cls, text: str, label: str = "") -> "Text":
-        """Return a text that is compared with nothing."""
-        return cls([("same", text)] if text else [], label)
+    def of(cls, text: str, label: str = "", *, is_reference: bool = False) -> "Text":
+        """Return a text without marks of what differs."""
+        return cls([("same", text)] if text else [], label, is_reference=is_reference)
 
 
 @dataclass(frozen=True, kw_only=True)

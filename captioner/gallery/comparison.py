@@ -1,6 +1,7 @@
 """Two tables of the same images: which captions differ, and how much.
 
-A sample of the first table is looked up in the second: by key where both have one frozen input, else by image_id.
+A sample of the first table is looked up in the second: by key where both were made of one input, which reads few parts;
+by image_id where they were not, or where a key turns out to mean another image there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,12 +43,11 @@ class Comparison:
 def compare(first: TableRows, second: TableRows, num_pairs: int, seed: int) -> Comparison:
     """Return the `num_pairs` largest changes among a sample. Raises InputError if the tables share no image."""
     rows = first.draw(max(num_pairs, _COMPARED), seed)
-    name = "key" if _input(first) == _input(second) else "image_id"
-    others = _others(second, rows, name)
+    others = _others(first, second, rows)
     pairs = [
         Pair((row, other), _change(row, other))
         for row in rows.to_pylist()
-        if (other := others.get(row[name])) is not None and other["image_id"] == row["image_id"]
+        if (other := others.get(row["key"])) is not None
     ]
     if rows.num_rows and not pairs:
         raise InputError(
@@ -58,10 +58,18 @@ def compare(first: TableRows, second: TableRows, num_pairs: int, seed: int) -> C
     return Comparison(largest, len(pairs), sum(pair.change > 0 for pair in pairs), rows.num_rows - len(pairs))
 
 
-def _others(second: TableRows, rows: pa.Table, name: str) -> dict[Any, Row]:
-    column = rows.column(name).combine_chunks()
-    found = second.with_keys(column.to_numpy()) if name == "key" else second.of_images(column)
-    return {row[name]: row for row in reversed(found.to_pylist())}  # of images with one name the first counts
+def _others(first: TableRows, second: TableRows, rows: pa.Table) -> dict[int, Row]:
+    """Return key -> the second table's row of the same image.
+
+    A listing that changed between two runs of one input gives its keys to other images: then names decide."""
+    images = dict(zip(rows.column("key").to_pylist(), rows.column("image_id").to_pylist(), strict=True))
+    if _input(first) == _input(second):
+        found = second.with_keys(rows.column("key").to_numpy()).to_pylist()
+        if found and all(row["image_id"] == images[row["key"]] for row in found):
+            return {row["key"]: row for row in found}
+    named = second.of_images(rows.column("image_id").combine_chunks()).to_pylist()
+    by_name = {row["image_id"]: row for row in reversed(named)}  # of images with one name the first counts
+    return {key: by_name[image] for key, image in images.items() if image in by_name}
 
 
 def _input(rows: TableRows) -> tuple[Any, Any]:

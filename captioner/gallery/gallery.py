@@ -5,25 +5,26 @@ write_gallery(rows, "doubtful.html", table_url="s3://bucket/captions", title="Th
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
 from captioner.errors import InputError
-from captioner.gallery.caption_cards import SCORES, Row, caption_card, pair_card
+from captioner.gallery.caption_cards import Row, caption_card, pair_card
 from captioner.gallery.comparison import Comparison, compare, settings_that_differ
-from captioner.gallery.page import Page, write_page
-from captioner.gallery.pictures import Picture, Pictures
+from captioner.gallery.page import Page, page_html, write_page
+from captioner.gallery.pictures import Pictures
 from captioner.gallery.references import references_of
-from captioner.gallery.table_rows import TableRows
-from captioner.rows import CAPTIONS, FAILURES, Reject, RejectReason
-from captioner.sources.faults import output_errors
-from captioner.sources.urls import absolute, name, redact, scheme
-from captioner.tables import CaptionTable
+from captioner.gallery.table_rows import TableRows, ask_rows
+from captioner.rows import CAPTIONS, FAILURES, SCORES, Reject, RejectReason
+from captioner.sources.urls import absolute, name, redact, shared_options
+from captioner.tables import CaptionTable, open_table
 
-__all__ = ["open_table", "write_comparison", "write_gallery"]
+__all__ = ["write_comparison", "write_gallery"]
 
 _NO_KEY = Reject(RejectReason.MISSING, "the table has no such image")
+_NAMING = ("key", "image_id")
 _NUM_OWN = 3  # columns of a query that stand on each card
 
 
@@ -51,14 +52,14 @@ def write_gallery(
     pictures = Pictures.of(table, options, image_storage_options, allow_local_uris=allow_local_uris)
     found = _completed(rows, table)
     told = references_of([_id(row) for row in found], references, options) if references and found else {}
-    seen = pictures.get([row["key"] for row in found if row.get("key") is not None and row.get("reason") is None])
     page = Page(
         title=title or _title(table),
-        cards=[caption_card(row, seen.get(row.get("key", -1), _NO_KEY), told.get(_id(row), ())) for row in found],
+        cards=[caption_card(row, _NO_KEY, told.get(_id(row), ())) for row in found],
         lines=[*lines, *_made_by(table)],
         scores=[*_own(rows.column_names, pictures), *(score for score in SCORES[:2] if _has(score, found))],
     )
-    return _written(page, list(seen.values()), output, table, options)
+    keys = [None if row.get("reason") is not None else row.get("key") for row in found]
+    return _written(page, keys, pictures, output, shared_options(absolute(output), table.url, options))
 
 
 def write_comparison(
@@ -79,46 +80,50 @@ def write_comparison(
     options = storage_options or {}
     tables = open_table(table_url, options), open_table(other_url, options)
     pictures = Pictures.of(tables[0], options, image_storage_options, allow_local_uris=allow_local_uris)
-    comparison = compare(TableRows.of(tables[0]), TableRows.of(tables[1]), num_pairs, seed)
+    comparison = ask_rows(
+        tables[0], lambda first: ask_rows(tables[1], lambda second: compare(first, second, num_pairs, seed))
+    )
     labels = _labels(tables)
-    seen = pictures.get([pair.rows[0]["key"] for pair in comparison.pairs])
     page = Page(
         title=f"{labels[0]} and {labels[1]}",
-        cards=[pair_card(pair.rows, labels, seen[pair.rows[0]["key"]], pair.change) for pair in comparison.pairs],
+        cards=[pair_card(pair.rows, labels, _NO_KEY, pair.change) for pair in comparison.pairs],
         lines=_compared(comparison, tables, labels),
         scores=["change"],
         layout="pairs",
     )
-    return _written(page, list(seen.values()), output, tables[0], options)
-
-
-def open_table(url: str, storage_options: Mapping[str, Any]) -> CaptionTable:
-    """Return a table that is there. Raises InputError where none is."""
-    table = CaptionTable(absolute(url), storage_options)
-    with output_errors(table.url):
-        if table.identity() is None:
-            raise InputError(f"{redact(table.url)} is no caption table; expected the OUTPUT of jobs/caption.py")
-    return table
+    keys = [pair.rows[0]["key"] for pair in comparison.pairs]
+    return _written(page, keys, pictures, output, shared_options(absolute(output), tables[0].url, options))
 
 
 def _completed(rows: pa.Table, table: CaptionTable) -> list[Row]:
     """Return the rows with what the table has of their images; their own columns win."""
+    column = _naming(rows)
     names = set(rows.column_names)
-    if {"key", "image_id"} <= names and {"caption", "reason"} & names:
+    if not rows.num_rows or any(set(schema.names) <= names for schema in (CAPTIONS, FAILURES)):
         return list(rows.to_pylist())
-    column = next((name for name in ("key", "image_id") if name in names), None)
-    if column is None:
+    values = rows.column(column).combine_chunks().drop_null().unique()
+    known = ask_rows(table, lambda found: _known(found, column, values))
+    by_value = {row[column]: row for row in reversed(known.to_pylist())}
+    return [{**by_value.get(row[column], {}), **row} for row in rows.to_pylist()]
+
+
+def _known(found: TableRows, column: str, values: pa.Array) -> pa.Table:
+    return found.with_keys(values.cast(pa.int64()).to_numpy()) if column == "key" else found.of_images(values)
+
+
+def _naming(rows: pa.Table) -> str:
+    """Return the column that says whose pictures to show. Raises InputError where none is, or none that can be."""
+    naming = [column for column in _NAMING if column in rows.column_names]
+    if not naming:
         raise InputError(
             f"the rows have the columns {', '.join(rows.column_names)}; expected key or image_id among them, which say"
             " whose pictures to show"
         )
-    values = rows.column(column).combine_chunks().drop_null().unique()
-    if column == "key" and not pa.types.is_integer(values.type):
-        raise InputError(f"the rows' key is {values.type}; expected the table's own, an int64")
-    parts = TableRows.of(table)
-    known = parts.with_keys(values.cast(pa.int64()).to_numpy()) if column == "key" else parts.of_images(values)
-    by_value = {row[column]: row for row in reversed(known.to_pylist())}
-    return [{**by_value.get(row[column], {}), **row} for row in rows.to_pylist()]
+    for column in naming:
+        kind = rows.schema.field(column).type
+        if not (pa.types.is_signed_integer(kind) if column == "key" else pa.types.is_string(kind)):
+            raise InputError(f"the rows' {column} is {kind}; expected the table's own, {CAPTIONS.field(column).type}")
+    return naming[0]
 
 
 def _own(names: Sequence[str], pictures: Pictures) -> list[str]:
@@ -136,14 +141,19 @@ def _id(row: Row) -> str:
 
 
 def _written(
-    page: Page, pictures: Sequence[Picture], output: str, table: CaptionTable, options: Mapping[str, Any]
+    page: Page, keys: Sequence[int | None], pictures: Pictures, output: str, options: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    is_shared = scheme(absolute(output)) == scheme(table.url)
-    size_bytes = write_page(page, output, options if is_shared else {})
-    missing = Counter(str(picture.reason) for picture in pictures if isinstance(picture, Reject))
+    """Write a page whose cards have no pictures yet, with those of their keys in the room that its texts leave."""
+    wanted = [key for key in keys if key is not None]
+    seen = pictures.get(wanted, page_bytes=len(page_html(page).encode()))
+    cards = [
+        card if key is None else replace(card, picture=seen[key]) for card, key in zip(page.cards, keys, strict=True)
+    ]
+    size_bytes = write_page(replace(page, cards=cards), output, options)
+    missing = Counter(str(picture.reason) for picture in seen.values() if isinstance(picture, Reject))
     return {
         "rows": len(page.cards),
-        "pictures": len(pictures) - missing.total(),
+        "pictures": len(seen) - missing.total(),
         "pictures_missing_by_reason": dict(missing),
         "size_bytes": size_bytes,
         "output": redact(absolute(output)),

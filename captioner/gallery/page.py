@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from captioner.gallery.cards import Card, Fact
 from captioner.images.thumbnails import Thumbnail
+from captioner.repetition import words
 from captioner.sources.faults import output_errors
 from captioner.sources.store import open_store
 from captioner.sources.urls import absolute, redact
@@ -27,6 +28,10 @@ from captioner.sources.urls import absolute, redact
 __all__ = ["Page", "page_html", "write_page"]
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
+_ESCAPED = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
+_MAX_FACT = 500  # characters of one value: a column of vectors would be most of the page
+_MAX_EXACT = 1 << 53  # greater integers are not what they were when JavaScript has read them
+_APOSTROPHE = re.compile(r"(?<=\w)['\u2019](?=\w)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +90,9 @@ def _hash(source: str) -> str:
 
 
 def _json_in_html(value: Any) -> str:
-    """Return JSON that ends no script element and opens none: ASCII, without `<`, `>` and `&`."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    """Return JSON that ends no script element and opens none: without `<`, `>` and `&`."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.translate(_ESCAPED)
 
 
 def _described(page: Page) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def _described(page: Page) -> dict[str, Any]:
         "title": _clean(page.title),
         "lines": [_clean(line) for line in page.lines],
         "layout": page.layout,
-        "scores": list(page.scores),
+        "scores": [_clean(score) for score in page.scores],
         "cards": [_card(card) for card in page.cards],
     }
 
@@ -104,6 +109,8 @@ def _card(card: Card) -> dict[str, Any]:
     return {
         "id": _clean(card.image_id),
         "picture": _picture(card),
+        "words": _num_words(card),
+        "failed": all(text.is_reference for text in card.texts),
         "texts": [
             {
                 "label": _clean(text.label),
@@ -117,6 +124,14 @@ def _card(card: Card) -> dict[str, Any]:
     }
 
 
+def _num_words(card: Card) -> int | None:
+    """Return the number of words of the first text, in any script; null where it is none of the image's own."""
+    first = next(iter(card.texts), None)
+    if first is None or first.is_missing or first.is_reference or not first.runs:
+        return None
+    return len(words(_APOSTROPHE.sub("", "".join(found for _, found in first.runs))))
+
+
 def _picture(card: Card) -> dict[str, Any]:
     if isinstance(card.picture, Thumbnail):
         data = base64.b64encode(card.picture.data).decode()
@@ -127,7 +142,13 @@ def _picture(card: Card) -> dict[str, Any]:
 def _fact(value: Fact) -> Fact:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return _clean(value) if isinstance(value, str) else value
+    if isinstance(value, int) and abs(value) > _MAX_EXACT:
+        return str(value)
+    return _cut(_clean(value)) if isinstance(value, str) else value
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_FACT else text[: _MAX_FACT - 1] + "…"
 
 
 def _clean(text: str) -> str:

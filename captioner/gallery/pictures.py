@@ -22,7 +22,7 @@ from captioner.images.thumbnails import Thumbnail, Thumbnailer
 from captioner.rows import Reject, RejectReason, row_key, split_key
 from captioner.sources import Columns, Fetcher, Frozen, Limits, Unit, load_frozen, read_unit
 from captioner.sources.faults import StoreError, output_errors
-from captioner.sources.urls import scheme
+from captioner.sources.urls import scheme, shared_options
 from captioner.tables import CaptionTable
 
 __all__ = ["Picture", "Pictures"]
@@ -34,8 +34,10 @@ log = logging.getLogger(__name__)
 _UNITS_AT_ONCE = 8  # they wait for their stores
 _ROWS_AT_ONCE = 32
 _IMAGE = ImageConfig(fetch_timeout_s=20, fetch_retries=2)  # a page can do without a picture
-_PAGE_BYTES = 10 << 20  # of pictures on a page of up to 500: in base64, with captions, it stays below 15 MB
-_BYTES = (12 << 10, 64 << 10)  # fewest and most of one picture
+_PAGE_BYTES = 14_500_000  # of a page of up to _FULL_PAGE, with its pictures in base64: 15 MB is promised
+_FULL_PAGE = 500
+_FEWEST_BYTES, _MOST_BYTES = 12 << 10, 64 << 10  # of one picture
+_LEAST_BYTES = 4 << 10  # of one picture on a full page whose texts are long
 _GONE = Reject(RejectReason.MISSING, "the input that was frozen for this table has no such row any more")
 
 
@@ -64,8 +66,8 @@ class Pictures:
         with output_errors(table.url):
             frozen = load_frozen(table.run_folder, table_options) or Frozen(kind="files", units=())
             input_path = str((table.identity() or {}).get("input", ""))
-        is_shared = scheme(table.url) in (scheme(input_path), "file")
-        options = (table_options if is_shared else {}) if image_options is None else image_options
+        owner = input_path if scheme(table.url) == "file" else table.url  # nothing local needs options of its own
+        options = shared_options(input_path, owner, table_options) if image_options is None else image_options
         return cls(
             frozen=frozen,
             input_path=input_path,
@@ -74,13 +76,15 @@ class Pictures:
             access=InputConfig(storage_options=dict(options), allow_local_uris=allow_local_uris),
         )
 
-    def get(self, keys: Collection[int]) -> dict[int, Picture]:
-        """Return the thumbnail of each key's image, or why there is none. Never raises for an image."""
+    def get(self, keys: Collection[int], page_bytes: int = 0) -> dict[int, Picture]:
+        """Return the thumbnail of each key's image, or why there is none. Never raises for an image.
+
+        page_bytes: what the page they are for holds beside them."""
         wanted = _by_unit(keys)
         units = [unit for unit in self.frozen.units if unit.ordinal in wanted]
         log.info("pictures=%d input_files=%d", len(keys), len(units))
         fetcher = Fetcher(self.input_path, self.access, _IMAGE)
-        side, max_bytes = _room(len(keys))
+        side, max_bytes = _room(len(keys), page_bytes)
         num_cpus = min(8, os.cpu_count() or 1)
         found: dict[int, Picture] = dict.fromkeys(keys, _GONE)
         with (
@@ -128,8 +132,11 @@ def _by_unit(keys: Collection[int]) -> dict[int, list[int]]:
     return found
 
 
-def _room(num_pictures: int) -> tuple[int, int]:
-    """Return how many pixels a side and how many bytes a picture may have on a page of so many."""
-    fewest, most = _BYTES
-    max_bytes = min(most, max(fewest, _PAGE_BYTES // max(1, num_pictures)))
-    return (720 if num_pictures <= 150 else 512 if num_pictures <= 600 else 384), max_bytes
+def _room(num_pictures: int, page_bytes: int) -> tuple[int, int]:
+    """Return how many pixels a side and how many bytes a picture may have on a page of so many.
+
+    page_bytes: what is on the page beside them."""
+    fewest = _LEAST_BYTES if num_pictures <= _FULL_PAGE else _FEWEST_BYTES
+    share = (_PAGE_BYTES - page_bytes) * 3 // 4 // max(1, num_pictures)
+    side = 720 if num_pictures <= 150 else 512 if num_pictures <= 600 else 384
+    return side, min(_MOST_BYTES, max(fewest, share))

@@ -4,10 +4,11 @@ Reads the footers of the parts, and of the parts themselves only those that hold
 writes the table. Knows captions and failures, and nothing of pictures and pages.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,28 @@ from captioner.sources.faults import StoreError, output_errors
 from captioner.sources.urls import join, redact
 from captioner.tables import CaptionTable
 
-__all__ = ["Part", "TableRows"]
+__all__ = ["Part", "TableRows", "ask_rows"]
+
+T = TypeVar("T")
 
 Keys = npt.NDArray[np.int64]
 
 _READERS = 16  # parts looked at the same time: they wait for the store, not for a core
 _FEWEST_PARTS = 32  # that a sample comes from: neighbours in a table are neighbours in the input, and look alike
+_ATTEMPTS = 5  # a compaction takes parts away once
 _SPARE = 4  # rows of the chosen parts for each one drawn
+
+
+class _MovedError(JobError):
+    """A part that was listed is not there any more."""
+
+
+def ask_rows(table: CaptionTable, question: Callable[["TableRows"], T]) -> T:
+    """Return what `question` returns when it is given the rows of a table; asked anew if parts went away meanwhile."""
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(_MovedError):
+            return question(TableRows.of(table))
+    return question(TableRows.of(table))
 
 
 class Part(NamedTuple):
@@ -162,8 +178,10 @@ def _look_at(table: CaptionTable, url: str) -> Part:
 
 
 def _unreadable(url: str, error: Exception) -> CaptionerError:
-    if isinstance(error, StoreError) and (error.fault.is_transient or error.fault.reason == RejectReason.MISSING):
-        return JobError(f"{redact(url)} cannot be read, or was moved meanwhile: {error}; try again")
+    if isinstance(error, StoreError) and error.fault.reason == RejectReason.MISSING:
+        return _MovedError(f"{redact(url)} was moved while it was read, {_ATTEMPTS} times: {error}; try again")
+    if isinstance(error, StoreError) and error.fault.is_transient:
+        return JobError(f"{redact(url)} cannot be read: {error}; try again")
     seen = " ".join(str(error).split())[:200]
     return InputError(f"{redact(url)} cannot be read: {seen}; expected a part of a table. See what jobs/verify.py says")
 

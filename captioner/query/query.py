@@ -23,11 +23,11 @@ from captioner.gallery import write_gallery
 from captioner.query.output import table_lines, write_rows
 from captioner.query.review import doubtful_sql
 from captioner.query.summary import summarize, summary_lines
-from captioner.query.views import Connection, ask, open_table, stream
+from captioner.query.views import Connection, ask, stream
 from captioner.sources.faults import output_errors
 from captioner.sources.store import open_store
-from captioner.sources.urls import absolute, redact, scheme
-from captioner.tables import CaptionTable
+from captioner.sources.urls import absolute, redact, scheme, shared_options
+from captioner.tables import CaptionTable, open_table
 
 __all__ = ["query"]
 
@@ -39,7 +39,7 @@ def query(config: QueryConfig) -> Mapping[str, Any]:
 
     Raises InputError where no table is or a part is damaged, ConfigError for SQL that is wrong."""
     start = time.monotonic()
-    table = open_table(absolute(config.table), config.storage_options)
+    table = open_table(config.table, config.storage_options)
     if config.is_gallery:
         return _gallery(table, config)
     if not config.sql and config.review is None:
@@ -64,6 +64,8 @@ def _gallery(table: CaptionTable, config: QueryConfig) -> Mapping[str, Any]:
         config.out,
         table_url=table.url,
         storage_options=config.storage_options,
+        image_storage_options=config.image_storage_options,
+        allow_local_uris=config.allow_local_uris,
         title=config.sql or f"The {rows.num_rows:,} most doubtful captions",
         lines=cut,
     )
@@ -133,7 +135,7 @@ def _save(table: CaptionTable, config: QueryConfig) -> int:
         return _save_local(table, config, Path(url))
     with output_errors(url), tempfile.NamedTemporaryFile() as spool:
         num_rows = _spool(table, config, spool)
-        open_store(url, _options_for(url, table, config)).upload(url, spool.name)
+        open_store(url, shared_options(url, table.url, config.storage_options)).upload(url, spool.name)
     return num_rows
 
 
@@ -150,7 +152,3 @@ def _save_local(table: CaptionTable, config: QueryConfig, path: Path) -> int:
         with contextlib.suppress(OSError):  # where the folder is a file, say, there is nothing to remove
             temporary.unlink()
     return num_rows
-
-
-def _options_for(url: str, table: CaptionTable, config: QueryConfig) -> dict[str, object]:
-    return config.storage_options if scheme(url) == scheme(table.url) else {}

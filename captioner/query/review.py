@@ -12,10 +12,10 @@ have counts 0. Equal doubts go by key: the same table gives the same rows. Knows
 
 from captioner.errors import ConfigError
 from captioner.query.views import Connection
+from captioner.rows import SCORES
 
 __all__ = ["doubtful_sql"]
 
-_SCORES = ("mean_logprob", "min_logprob", "clip_score")
 _FLAG_WEIGHT = 2.0
 _TOO_LOW = 1.0  # from here on `why` names a score: it is among the lowest twentieth
 _PLACES = 3
@@ -25,7 +25,7 @@ def doubtful_sql(connection: Connection, num_rows: int) -> str:
     """Return the SELECT of the most doubtful captions, the worst first: doubt, why, and all columns of `captions`.
 
     Reads the scores of the whole table. Raises ConfigError where there is no caption."""
-    doubts = {f"low {score}": term for score in _SCORES if (term := _doubt_of(connection, score))}
+    doubts = {f"low {score}": term for score in SCORES if (term := _doubt_of(connection, score))}
     doubts |= {
         "repetitive": f"{_FLAG_WEIGHT} * coalesce(is_repetitive, false)::INTEGER",
         "truncated": f"{_FLAG_WEIGHT} * (finish_reason = 'length')::INTEGER",

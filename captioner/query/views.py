@@ -31,7 +31,7 @@ from captioner.sources.store import Entry
 from captioner.sources.urls import has_glob, join, name, redact, scheme
 from captioner.tables import CaptionTable
 
-__all__ = ["VIEWS", "Connection", "ask", "open_table", "read_rows", "select", "stream"]
+__all__ = ["VIEWS", "Connection", "ask", "read_rows", "select", "stream"]
 
 T = TypeVar("T")
 Connection = duckdb.DuckDBPyConnection
@@ -47,26 +47,6 @@ _SETTINGS = {
     "allow_persistent_secrets": False,
     "python_enable_replacements": False,  # a name in SQL is a view's, never a variable's of this program
 }
-
-
-def open_table(url: str, storage_options: dict[str, object]) -> CaptionTable:
-    """Return a table that is there. Raises InputError where none is."""
-    table = CaptionTable(url, storage_options)
-    with output_errors(table.url):
-        if table.identity() is None and not any(_parts(table)):
-            raise InputError(
-                f"{redact(table.url)} is no caption table; expected the OUTPUT of jobs/caption.py, the folder in which"
-                f" captions/ and _run/ lie{_near(table)}"
-            )
-    return table
-
-
-def _near(table: CaptionTable) -> str:
-    """Return a hint at the table that the path is a folder of, or nothing."""
-    above, _, last = table.url.rpartition("/")
-    if last in (*_FOLDERS, "_run") and table.store.info(join(above, "_run", "run.json")):
-        return f": {redact(above)}"
-    return ""
 
 
 def ask(table: CaptionTable, question: Callable[[Connection], T], sql: str = "") -> T:

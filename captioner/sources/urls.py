@@ -7,8 +7,9 @@ and spaces in an object's name mean themselves. Knows no store and reads nothing
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
+from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from fsspec.utils import glob_translate
@@ -33,6 +34,7 @@ __all__ = [
     "redact",
     "resolve",
     "scheme",
+    "shared_options",
     "shown",
     "suffix",
 ]
@@ -66,6 +68,11 @@ def scheme(url: str) -> str:
     match = _SCHEME.match(url)
     found = match.group(1).lower() if match else "file"
     return _ALIASES.get(found, found.removesuffix("+percent") if found.startswith("file") else found)
+
+
+def shared_options(url: str, other: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what opens `other`'s store as far as it opens `url`'s too: stores of one kind share their options."""
+    return dict(options) if scheme(url) == scheme(other) else {}
 
 
 def absolute(path: str) -> str:

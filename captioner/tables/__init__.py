@@ -31,6 +31,7 @@ from captioner.tables.audit import Audit, audit
 from captioner.tables.compaction import compact
 from captioner.tables.lease import Lease, holder
 from captioner.tables.mending import mend, mend_late
+from captioner.tables.opening import open_table
 from captioner.tables.parts import PartName, Stamp
 from captioner.tables.repair import Finding, findings, repair
 from captioner.tables.table import CaptionTable, Done, PartSummary
@@ -50,5 +51,6 @@ __all__ = [
     "holder",
     "mend",
     "mend_late",
+    "open_table",
     "repair",
 ]

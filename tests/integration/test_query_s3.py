@@ -16,12 +16,12 @@ from captioner.config import QueryConfig
 from captioner.errors import InputError, JobError
 from captioner.query import query, read_rows
 from captioner.query.part_files import PROTOCOL, PartFiles
-from captioner.query.views import ask, open_table
+from captioner.query.views import ask
 from captioner.rows import RejectReason
 from captioner.sources.faults import Fault, StoreError
 from captioner.sources.store import Entry
 from captioner.sources.store.s3 import S3Store
-from captioner.tables import CaptionTable
+from captioner.tables import CaptionTable, open_table
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
 from tests.conftest import Bucket
 from tests.pictures import encoded

@@ -15,13 +15,14 @@ from PIL import Image
 
 from captioner.command_line import run
 from captioner.config import GalleryConfig, ImageConfig
-from captioner.errors import InputError
+from captioner.errors import InputError, JobError
 from captioner.gallery import Card, Page, Text, write_gallery
-from captioner.gallery.caption_cards import pair_card
+from captioner.gallery.caption_cards import caption_card, pair_card
+from captioner.gallery.comparison import compare
 from captioner.gallery.differences import change, difference
 from captioner.gallery.page import page_html
 from captioner.gallery.pictures import Pictures, _room
-from captioner.gallery.table_rows import TableRows, _some
+from captioner.gallery.table_rows import TableRows, _some, ask_rows
 from captioner.gallery_job import gallery
 from captioner.images.thumbnails import Thumbnail, Thumbnailer
 from captioner.rows import Reject, RejectReason, row_key
@@ -86,6 +87,45 @@ def test_rows_that_name_images_without_keys_are_found(table: CaptionTable, image
     [card] = data_of(tmp_path / "out.html")["cards"]
     assert "data" in card["picture"]
     assert card["texts"][0]["runs"] == [["same", "another caption"]]
+
+
+@pytest.mark.parametrize("columns", ["key, image_id, caption", "key, caption", "image_id, caption, reason"])
+def test_rows_of_some_columns_get_the_others_of_the_table(table: CaptionTable, tmp_path: Path, columns: str) -> None:
+    first, *_, last = page_of(table, tmp_path, query=f"SELECT {columns} FROM images ORDER BY image_id")["cards"]
+    assert first["facts"]["mean_logprob"] == -0.5
+    assert last["picture"] == {"reason": "corrupt", "detail": "JPEG: cut short"}
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("SELECT key::VARCHAR AS key, image_id, caption FROM captions", "the rows' key is string; expected .*, int64"),
+        ("SELECT key::UBIGINT AS key FROM captions", "the rows' key is uint64; expected the table's own, int64"),
+        (
+            "SELECT 7 AS image_id, caption FROM captions",
+            "the rows' image_id is int32; expected the table's own, string",
+        ),
+    ],
+)
+def test_keys_and_names_of_another_type_are_refused(
+    table: CaptionTable, tmp_path: Path, sql: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        page_of(table, tmp_path, query=sql)
+
+
+def test_what_a_query_calls_candidates_is_shown_whatever_it_is(table: CaptionTable, tmp_path: Path) -> None:
+    for made, shown in (("3", 3), ("{'a': 1}", "{'a': 1}"), ("['x']", "['x']"), ("NULL", None)):
+        card = page_of(table, tmp_path, query=f"SELECT key, {made} AS candidates FROM captions")["cards"][0]
+        assert card["facts"].get("candidates") == shown
+
+
+def test_captions_that_were_not_chosen_stand_with_the_score_that_ranked_them() -> None:
+    scored = [{"caption": text, "clip_score": score, "mean_logprob": -1.0} for text, score in (("a", 0.9), ("b", 0.5))]
+    unscored = [{**one, "clip_score": None} for one in scored]
+    for candidates, shown in ((scored, "b (0.500)"), (unscored, "b (-1.000)")):
+        card = caption_card({"image_id": "x", "candidates": candidates}, Reject(RejectReason.EMPTY, ""))
+        assert card.facts["caption 2"] == shown
 
 
 def test_rows_that_name_no_image_are_refused(table: CaptionTable, tmp_path: Path) -> None:
@@ -296,6 +336,74 @@ def test_tables_of_one_set_of_images_in_another_order_are_matched_by_image(
     assert len(page["cards"]) == 10
 
 
+def test_a_listing_that_changed_between_two_runs_of_one_input_costs_no_pair(
+    table: CaptionTable, images: Path, tmp_path: Path
+) -> None:
+    (images / "0.jpg").write_bytes(encoded())  # sorted first: each key means the image before it now
+    other, _ = begin_table(str(tmp_path / "other"), str(images))
+    add_part(other, [caption_row(n + 1, f"{images}/{n:03d}.jpg", f"a picture numbered {n}") for n in range(10)])
+    page = page_of(table, tmp_path, compare=other.url)
+    assert len(page["cards"]) == 10
+    assert {card["facts"]["change"] for card in page["cards"]} == {0.0}
+
+
+def test_tables_of_one_listing_are_matched_by_key_without_reading_every_name(
+    table: CaptionTable, images: Path, tmp_path: Path
+) -> None:
+    other = other_run(table, images, str(tmp_path / "other"), {})
+    first, second = TableRows.of(table), TableRows.of(CaptionTable(other))
+    add_part(CaptionTable(other), [caption_row(10**6, "far off", "x")])
+    far = next(part for part in TableRows.of(CaptionTable(other)).captions if part.keys == (10**6, 10**6))
+    second.captions.append(far)
+    Path(far.url).write_bytes(b"nothing that can be read")
+    assert compare(first, second, 20, 0).num_compared == 10
+
+
+@pytest.mark.parametrize("failures", [[], [failure_row(0, "000.jpg", "missing")]])
+def test_a_table_without_captions_can_be_compared_with_its_like(
+    images: Path, tmp_path: Path, failures: list[dict[str, Any]]
+) -> None:
+    tables = [begin_table(str(tmp_path / name), str(images))[0] for name in ("one", "two")]
+    for one in tables:
+        add_part(one, failures)
+    page = page_of(tables[0], tmp_path, compare=tables[1].url)
+    assert [card["facts"]["change"] for card in page["cards"]] == [0.0] * len(failures)
+
+
+# While a job writes
+
+
+@pytest.mark.parametrize("flags", [{}, {"query": "SELECT key FROM captions"}, {"compare": "other"}])
+def test_a_page_of_a_table_whose_parts_are_moved_meanwhile_is_made_of_those_that_are_there(
+    table: CaptionTable, images: Path, tmp_path: Path, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_run(table, images, str(tmp_path / "other"), {})
+    monkeypatch.chdir(tmp_path)
+    made = []
+    whole = TableRows.of
+
+    def of(asked: CaptionTable) -> TableRows:
+        found = whole(asked)
+        if made.append(asked) or len(made) == 1:
+            for part in Path(table.url, "captions").iterdir():
+                part.rename(part.with_name(part.name.replace("part-", "part-moved-")))
+        return found
+
+    monkeypatch.setattr(TableRows, "of", of)
+    assert len(page_of(table, tmp_path, **flags)["cards"]) >= 10
+    assert len(made) > 1
+
+
+def test_parts_that_go_away_all_the_time_end_in_an_error(table: CaptionTable) -> None:
+    def question(rows: TableRows) -> pa.Table:
+        for part in Path(table.url, "captions").iterdir():
+            part.rename(part.with_name(part.name.replace("part-", "part-moved-")))
+        return rows.draw(5, 0)
+
+    with pytest.raises(JobError, match="was moved while it was read, 5 times"):
+        ask_rows(table, question)
+
+
 def test_a_failure_in_one_run_alone_is_a_whole_change(table: CaptionTable, images: Path, tmp_path: Path) -> None:
     other, _ = begin_table(str(tmp_path / "other"), str(images))
     add_part(other, [failure_row(0, f"{images}/000.jpg", "missing", "HTTP 404")])
@@ -349,20 +457,34 @@ def test_credentials_in_ids_columns_and_details_never_reach_the_page(tmp_path: P
 
 
 def test_what_json_and_html_cannot_hold_is_written_so_that_both_can(tmp_path: Path) -> None:
-    facts = {"nan": float("nan"), "inf": float("-inf"), "number": 2**60}
+    facts = {"nan": float("nan"), "inf": float("-inf"), "number": 2**53, "large": -(2**60)}
     card = Card(image_id="</script>\u2028\ud800", picture=Reject(RejectReason.EMPTY, ""), texts=[], facts=facts)
     text = page_html(Page(title="</title><script>", cards=[card]))
     assert text.count("</script") == 2
-    assert text.isascii() or "\u2028" not in text
+    assert "\u2028" not in text
     [found] = json.loads(text.partition('id="data">')[2].partition("</script>")[0])["cards"]
     assert found["id"] == "</script>\u2028\\ud800"
-    assert found["facts"] == {"nan": "nan", "inf": "-inf", "number": 2**60}
+    assert found["facts"] == {"nan": "nan", "inf": "-inf", "number": 2**53, "large": str(-(2**60))}
 
 
 def test_a_page_of_five_hundred_has_room_for_pictures_that_stay_below_fifteen_megabytes() -> None:
-    for num_pictures in (1, 100, 499, 500, 850):
-        _, max_bytes = _room(num_pictures)
-        assert min(num_pictures, 500) * max_bytes * 4 / 3 < 14_500_000
+    for num_pictures in (1, 100, 499, 500):
+        for page_bytes in (0, 500_000, 10_000_000):
+            _, max_bytes = _room(num_pictures, page_bytes)
+            assert page_bytes + num_pictures * max_bytes * 4 / 3 < 14_600_000
+
+
+def test_a_page_with_long_columns_stays_below_fifteen_megabytes_with_its_pictures(tmp_path: Path) -> None:
+    vector, letters = "[" + "0.123456, " * 768 + "]", "一" * 5_000
+    candidates = [{"caption": "a word " * 50, "clip_score": 0.5}] * 8
+    row = {**caption_row(0, "a.jpg", "a word " * 50), "vector": vector, "letters": letters, "candidates": candidates}
+    page = Page(title="Long", cards=[caption_card(row, Reject(RejectReason.EMPTY, ""))] * 500)
+    text_bytes = len(page_html(page).encode())
+    _, max_bytes = _room(500, text_bytes)
+    assert text_bytes + 500 * max_bytes * 4 / 3 < 14_600_000
+    assert max_bytes > 12_000
+    [card, *_] = json.loads(page_html(page).partition('id="data">')[2].partition("</script>")[0])["cards"]
+    assert (len(card["facts"]["letters"]), card["facts"]["letters"][-2:]) == (500, "一…")
 
 
 def test_a_thumbnail_keeps_the_shape_and_its_bytes_in_bounds_and_is_never_enlarged() -> None:
