@@ -7,20 +7,23 @@ const normal = (text) => text.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCa
 const numberOf = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 
 const cards = page.cards.map((card, place) => {
-  const words = card.texts.filter((text) => !text.missing).map(plain).join(" ");
-  const first = card.texts.length && !card.texts[0].missing ? plain(card.texts[0]) : "";
+  const texts = card.texts.filter((text) => !text.missing).map(plain).join(" ");
   return {
     ...card,
     place,
-    numWords: first.split(/\s+/u).filter(Boolean).length,
-    hasText: first !== "",
+    numWords: card.words ?? 0,
+    hasText: card.words !== null,
     // the kept columns are searched too; numbers are not: a search for 1 would find every score
-    searched: normal([card.id, words, ...card.tags, ...Object.values(card.facts).filter((v) => typeof v === "string")].join("\n")),
+    searched: normal([card.id, texts, ...card.tags, ...Object.entries(card.facts).filter(isText).map(([, value]) => value)].join("\n")),
   };
 });
 let shown = cards;
 let current = null;
 let enlarged = null;
+
+function isText([name, value]) {
+  return typeof value === "string" && name !== "key" && !/^-?\d{16,}$/.test(value); // those integers only came as text
+}
 
 function plain(text) {
   return text.runs.map(([, words]) => words).join("");
@@ -134,7 +137,10 @@ const isTelling = (tag) => tags.get(tag) <= cards.length / 2;
 
 const spoken = (name) => name.replaceAll("_", " ");
 
-const written = (value) => (typeof value === "number" ? String(Number(value.toPrecision(6))).replace("-", "\u2212") : String(value));
+function written(value) {
+  if (typeof value !== "number") return String(value);
+  return String(Number.isInteger(value) ? value : Number(value.toPrecision(6))).replace("-", "\u2212");
+}
 
 function shortNumber(value) {
   if (Number.isInteger(value)) return value.toLocaleString("en");
@@ -155,7 +161,7 @@ function isWanted(card, search) {
 }
 
 function sortValue(card) {
-  const [kind, name] = byId("sort").value.split(":", 2);
+  const [, kind, name] = byId("sort").value.match(/^(\w+):?(.*)$/su); // a name may hold a colon itself
   if (kind === "words") return card.hasText ? card.numWords : null;
   if (kind === "name") return card.id;
   if (kind === "fact") return typeof card.facts[name] === "number" ? card.facts[name] : null;
@@ -201,16 +207,33 @@ function rangesIn(article, search) {
   for (const element of article.querySelectorAll(".text, .name")) {
     const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
     for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-      const text = node.data.toLowerCase();
-      if (text.length !== node.data.length) continue;
+      const { text, starts, ends } = folded(node.data);
       for (const word of search) {
         for (let at = text.indexOf(word); at >= 0; at = text.indexOf(word, at + word.length)) {
-          found.push(new StaticRange({ startContainer: node, startOffset: at, endContainer: node, endOffset: at + word.length }));
+          const [startOffset, endOffset] = [starts[at], ends[at + word.length - 1]];
+          found.push(new StaticRange({ startContainer: node, startOffset, endContainer: node, endOffset }));
         }
       }
     }
   }
   return found;
+}
+
+// What is searched of a text, and where in the text each of its characters comes from: "é" is found as "e".
+function folded(whole) {
+  const starts = [], ends = [];
+  let text = "", at = 0;
+  for (const character of whole) {
+    const part = /^[\0-\x7f]$/.test(character) ? character.toLowerCase() : normal(character);
+    at += character.length;
+    for (let unit = 0; unit < part.length; unit++) {
+      starts.push(at - character.length);
+      ends.push(at);
+    }
+    text += part;
+    if (part === "" && ends.length) ends[ends.length - 1] = at; // a mark belongs to the letter before it
+  }
+  return { text, starts, ends };
 }
 
 // ---- Moving about
@@ -224,12 +247,18 @@ function setCurrent(card) {
 function move(step) {
   if (shown.length === 0) return;
   const isInside = byId("large").open || document.activeElement === current?.frame;
-  const place = shown.indexOf(current) + (isInside ? step : 0);
+  const place = isInside ? shown.indexOf(current) + step : Number.isFinite(step) ? firstInSight() : step;
   const next = shown[Math.min(Math.max(place, 0), shown.length - 1)];
   setCurrent(next);
   if (byId("large").open) enlarge(next);
   else next.frame.focus();
   next.article.scrollIntoView({ block: "nearest" });
+}
+
+// Where the eyes are: whoever scrolled and then takes the keyboard goes on from there.
+function firstInSight() {
+  const top = getComputedStyle(byId("tools")).position === "sticky" ? byId("tools").getBoundingClientRect().bottom : 0;
+  return Math.max(0, shown.findIndex((card) => card.article.getBoundingClientRect().bottom > Math.max(0, top)));
 }
 
 function numColumns() {
@@ -267,7 +296,7 @@ document.addEventListener("keydown", (event) => {
     move(0);
   } else if (event.key === "Enter" && event.target === document.body && current) {
     event.preventDefault(); // it would press the first button of the large view
-    open(current);
+    open(shown[firstInSight()]);
   } else if (!isTyping && Object.hasOwn(keys, event.key) && (shown.length > 0 || event.key === "/")) {
     event.preventDefault();
     keys[event.key]();
@@ -280,7 +309,7 @@ function open(card) {
   setCurrent(card);
   enlarge(card);
   byId("large").showModal();
-  byId("large-about").focus();
+  byId("large-about").focus({ preventScroll: true }); // on a phone it stands below the picture
 }
 
 function enlarge(card) {
@@ -313,7 +342,7 @@ function fillTools() {
   cards.forEach((card) => Object.entries(card.facts).forEach(([name, value]) => typeof value === "number" && names.add(name)));
   const options = [["listed", "as listed"], ...[...names].map((name) => [`fact:${name}`, spoken(name)]), ["words", "words"], ["name", "name"]];
   byId("sort").replaceChildren(...options.map(([value, text]) => new Option(text, value)));
-  const failed = new Set(cards.filter((card) => card.texts.length === 0).flatMap((card) => card.tags));
+  const failed = new Set(cards.filter((card) => card.failed).flatMap((card) => card.tags));
   if ([...tags.values()].some((count) => count < cards.length)) byId("tags").append(...[...tags].map((entry) => makeTag(...entry, failed)));
   const lengths = cards.filter((card) => card.hasText).map((card) => card.numWords);
   byId("fewest").placeholder = String(lengths.length ? lengths.reduce((a, b) => Math.min(a, b)) : 0);

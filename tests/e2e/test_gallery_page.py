@@ -14,7 +14,7 @@ from playwright.sync_api import Page as Tab
 
 from captioner.config import GalleryConfig
 from captioner.gallery import Card, Page, Text, write_page
-from captioner.gallery.caption_cards import pair_card
+from captioner.gallery.caption_cards import caption_card, pair_card
 from captioner.gallery_job import gallery
 from captioner.images.thumbnails import Thumbnail
 from captioner.rows import Reject, RejectReason
@@ -129,7 +129,7 @@ def test_search_finds_words_of_captions_and_names_whatever_their_accents_and_cas
     page.tab.keyboard.type("CAFE bridge")
     assert page.numbers() == [18, 10, 6, 2]
     assert page.tab.inner_text("#count") == "4 of 20 images"
-    assert page.tab.evaluate("CSS.highlights.get('found').size") == 4
+    assert page.tab.evaluate("CSS.highlights.get('found').size") == 8
     page.tab.fill("#find", "007.jpg")
     assert page.numbers() == [7]
     page.tab.fill("#find", "no such thing")
@@ -188,6 +188,80 @@ def test_the_keyboard_moves_enlarges_and_comes_back(visit: Open, grid: Path) -> 
     page.wait_until(f"{focused} === 'Enlarge in/018.jpg'")
 
 
+FOCUSED = "document.activeElement.getAttribute('aria-label')"
+
+
+def test_home_and_end_go_to_the_ends_of_a_page_that_nobody_touched(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    page.tab.keyboard.press("End")
+    assert page.tab.evaluate(FOCUSED) == "Enlarge in/000.jpg"
+    page.tab.reload()
+    page.tab.keyboard.press("Home")
+    assert page.tab.evaluate(FOCUSED) == "Enlarge in/019.jpg"
+
+
+@pytest.mark.parametrize(("key", "is_large"), [("j", False), ("Enter", True)])
+def test_the_keyboard_begins_where_somebody_has_scrolled_to(visit: Open, grid: Path, key: str, is_large: bool) -> None:
+    page = visit(grid)
+    page.tab.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
+    page.wait_until("scrollY > 300")
+    before = page.tab.evaluate("scrollY")
+    page.tab.keyboard.press(key)
+    assert page.tab.locator("#large").is_visible() == is_large
+    assert abs(page.tab.evaluate("scrollY") - before) < 500
+    where = "document.getElementById('place').textContent" if is_large else FOCUSED
+    assert page.tab.evaluate(where) not in ("1 of 20", "Enlarge in/019.jpg")
+
+
+def test_integers_are_shown_whole_and_columns_with_a_colon_are_sorted_by(visit: Open, tmp_path: Path) -> None:
+    name = "clip_score, s3://bucket/captions"
+    facts = [
+        {"size_bytes": 1234567 + n, "big": 2**60 + n, name: [0.3, 0.1, 0.2][n], "key": f"42949{n}"} for n in range(3)
+    ]
+    cards = [Card(image_id=f"{n}.jpg", picture=thumbnail(), texts=[], facts=facts[n]) for n in range(3)]
+    write_page(Page(title="Three", cards=cards, scores=["big"]), str(tmp_path / "out.html"))
+    page = visit(tmp_path / "out.html")
+    assert page.tab.locator(".about b").all_text_contents() == [str(2**60 + n) for n in range(3)]
+    page.tab.select_option("#sort", f"fact:{name}")
+    assert page.numbers() == [1, 2, 0]
+    page.tab.locator(".frame").first.click()
+    assert "1234568" in page.tab.inner_text("#large-facts")
+    page.tab.keyboard.press("Escape")
+    for digits in ("42949", "1152921504606846"):
+        page.tab.fill("#find", digits)
+        assert page.numbers() == []
+
+
+@pytest.mark.parametrize("search", ["café", "cafe", "CAFÉ"])
+def test_what_is_found_is_marked_whatever_its_accents(visit: Open, tmp_path: Path, search: str) -> None:
+    texts = ("a café", "un cafe\u0301 noir", "CAFE")
+    cards = [Card(image_id=text, picture=thumbnail(), texts=[Text.of(text)]) for text in texts]
+    write_page(Page(title="Coffee", cards=cards), str(tmp_path / "out.html"))
+    page = visit(tmp_path / "out.html")
+    page.tab.fill("#find", search)
+    marked = "[...CSS.highlights.get('found')].map((r) => r.startContainer.data.slice(r.startOffset, r.endOffset))"
+    assert page.tab.evaluate(marked) == ["café", "café", "cafe\u0301", "cafe\u0301", "CAFE", "CAFE"]
+
+
+def test_words_are_counted_in_any_script(visit: Open, tmp_path: Path) -> None:
+    texts = ("一只狗坐在草地上", "the man's hat, a hat", "")
+    cards = [Card(image_id=f"{n}.jpg", picture=thumbnail(), texts=[Text.of(texts[n])]) for n in range(3)]
+    write_page(Page(title="Words", cards=cards), str(tmp_path / "out.html"))
+    page = visit(tmp_path / "out.html")
+    assert page.tab.locator(".about").all_inner_texts() == ["0.jpg\n8 words", "1.jpg\n5 words", "2.jpg"]
+
+
+def test_an_image_that_failed_is_marked_as_wrong_though_a_person_has_described_it(visit: Open, tmp_path: Path) -> None:
+    row = {"image_id": "a.jpg", "key": 1, "reason": "corrupt", "detail": "cut"}
+    cards = [caption_card(row, thumbnail(), ["what a person sees"]), card(0)]
+    write_page(Page(title="References", cards=cards), str(tmp_path / "out.html"))
+    page = visit(tmp_path / "out.html")
+    assert page.tab.get_attribute("#tags button[value=corrupt]", "class") == "wrong"
+    page.tab.fill("#most", "9")
+    page.tab.select_option("#sort", "words")
+    assert page.tab.locator(".about").all_inner_texts()[-1] == "a.jpg"
+
+
 def test_enter_enlarges_the_first_picture_before_anything_was_touched(visit: Open, grid: Path) -> None:
     page = visit(grid)
     page.tab.keyboard.press("Enter")
@@ -226,6 +300,20 @@ def test_a_phone_shows_whole_pictures_and_never_scrolls_sideways(visit: Open, gr
     page.tab.locator("#after").tap()
     assert page.tab.inner_text("#place") == "3 of 20"
     page.tab.locator("#close").tap()
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (360, 640)])
+def test_a_phone_shows_the_picture_that_it_enlarges_though_much_is_said_of_it(
+    visit: Open, tmp_path: Path, width: int, height: int
+) -> None:
+    row = {**caption_row(0, "in/000.jpg", "a brown dog"), **{f"column_{n}": n for n in range(16)}}
+    write_page(Page(title="One", cards=[caption_card(row, thumbnail())]), str(tmp_path / "out.html"))
+    size = {"width": width, "height": height}
+    page = visit(tmp_path / "out.html", viewport=size, is_mobile=True, has_touch=True, device_scale_factor=2)
+    page.tab.locator(".frame").tap()
+    assert page.tab.evaluate("document.getElementById('large').scrollHeight") > height
+    assert page.tab.evaluate("document.getElementById('large').scrollTop") == 0
+    assert page.tab.evaluate("document.activeElement.id") == "large-about"
 
 
 def test_pictures_are_decoded_and_keep_their_shape(visit: Open, grid: Path) -> None:
@@ -365,5 +453,7 @@ def test_five_hundred_images_stay_below_fifteen_megabytes_and_scroll(visit: Open
     )
     print(f"size={summary['size_bytes']} frames={len(frames)} median_ms={frames[len(frames) // 2]:.1f}", end=" ")
     print(f"p99_ms={frames[int(len(frames) * 0.99)]:.1f} max_ms={frames[-1]:.1f}")
+    page.tab.evaluate("scrollTo(0, 0)")
     page.tab.keyboard.press("End")
+    page.wait_until("[...document.querySelectorAll('.card')].pop().contains(document.activeElement)")
     page.wait_until("document.activeElement.querySelector('img')?.naturalWidth > 0")
