@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +27,16 @@ _POSITIONALS = ("input_path", "table", "labels_path", "output", "sql", "captions
 
 
 def run(
-    config_type: type[Config], job: Callable[[Config], Mapping[str, Any]], arguments: Sequence[str] | None = None
+    config_type: type[Config],
+    job: Callable[[Config], Mapping[str, Any]],
+    arguments: Sequence[str] | None = None,
+    *,
+    continues: bool = True,
 ) -> int:
     """Parse the flags, call `job`, print its summary as the last line of stdout and return the exit code.
 
-    A summary whose `ok` is false is a job that did its work and found something wrong: exit 1.
+    A summary whose `ok` is false is a job that did its work and found something wrong: exit 1. `continues` says whether
+    the same command goes on where an interrupted one stopped, or begins anew.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a spot notice ends a job as Ctrl-C does
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
@@ -40,11 +46,21 @@ def run(
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
+        what_next = "continues where this one stopped" if continues else "begins anew; nothing was written"
+        print(f"interrupted: the same command {what_next}", file=sys.stderr)
         return 1
     if summary:  # a job whose data went to stdout adds nothing to it
-        print(json.dumps(summary), flush=True)
+        print(json.dumps(_finite(summary), allow_nan=False), flush=True)
     return 0 if summary.get("ok", True) else 1
+
+
+def _finite(value: Any) -> Any:
+    """Return what JSON has a word for: a number that is none is null."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse(config_type: type[Config], arguments: Sequence[str]) -> Config:

@@ -7,4 +7,4 @@ from captioner.config import GalleryConfig
 from captioner.gallery_job import gallery
 
 if __name__ == "__main__":
-    sys.exit(run(GalleryConfig, gallery))
+    sys.exit(run(GalleryConfig, gallery, continues=False))

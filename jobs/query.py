@@ -7,4 +7,4 @@ from captioner.config import QueryConfig
 from captioner.query import query
 
 if __name__ == "__main__":
-    sys.exit(run(QueryConfig, query))
+    sys.exit(run(QueryConfig, query, continues=False))

@@ -9,15 +9,16 @@ from typing import Any
 
 from captioner.query.views import Connection
 from captioner.repetition import words
+from captioner.rows import SCORES
 
 __all__ = ["summarize", "summary_lines"]
 
 _NUM_EXAMPLES = 5
 _NUM_BINS = 10
+_USUAL_SHARE = 0.995  # of the captions; what is longer shares one bin
 _NUM_SAMPLED = 20_000
 _GRAM_WORDS = 3
 _BAR_WIDTH = 40
-_SCORES = ("mean_logprob", "min_logprob", "clip_score")
 
 
 def summarize(connection: Connection) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def summarize(connection: Connection) -> dict[str, Any]:
         "tokens_histogram": _histogram(connection),
         "frequent_captions": _frequent(connection),
         "frequent_3_grams": _frequent_grams(connection, captioned),
-        "lowest": {score: _lowest(connection, score) for score in _SCORES},
+        "lowest": {score: _lowest(connection, score) for score in SCORES},
         "runs": _dicts(connection, "FROM runs SELECT run_id, model, is_finished, captioned, failed, images_per_s"),
     }
 
@@ -51,7 +52,8 @@ def _quality(connection: Connection) -> dict[str, Any]:
         """
         SELECT avg(is_repetitive::INTEGER) AS repetitive_share, avg((finish_reason = 'length')::INTEGER)
             AS truncated_share, avg((trim(caption) = '')::INTEGER) AS empty_share, avg(num_tokens) AS mean_tokens,
-            avg(mean_logprob) AS mean_logprob, avg(clip_score) AS mean_clip_score
+            avg(mean_logprob) FILTER (isfinite(mean_logprob)) AS mean_logprob,
+            avg(clip_score) FILTER (isfinite(clip_score)) AS mean_clip_score
         FROM captions
         """,
     )[0]
@@ -59,18 +61,23 @@ def _quality(connection: Connection) -> dict[str, Any]:
 
 
 def _histogram(connection: Connection) -> list[dict[str, int]]:
-    """Return at most ten bins of equal width, each with its least and greatest number of tokens."""
-    least, greatest = _row(connection, "SELECT min(num_tokens), max(num_tokens) FROM captions")
+    """Return at most ten bins, each with its least and greatest number of tokens.
+
+    They are of equal width up to where few captions are longer; those that are, are the last bin: one caption of 4,096
+    tokens would leave all others in the first."""
+    sql = "SELECT min(num_tokens), quantile_disc(num_tokens, ?), max(num_tokens) FROM captions"
+    least, usual, greatest = connection.execute(sql, [_USUAL_SHARE]).fetchall()[0]
     if least is None:
         return []
-    width = (greatest - least) // _NUM_BINS + 1
-    counts = dict(
-        _rows(connection, f"SELECT (num_tokens - {least}) // {width} AS bin, count(*) FROM captions GROUP BY bin")
-    )
-    starts = range(least, greatest + 1, width)
+    width = (usual - least) // (_NUM_BINS - 1) + 1
+    last = min((greatest - least) // width, _NUM_BINS - 1)
+    place = f"least((num_tokens - {least}) // {width}, {last})"
+    counts = dict(_rows(connection, f"SELECT {place} AS bin, count(*) FROM captions GROUP BY bin"))
+    starts = [least + width * number for number in range(last + 1)]
+    ends = [*(start - 1 for start in starts[1:]), greatest]
     return [
-        {"from": start, "to": min(start + width - 1, greatest), "captions": counts.get(number, 0)}
-        for number, start in enumerate(starts)
+        {"from": start, "to": end, "captions": counts.get(number, 0)}
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
 
 
@@ -101,7 +108,7 @@ def _lowest(connection: Connection, score: str) -> list[dict[str, Any]]:
         connection,
         f"""
         SELECT image_id, caption, {score} FROM captions
-        WHERE key IN (SELECT key FROM captions WHERE {score} IS NOT NULL ORDER BY {score}, key LIMIT {_NUM_EXAMPLES})
+        WHERE key IN (SELECT key FROM captions WHERE NOT isnan({score}) ORDER BY {score}, key LIMIT {_NUM_EXAMPLES})
         ORDER BY {score}, key
         """,
     )
@@ -161,7 +168,7 @@ def _example_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         if rows:
             yield from ["", f"lowest {score}"]
             yield from (
-                f"  {row[score]:>12.3f}  {_short(row['image_id'], 30):30} {_short(row['caption'])}" for row in rows
+                f"  {row[score]:>12.3f}  {_tail(row['image_id'], 30):30} {_short(row['caption'])}" for row in rows
             )
 
 
@@ -172,6 +179,16 @@ def _counted(title: str, rows: Sequence[tuple[int, str]]) -> Iterator[str]:
 
 
 def _short(text: str, length: int = 80) -> str:
-    """Return a text on one line; of a long one the end, which tells image ids apart, or of a caption the beginning."""
-    plain = "".join(char if char.isprintable() else " " for char in text)
+    """Return a text on one line, of a long one the beginning."""
+    plain = _printable(text)
     return plain if len(plain) <= length else plain[: length - 1] + "…"
+
+
+def _tail(text: str, length: int) -> str:
+    """Return a text on one line, of a long one the end: it tells image ids apart."""
+    plain = _printable(text)
+    return plain if len(plain) <= length else "…" + plain[1 - length :]
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)

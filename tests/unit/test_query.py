@@ -16,14 +16,17 @@ import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 import pytest
 
+from captioner.command_line import run as command
 from captioner.config import QueryConfig
 from captioner.errors import ConfigError, InputError, JobError, OutputError
 from captioner.query import query, read_rows
 from captioner.query.output import table_lines, write_rows
-from captioner.query.views import VIEWS, ask, open_table, select
+from captioner.query.views import VIEWS, ask, select
 from captioner.rows import CAPTIONS, FAILURES, captions_schema
-from captioner.tables import CaptionTable, compact
+from captioner.tables import CaptionTable, compact, open_table
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
+from tests.conftest import Bucket
+from tests.pictures import encoded
 
 ROOT = Path(__file__).parents[2]
 RECORD = {
@@ -478,6 +481,53 @@ def test_the_histogram_counts_each_caption_once_in_ten_bins_at_most(table: Capti
     assert len(bins) <= 10
     assert sum(one["captions"] for one in bins) == 63
     assert (bins[0]["from"], bins[-1]["to"]) == (1, 63)
+
+
+def test_one_very_long_caption_leaves_the_bins_of_the_others_as_they_are(table: CaptionTable) -> None:
+    lengths = [*(5 + key % 27 for key in range(999)), 4_096]
+    add_part(table, [caption_row(key, str(key), "x", num_tokens=length) for key, length in enumerate(lengths)])
+    bins = query(QueryConfig(table=table.url))["tokens_histogram"]
+    assert [one["captions"] > 50 for one in bins] == [True] * 9 + [False]
+    assert bins[-1] == {"from": 32, "to": 4_096, "captions": 1}
+    assert sum(one["captions"] for one in bins) == 1_000
+
+
+def test_scores_that_are_no_numbers_leave_the_summary_strict_json(table: CaptionTable) -> None:
+    scores = [-0.5, float("nan"), float("-inf")]
+    add_part(table, [caption_row(key, str(key), "x", mean_logprob=score) for key, score in enumerate(scores)])
+    done = run(table)
+    summary = json.loads(done.stdout.splitlines()[-1], parse_constant=pytest.fail)
+    assert summary["mean_logprob"] == -0.5
+    assert [row["mean_logprob"] for row in summary["lowest"]["mean_logprob"]] == [None, -0.5]
+
+
+def test_of_a_long_name_the_end_is_shown(table: CaptionTable, capsys: pytest.CaptureFixture[str]) -> None:
+    add_part(table, [caption_row(key, f"s3://a-bucket/with/a/long/prefix/{key}.jpg", "x") for key in range(3)])
+    query(QueryConfig(table=table.url))
+    told = capsys.readouterr().err
+    assert all(f"/long/prefix/{key}.jpg" in told for key in range(3))
+
+
+def test_a_query_that_is_interrupted_promises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(config: QueryConfig) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    for continues, told in ((True, "continues where this one stopped"), (False, "begins anew; nothing was written")):
+        assert command(QueryConfig, interrupted, [], continues=continues) == 1
+        assert told in capsys.readouterr().err
+    assert "continues=False" in (ROOT / "jobs" / "query.py").read_text()
+
+
+def test_images_that_need_other_options_come_on_a_page_of_doubtful_captions(s3: Bucket, tmp_path: Path) -> None:
+    s3.put("photos/0.jpg", encoded())
+    uris = tmp_path / "uris.txt"
+    uris.write_text(f"{s3.url}/photos/0.jpg\n")
+    table, _ = begin_table(str(tmp_path / "table"), str(uris))
+    add_part(table, [caption_row(0, "0.jpg", "x")])
+    out = str(tmp_path / "review.html")
+    options = dict(s3.storage_options)
+    found = query(QueryConfig(table=table.url, review=1, out=out, image_storage_options=options))
+    assert found["pictures"] == 1
 
 
 def test_rows_go_to_stdout_and_nothing_else_does(full: CaptionTable) -> None:
