@@ -131,6 +131,19 @@ def test_the_captions_of_the_first_run_become_a_page_with_every_picture(
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["pictures"] == len(list(demo.images_path().iterdir()))
     assert (folder / "captions-demo.html").stat().st_size == summary["size_bytes"]
+    sql = "SELECT * FROM captions WHERE num_tokens < 60 ORDER BY mean_logprob"
+    for flags in (["--query", sql], ["--compare", "captions-demo"]):
+        arguments = ["captions-demo", "page.html", *flags]
+        done = subprocess.run(
+            [*command, *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["pictures"] == summary["pictures"]
 
 
 def flags_of_the_help_pages() -> set[str]:

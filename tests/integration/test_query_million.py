@@ -1,13 +1,15 @@
 """Every command of jobs/query.py on a table of a million made-up captions."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 import pytest
 
-from captioner.config import QueryConfig
+from captioner.config import GalleryConfig, QueryConfig
+from captioner.gallery_job import gallery
 from captioner.query import query, read_rows
 from captioner.tables import CaptionTable
 from tests.bench.query import write_table
@@ -51,6 +53,21 @@ def test_the_most_doubtful_of_a_million_are_the_same_each_time(table: CaptionTab
     doubts = [json.loads(line)["doubt"] for line in found[0]]
     assert len(doubts) == 200
     assert doubts == sorted(doubts, reverse=True)
+
+
+def test_a_page_of_a_million_is_a_sample_a_query_or_the_most_doubtful(table: CaptionTable, tmp_path: Path) -> None:
+    out = str(tmp_path / "out.html")
+    assert gallery(GalleryConfig(table=table.url, output=out, sample=100))["rows"] == 100
+    sql = "SELECT key, length(caption) AS letters FROM captions ORDER BY letters DESC, key"
+    assert gallery(GalleryConfig(table=table.url, output=out, sample=100, query=sql))["rows"] == 100
+    assert query(QueryConfig(table=table.url, review=100, out=out))["rows"] == 100
+
+
+def test_two_runs_of_a_million_are_compared(table: CaptionTable, tmp_path: Path) -> None:
+    other = write_table(tmp_path / "other", ROWS, seed=1)
+    config = GalleryConfig(table=table.url, output=str(tmp_path / "out.html"), sample=100, compare=other.url)
+    assert gallery(config)["rows"] == 100
+    assert re.search(r"Of (19|20),\d{3} captions compared, (19|20),\d{3} differ", Path(config.output).read_text())
 
 
 def test_one_image_of_a_million_is_found(table: CaptionTable) -> None:

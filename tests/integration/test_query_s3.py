@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from captioner.config import QueryConfig
+from captioner.config import GalleryConfig, QueryConfig
 from captioner.errors import InputError, JobError
+from captioner.gallery_job import gallery
 from captioner.query import query, read_rows
 from captioner.query.part_files import PROTOCOL, PartFiles
 from captioner.query.views import ask
@@ -75,6 +76,17 @@ def test_a_large_export_goes_into_the_bucket_in_pieces(
 def test_doubtful_captions_of_a_bucket_become_a_page(table: CaptionTable, s3: Bucket, tmp_path: Path) -> None:
     summary = query(config(s3, review=3, out=str(tmp_path / "review.html")))
     assert (summary["rows"], summary["pictures"]) == (3, 3)
+
+
+def test_rows_of_a_query_and_two_runs_in_a_bucket_become_pages(table: CaptionTable, s3: Bucket, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"table": table.url, "output": f"{s3.url}/out.html", "storage_options": s3.storage_options}
+    sql = "SELECT key, caption FROM captions ORDER BY key LIMIT 3"
+    assert gallery(GalleryConfig(**flags, query=sql))["pictures"] == 3
+    other, _ = begin_table(f"{s3.url}/other", f"{s3.url}/photos", options=s3.storage_options)
+    add_part(other, [caption_row(key, f"{s3.url}/photos/{key}.jpg", "another") for key in range(3)])
+    found = gallery(GalleryConfig(**flags, compare=other.url))
+    assert (found["rows"], found["pictures"]) == (3, 3)
+    assert s3.fs.info(f"{s3.url}/out.html")["size"] == found["size_bytes"]
 
 
 def test_the_command_finds_the_bucket_by_the_usual_environment_variables(table: CaptionTable, s3: Bucket) -> None:
