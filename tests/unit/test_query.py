@@ -283,15 +283,19 @@ def test_parts_that_go_away_for_good_in_the_middle_of_an_export_are_named_and_le
     assert list((tmp_path / "out").iterdir()) == []
 
 
+LATE = f"key = {LARGE - 9}"
+EARLY = "key % 9 = 8"  # of a page and a table only the first rows are asked for, from whichever part they come
+
+
 @pytest.mark.parametrize(
-    ("flags", "place"),
-    [({"out": "x.csv"}, LARGE - 9), ({"format": "json"}, LARGE - 9), ({"out": "x.html"}, 9), ({}, 9)],
+    ("flags", "is_wrong"),
+    [({"out": "x.csv"}, LATE), ({"format": "json"}, LATE), ({"out": "x.html"}, EARLY), ({}, EARLY)],
 )
 def test_sql_that_fails_at_a_late_row_is_told_as_sql_that_fails_at_the_first(
-    large: CaptionTable, flags: dict[str, str], place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: CaptionTable, flags: dict[str, str], is_wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sql = f"SELECT key, CASE WHEN key = {place} THEN caption ELSE '1' END::INTEGER AS x FROM captions"
+    sql = f"SELECT key, CASE WHEN {is_wrong} THEN caption ELSE '1' END::INTEGER AS x FROM captions"
     with pytest.raises(ConfigError, match=r"^the query failed: Conversion Error: Could not convert string"):
         query(QueryConfig(table=large.url, sql=sql, **flags))
 
