@@ -92,7 +92,7 @@ class SlotBuffers:
 
     token_ids: int64, the newest token. num_generated: int64, tokens chosen before the step that ran last; -1 makes a
     slot fresh. seeds: int64. last_prefix: float[slots, D], the last token of the image prefix. beam_scores: float32.
-    history: int64[slots, max_new_tokens], the tokens chosen, its unused end filled with the first of them.
+    history: int64[slots, max_new_tokens], the tokens chosen before the newest, its unused end filled with the first.
     prompt_embeds: float[F, P-1, D], the other tokens of fresh prefixes, and prompt_slots: int64[F, group], where they
     go."""
 
@@ -182,16 +182,17 @@ class SlotModel:
             ).last_hidden_state
         return self._head(hidden[0, :num_rows])
 
-    def newest_logits(self, num_rows: int) -> Tensor:
-        """Return what the step that ran last said of the first rows, float32[R, V]."""
-        return self._logits[:num_rows]
+    def newest_logits(self, rows: Sequence[int]) -> Tensor:
+        """Return what the step that ran last said of some rows, float32[len(rows), V]."""
+        return self._logits[rows]
 
-    def remember(self, token_ids: Tensor) -> None:
-        """Write the tokens, int64[R], that the first R slots have just chosen into their history."""
-        history = self.buffers.history[: len(token_ids)]
-        at = self.buffers.num_generated[: len(token_ids), None]
-        newest = token_ids[:, None]
-        history.copy_(torch.where(at == 0, newest, history.scatter(1, at, newest)))
+    def remember(self, num_rows: int) -> None:
+        """Write what the first R slots chose in the step before into their history, after `logits` has counted on.
+
+        Not when they choose: a draw that is made again must meet the history that it met first."""
+        history, newest = self.buffers.history[:num_rows], self.buffers.token_ids[:num_rows, None]
+        at = self.buffers.num_generated[:num_rows, None] - 1
+        history.copy_(torch.where(at <= 0, newest, history.scatter(1, at.clamp(min=0), newest)))
 
     def reorder(self, parents: Sequence[int], window: int) -> None:
         """Let each of the first slots go on from what slot `parents[slot]` has generated, within the window."""

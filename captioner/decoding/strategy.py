@@ -60,18 +60,24 @@ class TokenStrategy:
 
     def advance(self, searches: Sequence[Chain], shape: StepShape) -> None:
         """Run one step; where the candidates looked at did not suffice for a draw, draw again from all."""
-        rows = self.run(shape).tolist()
-        if not all(is_exact for _, _, is_exact in rows):
-            rows = self._choose(self._model.newest_logits(shape.num_rows), looks_at_all=True).tolist()
-        for chain, (token_id, logprob, _) in zip(searches, rows, strict=False):
+        chosen = self.run(shape).tolist()[: len(searches)]
+        inexact = [row for row, (_, _, is_exact) in enumerate(chosen) if not is_exact]
+        if inexact:
+            again = self._choose(self._model.newest_logits(inexact), inexact, looks_at_all=True).tolist()
+            for row, choice in zip(inexact, again, strict=True):
+                chosen[row] = choice
+        for chain, (token_id, logprob, _) in zip(searches, chosen, strict=True):
             chain.advance(int(token_id), logprob)
 
     def propose(self, shape: StepShape) -> Tensor:
         """Return token id, log-probability and exactness of each row, float64[R, 3]."""
-        return self._choose(self._model.logits(shape))
+        logits = self._model.logits(shape)
+        if self._process.needs_history:
+            self._model.remember(shape.num_rows)
+        return self._choose(logits, slice(shape.num_rows))
 
-    def _choose(self, logits: Tensor, *, looks_at_all: bool = False) -> Tensor:
-        buffers, rows = self._model.buffers, slice(len(logits))
+    def _choose(self, logits: Tensor, rows: slice | list[int], *, looks_at_all: bool = False) -> Tensor:
+        buffers = self._model.buffers
         num_generated = buffers.num_generated[rows]
         scores = self._process(logits, num_generated, buffers.history[rows])
         if self._decoding.do_sample:
@@ -80,8 +86,6 @@ class TokenStrategy:
         else:
             token_ids, is_exact = greedy(scores), torch.ones_like(num_generated)
         buffers.token_ids[rows] = token_ids
-        if self._process.needs_history:
-            self._model.remember(token_ids)
         return torch.stack([token_ids.double(), token_logprobs(logits, token_ids).double(), is_exact.double()], 1)
 
 
@@ -112,6 +116,8 @@ class BeamStrategy:
         float64[G, num_proposals, 4]."""
         buffers, num_beams = self._model.buffers, self._decoding.num_beams
         logits = self._model.logits(shape)
+        if self._process.needs_history:
+            self._model.remember(shape.num_rows)
         used = slice(shape.num_rows // num_beams * num_beams)
         logprobs = torch.log_softmax(logits[used], -1)
         scores = self._process(logprobs, buffers.num_generated[used], buffers.history[used])
@@ -129,8 +135,6 @@ class BeamStrategy:
         self._model.reorder(parents, window)
         device = self._model.buffers.kv.device
         slots = slice(len(beams))
-        newest = torch.tensor([beam.draft.token_ids[-1] for beam in beams], device=device)
-        self._model.buffers.token_ids[slots] = newest
+        newest = [beam.draft.token_ids[-1] for beam in beams]
+        self._model.buffers.token_ids[slots] = torch.tensor(newest, device=device)
         self._model.buffers.beam_scores[slots] = torch.tensor([beam.score for beam in beams], device=device)
-        if self._process.needs_history:
-            self._model.remember(newest)

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captioner.config import DecodingConfig
-from captioner.decoding import Request, sampling
+from captioner.decoding import Request, sampling, strategy
 from captioner.decoding.memory import fitting_slots, out_of_memory_named, slot_bytes
 from captioner.decoding.step import StepShape
 from captioner.errors import ConfigError, ResourceError, ShapeError
@@ -85,6 +85,25 @@ def test_draws_from_a_wide_nucleus_are_those_of_the_whole_vocabulary(monkeypatch
     few_first = captions(llama, images, decoding)
     monkeypatch.setattr(sampling, "_NUCLEUS_CANDIDATES", 2000)
     assert token_ids(few_first) == token_ids(captions(llama, images, decoding))
+
+
+@pytest.mark.parametrize("wide_row", [1, 15], ids=["a neighbour", "an idle slot"])
+def test_a_wide_nucleus_next_door_changes_no_caption(llama, images, monkeypatch, wide_row):
+    decoding = DecodingConfig(max_new_tokens=8, do_sample=True, top_k=0, top_p=0.9, repetition_penalty=1.3)
+    alone = captions(llama, images[:8], decoding)
+
+    def sample_with_a_wide_row(scores, uniforms, decoding, *, looks_at_all=False):
+        token_ids, is_exact = sampling.sample(scores, uniforms, decoding, looks_at_all=looks_at_all)
+        if not looks_at_all:
+            redone.append(len(scores))
+            is_exact = is_exact.clone()
+            is_exact[wide_row] = False
+        return token_ids, is_exact
+
+    redone = []
+    monkeypatch.setattr(strategy, "sample", sample_with_a_wide_row)
+    assert token_ids(captions(llama, images[:8], decoding)) == token_ids(alone)
+    assert redone
 
 
 HOST_READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique"}
