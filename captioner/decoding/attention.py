@@ -45,6 +45,9 @@ class SlotView:
     kv: Tensor
     """float[layers, 2, slots, kv_heads, columns, head_dim]"""
 
+    rows: Tensor
+    """int64[R]: 0 to R - 1."""
+
     columns: Tensor
     """int64[R]: decode row r is slot r, and writes its key and value here."""
 
@@ -88,15 +91,14 @@ def attend_to_slots(
     query: float[1, H, T, d], key and value: float[1, Hkv, T, d], T = R + F * (P - 1). Returns float[1, T, H, d]."""
     keys, values = slots.kv[module.layer_idx]
     num_decode = len(slots.columns)
-    rows = torch.arange(num_decode, device=query.device)
-    keys[rows, :, slots.columns] = key[0, :, :num_decode].transpose(0, 1)
-    values[rows, :, slots.columns] = value[0, :, :num_decode].transpose(0, 1)
-    attended = []
-    if slots.prompts is not None:  # first, because the last token of these prefixes is a decode row that reads them
-        q, k, v = (_by_prompt(t[0, :, num_decode:], slots.prompts) for t in (query, key, value))
-        attended.append(_attend_prompts(q, k, v, keys, values, slots.prompts, scaling))
-    attended.insert(0, _attend_decode(query[0, :, :num_decode], keys, values, slots.mask, scaling))
-    return torch.cat(attended)[None], None
+    keys[slots.rows, :, slots.columns] = key[0, :, :num_decode].transpose(0, 1)
+    values[slots.rows, :, slots.columns] = value[0, :, :num_decode].transpose(0, 1)
+    if slots.prompts is None:
+        return _attend_decode(query[0], keys, values, slots.mask, scaling)[None], None
+    q, k, v = (_by_prompt(t[0, :, num_decode:], slots.prompts) for t in (query, key, value))
+    of_prompts = _attend_prompts(q, k, v, keys, values, slots.prompts, scaling)  # the decode rows read what it writes
+    of_slots = _attend_decode(query[0, :, :num_decode], keys, values, slots.mask, scaling)
+    return torch.cat([of_slots, of_prompts])[None], None
 
 
 def _attend_decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -127,7 +129,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: 
     mask: float, broadcast to [N, 1, rows made even, W]. An odd number of query rows is made even: MKL's kernel for the
     odd one rounds by memory alignment, so that the same slot got other last bits in other batches."""
     num_rows = query.shape[2]
-    query = pad(query, (0, 0, 0, num_rows % 2))
+    if num_rows % 2:
+        query = pad(query, (0, 0, 0, 1))
     attended = scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != keys.shape[1]
     )

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from captioner.decoding.request import Hypothesis
 from captioner.rows import FinishReason
 
@@ -26,6 +29,12 @@ class Endings:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._is_stopped = is_stopped
 
+    def may_be(self, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return where a newest token may end its draft, limits apart: everywhere, if drafts are asked for stops."""
+        if self._is_stopped is not None:
+            return np.ones(len(token_ids), bool)
+        return np.isin(token_ids, list(self._eos_token_ids))
+
     def reason(self, draft: Draft, max_new_tokens: int) -> FinishReason | None:
         """Return why the draft ends with its newest token, or None if it goes on."""
         if draft.token_ids[-1] in self._eos_token_ids:
@@ -45,25 +54,3 @@ class Endings:
             min_logprob=draft.min_logprob,
             score=mean_logprob if score is None else score,
         )
-
-
-class Chain:
-    """One caption grown token by token, greedily or by drawing."""
-
-    def __init__(self, endings: Endings, max_new_tokens: int) -> None:
-        self.is_done = False
-        self._endings = endings
-        self._max_new_tokens = max_new_tokens
-        self._draft = Draft()
-        self._reason: FinishReason | None = None
-
-    def advance(self, token_id: int, logprob: float) -> None:
-        """Take one step's token."""
-        self._draft = self._draft.extended(token_id, logprob)
-        self._reason = self._endings.reason(self._draft, self._max_new_tokens)
-        self.is_done = self._reason is not None
-
-    def best(self) -> tuple[Hypothesis, ...]:
-        """Return the finished caption."""
-        assert self._reason is not None
-        return (self._endings.hypothesis(self._draft, self._reason),)

@@ -8,46 +8,37 @@ ids and embeddings: no text, no tokenizer, no files, no Ray.
     for generation in engine.generate(requests): ...
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from captioner.config import DecodingConfig
-from captioner.decoding.beam import BeamSearch
-from captioner.decoding.draft import Chain, Endings
+from captioner.decoding.draft import Endings
 from captioner.decoding.memory import auto_slots, out_of_memory_named
-from captioner.decoding.recording import RecordedSteps, Recorder
+from captioner.decoding.recorded_steps import RecordedSteps, Step
 from captioner.decoding.request import Generation, Hypothesis, Request
 from captioner.decoding.sampling import candidate_seed
-from captioner.decoding.step import ROW_BUCKET, SlotLayout, SlotModel, StepShape, round_up
+from captioner.decoding.seats import Places, Seats
+from captioner.decoding.step import ROW_BUCKET, SlotLayout, SlotModel, StepShape, group_size, round_up, upload
 from captioner.decoding.strategy import BeamStrategy, Strategy, TokenStrategy
 from captioner.errors import ConfigError, ShapeError
+from captioner.model.recording import Recorder
 
-_MAX_PROMPT_ROWS = 1024
 
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     """A request that is being decoded, and what it has so far."""
 
     request: Request
     missing: int
     hypotheses: list[Hypothesis] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Seat:
-    """A search and the request it belongs to."""
-
-    job: _Job
-    search: Chain | BeamSearch
-    num_steps: int = 0
 
 
 class Engine:
@@ -71,11 +62,20 @@ class Engine:
         shared_prefix: float[S, D], the prompt before the image, embedded; S may be 0. prefix_len: tokens P of every
         request's prefix. slots: captions (or beams) written at the same time; `auto`: what the device's memory
         holds. is_stopped: says whether the tokens so far contain a stop string; asked after every token. recorder: what
-        records steps to replay them, all slots in each (`recording.CudaGraphs`); none: steps run as they come. Raises
+        records steps to replay them, all slots in each, for this engine alone; none: steps run as they come. Raises
         ConfigError if a caption cannot fit the model's context, or one image's beams or captions the slots, and
         ResourceError if the device's memory cannot hold the slots."""
-        group_size = decoding.num_captions if decoding.num_beams == 1 else decoding.num_beams
         _check_context(llama, len(shared_prefix), prefix_len, decoding.max_new_tokens)
+
+        def layout_of(slots: int) -> SlotLayout:
+            return SlotLayout.of(
+                slots,
+                decoding,
+                shared_len=len(shared_prefix),
+                prefix_len=prefix_len,
+                is_recorded=recorder is not None,
+            )
+
         if slots == "auto":
             slots = auto_slots(
                 llama.config,
@@ -84,48 +84,42 @@ class Engine:
                 dtype=llama.dtype,
                 shared_len=len(shared_prefix),
                 prefix_len=prefix_len,
-                group_size=group_size,
+                group_size=group_size(decoding),
             )
-        _check_slots(slots, group_size)
+        _check_slots(slots, group_size(decoding))
         self.num_slots = slots
-        layout = SlotLayout(
-            num_slots=round_up(slots, ROW_BUCKET),
-            group_size=group_size,
-            shared_len=len(shared_prefix),
-            prefix_len=prefix_len,
-            max_new_tokens=decoding.max_new_tokens,
-            max_prompts=max(1, min(slots // group_size, _MAX_PROMPT_ROWS // max(prefix_len - 1, 1))),
-        )
+        self.device = llama.device
         self._decoding = decoding
+        self._is_recorded = recorder is not None
         with out_of_memory_named(slots, decoding.max_new_tokens):
-            self._model = SlotModel(llama, layout)
+            self._model = SlotModel(llama, layout_of(slots))
             if len(shared_prefix):
                 self._model.share(shared_prefix)
-        eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=llama.device)
-        make = BeamStrategy if decoding.num_beams > 1 else TokenStrategy
-        self._strategy: Strategy[Any] = make(self._model, decoding, eos, Endings(eos_token_ids, is_stopped))
-        self._row_bucket = ROW_BUCKET
-        if recorder is not None:
-            self._row_bucket = layout.num_slots
-            with out_of_memory_named(slots, decoding.max_new_tokens):
-                self._strategy.run = RecordedSteps(self._strategy.propose, layout.full_shapes(), recorder)
-        self._num_seats = slots // self._strategy.slots_per_seat
-        self._seats_per_request = group_size // self._strategy.slots_per_seat
-        self._seats: list[_Seat | None] = []
+            eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=llama.device)
+            make = BeamStrategy if decoding.num_beams > 1 else TokenStrategy
+            self._strategy: Strategy = make(self._model, decoding, eos, Endings(eos_token_ids, is_stopped))
+            self._propose: Step = self._strategy.propose
+            if recorder is not None:
+                self._propose = RecordedSteps(self._propose, self._model.layout.full_shapes(), recorder)
+        self._seats: Seats[_Job] = Seats(slots // self._strategy.slots_per_seat)
+        self._seats_per_request = group_size(decoding) // self._strategy.slots_per_seat
         self._fresh: list[tuple[Request, list[int]]] = []
 
     @property
     def num_free(self) -> int:
         """Requests that can be admitted before the next step."""
-        taken = sum(seat is not None for seat in self._seats)
-        return min(
-            (self._num_seats - taken) // self._seats_per_request, self._model.layout.max_prompts - len(self._fresh)
-        )
+        num_prompts_left = self._model.layout.max_prompts - len(self._fresh)
+        return min(self._seats.num_free // self._seats_per_request, num_prompts_left)
+
+    @property
+    def num_seated(self) -> int:
+        """Captions or beam searches that are being written."""
+        return self._seats.num_taken
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is being decoded."""
-        return not any(self._seats)
+        return not self.num_seated
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Yield what becomes of each request, as it ends; requests are taken as slots become free."""
@@ -154,74 +148,55 @@ class Engine:
         assert self.num_free > 0
         job = _Job(request, missing=self._seats_per_request)
         limit = min(request.max_new_tokens or self._decoding.max_new_tokens, self._decoding.max_new_tokens)
-        seats = [self._sit(_Seat(job, self._strategy.begin(limit))) for _ in range(self._seats_per_request)]
+        seats = [self._seats.take(job) for _ in range(self._seats_per_request)]
+        for seat in seats:
+            self._strategy.begin(seat, limit)
         self._fresh.append((request, seats))
 
     @torch.inference_mode()
     def step(self) -> list[Generation]:
         """Give every running caption its next token; return the requests that are now complete."""
-        window = self._window()
-        self._close_gaps(window)
-        shape = StepShape(
-            num_rows=round_up(len(self._seats) * self._strategy.slots_per_seat, self._row_bucket),
-            window=window,
-            num_prompts=self._fill_fresh(),
-        )
-        seats = [seat for seat in self._seats if seat is not None]
+        window = self._model.layout.window(self._seats.most_steps)
+        if not self._is_recorded:  # a recording has all rows in any case
+            self._close_gaps(window)
+        shape = StepShape(num_rows=self._num_rows(), window=window, num_prompts=self._fill_fresh())
         with out_of_memory_named(self.num_slots, self._decoding.max_new_tokens):
-            self._strategy.advance([seat.search for seat in seats], shape)
-        for seat in seats:
-            seat.num_steps += 1
-        return list(self._collect())
+            ended = self._strategy.settle(self._propose(shape), self._seats.taken, window)
+        self._seats.count_step()
+        return list(self._collect(ended))
 
-    def _sit(self, seat: _Seat) -> int:
-        """Take the first empty seat, or the one behind the last."""
-        if None in self._seats:
-            place = self._seats.index(None)
-            self._seats[place] = seat
-            return place
-        self._seats.append(seat)
-        return len(self._seats) - 1
+    def _num_rows(self) -> int:
+        if self._is_recorded:
+            return self._model.layout.num_slots
+        return round_up(self._seats.num_taken * self._strategy.slots_per_seat, ROW_BUCKET)
 
     def _close_gaps(self, window: int) -> None:
         """Move the last seats into empty ones, so that decode rows are slots 0 to R - 1 without gaps."""
-        moves: dict[int, int] = {}
-        for gap in [place for place, seat in enumerate(self._seats) if seat is None]:
-            while self._seats and self._seats[-1] is None:
-                self._seats.pop()
-            if gap < len(self._seats):
-                self._seats[gap] = self._seats.pop()
-                moves[gap] = len(self._seats)
-        if moves:
-            width = self._strategy.slots_per_seat
-            sources = [seat * width + i for seat in moves.values() for i in range(width)]
-            targets = [seat * width + i for seat in moves for i in range(width)]
-            self._model.move(sources, targets, window)
+        sources, targets = self._seats.close_gaps()
+        if len(sources):
+            self._strategy.move(sources, targets)
+            from_slots, to_slots = upload([self._slots(sources), self._slots(targets)], self.device)
+            self._model.move(from_slots, to_slots, window)
 
     def _fill_fresh(self) -> int:
         """Hand the newly seated prefixes to the device; return how many prompts the step is shaped for."""
         if not self._fresh:
             return 0
-        width = self._strategy.slots_per_seat
-        groups = [[seat * width + i for seat in seats for i in range(width)] for _, seats in self._fresh]
+        groups = [self._slots(np.array(seats)) for _, seats in self._fresh]
         seeds = [[candidate_seed(request.seed, n) for n in range(len(groups[0]))] for request, _ in self._fresh]
         self._model.buffers.fill(groups, [request.prefix for request, _ in self._fresh], seeds)
         self._fresh.clear()
         return self._model.layout.prompt_rows(len(groups))
 
-    def _window(self) -> int:
-        """Columns that the longest running caption needs, rounded up."""
-        longest = max(seat.num_steps for seat in self._seats if seat is not None)
-        return self._model.layout.window(longest)
+    def _slots(self, seats: Places) -> list[int]:
+        width = self._strategy.slots_per_seat
+        return [seat * width + i for seat in seats.tolist() for i in range(width)]
 
-    def _collect(self) -> Iterator[Generation]:
+    def _collect(self, ended: Mapping[int, tuple[Hypothesis, ...]]) -> Iterator[Generation]:
         """Empty the seats whose search is done; yield the requests that were waiting for no other seat."""
-        for place, seat in enumerate(self._seats):
-            if seat is None or not seat.search.is_done:
-                continue
-            self._seats[place] = None
-            job = seat.job
-            job.hypotheses.extend(seat.search.best())
+        for seat, hypotheses in ended.items():
+            job = self._seats.leave(seat)
+            job.hypotheses.extend(hypotheses)
             job.missing -= 1
             if not job.missing:
                 ranked = sorted(job.hypotheses, key=attrgetter("score"), reverse=True)

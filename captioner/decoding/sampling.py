@@ -143,7 +143,8 @@ def _invert(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunked(rows: Tensor, filler: float) -> Tensor:
     """View float[R, V] as float[R, V / chunk, chunk], filled up where V does not divide."""
-    return pad(rows, (0, -rows.shape[-1] % _CHUNK), value=filler).view(len(rows), -1, _CHUNK)
+    missing = -rows.shape[-1] % _CHUNK
+    return (pad(rows, (0, missing), value=filler) if missing else rows).view(len(rows), -1, _CHUNK)
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -8,16 +8,20 @@ rows write goes to the one row past the last slot.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from captioner.config import DecodingConfig
 from captioner.decoding.attention import PromptRows, SlotView, allocate_slots, slot_attention
 
 ROW_BUCKET = 16
 WINDOW_BUCKET = 16
+_RECORDED_WINDOWS = 8
+_MAX_PROMPT_ROWS = 1024
 _HEAD_SLICE = 1000
 """Words of a float32 head that a CPU multiplies at once: MKL takes 21.7 ms for 32 rows x 512 x 32,000 in one product
 and 17.2 ms in slices of 1,000, to the same bits."""
@@ -27,6 +31,17 @@ _NEVER = -1.0e9
 def round_up(number: int, multiple: int) -> int:
     """Return the smallest multiple that is not below the number."""
     return -(-number // multiple) * multiple
+
+
+def group_size(decoding: DecodingConfig) -> int:
+    """Return the slots that one image takes."""
+    return decoding.num_captions if decoding.num_beams == 1 else decoding.num_beams
+
+
+def upload(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Copy numbers to a device; from pinned memory, so that the host does not wait for what still runs there."""
+    host = torch.from_numpy(np.asarray(numbers))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +62,26 @@ class SlotLayout:
     max_prompts: int
     """Fresh prefixes of more than one token that one step takes in."""
 
+    window_bucket: int = WINDOW_BUCKET
+    """What windows are rounded up to."""
+
+    @classmethod
+    def of(
+        cls, slots: int, decoding: DecodingConfig, *, shared_len: int, prefix_len: int, is_recorded: bool
+    ) -> "SlotLayout":
+        """Return the layout of an engine. Recorded steps have at most 9 windows, whatever the length of captions: with
+        11 numbers of prompts, 99 recordings."""
+        a_share = round_up(-(-decoding.max_new_tokens // _RECORDED_WINDOWS), WINDOW_BUCKET)
+        return cls(
+            num_slots=round_up(slots, ROW_BUCKET),
+            group_size=group_size(decoding),
+            shared_len=shared_len,
+            prefix_len=prefix_len,
+            max_new_tokens=decoding.max_new_tokens,
+            max_prompts=max(1, min(slots // group_size(decoding), _MAX_PROMPT_ROWS // max(prefix_len - 1, 1))),
+            window_bucket=a_share if is_recorded else WINDOW_BUCKET,
+        )
+
     @property
     def first_column(self) -> int:
         """Column of a prefix's last token, with which decoding begins."""
@@ -55,11 +90,11 @@ class SlotLayout:
     @property
     def num_columns(self) -> int:
         """Columns of a slot, a whole number of windows; the last token generated is never read, so it needs none."""
-        return round_up(self.first_column + self.max_new_tokens, WINDOW_BUCKET)
+        return round_up(self.first_column + self.max_new_tokens, self.window_bucket)
 
     def window(self, num_steps: int) -> int:
         """Columns W that a step reads when its longest caption has `num_steps` tokens."""
-        return round_up(self.first_column + num_steps + 1, WINDOW_BUCKET)
+        return round_up(self.first_column + num_steps + 1, self.window_bucket)
 
     def prompt_rows(self, num_fresh: int) -> int:
         """Fresh prefixes F that a step with `num_fresh` of them is shaped for: a power of two, or what there can be."""
@@ -113,20 +148,18 @@ class SlotBuffers:
             self.token_ids, self.num_generated, self.seeds, self.history, self.beam_scores, self.last_prefix
         )  # fmt: skip
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int], columns: slice, states: Sequence[Tensor]) -> None:
-        """Copy columns of the keys and values, and other states, from slots to slots."""
-        source, target = (torch.tensor(slots, device=self.kv.device) for slots in (sources, targets))
-        self.kv[:, :, target, :, columns] = self.kv[:, :, source, :, columns]
+    def copy(self, sources: Tensor, targets: Tensor, columns: slice, states: Sequence[Tensor]) -> None:
+        """Copy columns of the keys and values, and other states, from slots to slots, int64 on the device."""
+        self.kv[:, :, targets, :, columns] = self.kv[:, :, sources, :, columns]
         for state in states:
-            state[target] = state[source]
+            state[targets] = state[sources]
 
     def fill(self, groups: Sequence[Sequence[int]], prefixes: Sequence[Tensor], seeds: Sequence[Sequence[int]]) -> None:
         """Make groups of slots fresh, each with one image's prefix, float[P, D], and a seed for each slot."""
-        device = self.kv.device
-        slots = torch.tensor(groups, device=device)
+        slots, seed = upload([groups, seeds], self.kv.device)
         prefix = torch.stack(list(prefixes)).to(self.last_prefix)
         self.num_generated[slots] = -1
-        self.seeds[slots] = torch.tensor(seeds, device=device)
+        self.seeds[slots] = seed
         self.beam_scores[slots] = _NEVER
         self.beam_scores[slots[:, 0]] = 0.0
         self.last_prefix[slots] = prefix[:, None, -1]
@@ -143,6 +176,7 @@ class SlotModel:
         self.buffers = SlotBuffers(llama, layout)
         self._llama = llama
         device, dtype = self.buffers.kv.device, self.buffers.kv.dtype
+        self._rows = torch.arange(layout.num_slots, device=device)
         self._columns = torch.arange(layout.num_columns, device=device)
         self._prompt_columns = self._columns[layout.shared_len : layout.first_column]
         self._hidden = torch.tensor(-torch.inf, dtype=dtype, device=device)
@@ -175,14 +209,15 @@ class SlotModel:
             embeds = torch.cat([embeds, buffers.prompt_embeds[: shape.num_prompts].flatten(0, 1)])
             positions = torch.cat([columns, self._prompt_columns.repeat(shape.num_prompts)])
             prompts = PromptRows(buffers.prompt_slots[: shape.num_prompts], self._prompt_columns, self._prompt_mask)
-        view = SlotView(buffers.kv, columns, self._mask(columns, shape.window)[:, None, None], prompts)
+        mask = self._mask(columns, shape.window)[:, None, None]
+        view = SlotView(buffers.kv, self._rows[:num_rows], columns, mask, prompts)
         with slot_attention(self._llama):
             hidden = self._llama.model(
                 inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, slots=view
             ).last_hidden_state
         return self._head(hidden[0, :num_rows])
 
-    def newest_logits(self, rows: Sequence[int]) -> Tensor:
+    def newest_logits(self, rows: Tensor) -> Tensor:
         """Return what the step that ran last said of some rows, float32[len(rows), V]."""
         return self._logits[rows]
 
@@ -194,15 +229,12 @@ class SlotModel:
         at = self.buffers.num_generated[:num_rows, None] - 1
         history.copy_(torch.where(at <= 0, newest, history.scatter(1, at.clamp(min=0), newest)))
 
-    def reorder(self, parents: Sequence[int], window: int) -> None:
-        """Let each of the first slots go on from what slot `parents[slot]` has generated, within the window."""
-        targets = [slot for slot, parent in enumerate(parents) if slot != parent]
-        if targets:
-            sources = [parents[slot] for slot in targets]
-            generated = slice(self.layout.first_column + 1, window)
-            self.buffers.copy(sources, targets, generated, (self.buffers.history,))
+    def reorder(self, parents: Tensor, slots: Tensor, window: int) -> None:
+        """Let slots go on from what their parents have generated, within the window."""
+        generated = slice(self.layout.first_column + 1, window)
+        self.buffers.copy(parents, slots, generated, (self.buffers.history,))
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], window: int) -> None:
+    def move(self, sources: Tensor, targets: Tensor, window: int) -> None:
         """Move all that slots `sources` hold to slots `targets`, within the window."""
         self.buffers.copy(sources, targets, slice(self.layout.shared_len, window), self.buffers.of_a_slot)
 

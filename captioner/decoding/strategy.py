@@ -1,17 +1,21 @@
-"""How a step chooses: one token a slot, or beams. The device half of each, `propose`, is recorded with the forward;
-the host half reads its small result and tells each seat's `Chain` or `BeamSearch`. A seat is the slots of one search.
+"""How a step chooses: one token a slot, or beams. The device half of each, `propose`, can be recorded with the forward;
+the host half, `settle`, reads its small result and follows the search of each seat: the slots of one caption or beam
+search.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterable
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from captioner.config import DecodingConfig
-from captioner.decoding.beam import Beam, BeamSearch, Continuation
-from captioner.decoding.draft import Chain, Endings
-from captioner.decoding.recording import Step
+from captioner.decoding.beam import BeamSearch, Continuation
+from captioner.decoding.chains import Chains
+from captioner.decoding.draft import Endings
+from captioner.decoding.request import Hypothesis
 from captioner.decoding.sampling import (
     LogitsProcessors,
     greedy,
@@ -20,26 +24,29 @@ from captioner.decoding.sampling import (
     top_candidates,
     uniform,
 )
-from captioner.decoding.step import SlotModel, StepShape
+from captioner.decoding.seats import Places
+from captioner.decoding.step import SlotModel, StepShape, upload
 
-Search = TypeVar("Search", Chain, BeamSearch)
+Ended = dict[int, tuple[Hypothesis, ...]]
+"""What the searches that are done have found, by seat."""
 
 
-class Strategy(Protocol[Search]):
+class Strategy(Protocol):
     """What the engine asks of a way to decode."""
 
     slots_per_seat: int
-    run: Step
-    """The device half of a step: `propose`, or a recording of it."""
 
-    def begin(self, max_new_tokens: int) -> Search:
-        """Return the search of a new seat."""
+    def begin(self, seat: int, max_new_tokens: int) -> None:
+        """Begin a search."""
 
-    def advance(self, searches: Sequence[Search], shape: StepShape) -> None:
-        """Run one step over the first seats and tell each search its outcome."""
+    def move(self, sources: Places, targets: Places) -> None:
+        """Let the searches of some seats go on in others."""
 
     def propose(self, shape: StepShape) -> Tensor:
         """Choose for the first R rows, on the device alone; return what the host half reads."""
+
+    def settle(self, proposals: Tensor, seats: Places, window: int, /) -> Ended:
+        """Take what a step proposed for the seats that are taken."""
 
 
 class TokenStrategy:
@@ -50,24 +57,9 @@ class TokenStrategy:
     def __init__(self, model: SlotModel, decoding: DecodingConfig, eos_token_ids: Tensor, endings: Endings) -> None:
         self._model = model
         self._decoding = decoding
-        self._endings = endings
         self._process = LogitsProcessors(decoding, eos_token_ids)
-        self.run: Step = self.propose
-
-    def begin(self, max_new_tokens: int) -> Chain:
-        """Return an empty chain."""
-        return Chain(self._endings, max_new_tokens)
-
-    def advance(self, searches: Sequence[Chain], shape: StepShape) -> None:
-        """Run one step; where the candidates looked at did not suffice for a draw, draw again from all."""
-        chosen = self.run(shape).tolist()[: len(searches)]
-        inexact = [row for row, (_, _, is_exact) in enumerate(chosen) if not is_exact]
-        if inexact:
-            again = self._choose(self._model.newest_logits(inexact), inexact, looks_at_all=True).tolist()
-            for row, choice in zip(inexact, again, strict=True):
-                chosen[row] = choice
-        for chain, (token_id, logprob, _) in zip(searches, chosen, strict=True):
-            chain.advance(int(token_id), logprob)
+        self._chains = Chains(model.layout.num_slots, decoding.max_new_tokens, endings)
+        self.begin, self.move = self._chains.begin, self._chains.move
 
     def propose(self, shape: StepShape) -> Tensor:
         """Return token id, log-probability and exactness of each row, float64[R, 3]."""
@@ -76,7 +68,22 @@ class TokenStrategy:
             self._model.remember(shape.num_rows)
         return self._choose(logits, slice(shape.num_rows))
 
-    def _choose(self, logits: Tensor, rows: slice | list[int], *, looks_at_all: bool = False) -> Tensor:
+    def settle(self, proposals: Tensor, seats: Places, _window: int, /) -> Ended:
+        """Give each caption its token; where the candidates looked at did not suffice for a draw, one from all."""
+        chosen = proposals.cpu().numpy()[seats]
+        is_inexact = chosen[:, 2] == 0
+        if is_inexact.any():
+            chosen[is_inexact] = self._choose_from_all(seats[is_inexact])
+        return self._chains.advance(seats, chosen[:, 0].astype(np.int64), chosen[:, 1])
+
+    def _choose_from_all(self, seats: Places) -> NDArray[np.float64]:
+        rows = upload(seats.tolist(), self._model.buffers.kv.device)
+        chosen: NDArray[np.float64] = (
+            self._choose(self._model.newest_logits(rows), rows, looks_at_all=True).cpu().numpy()
+        )
+        return chosen
+
+    def _choose(self, logits: Tensor, rows: slice | Tensor, *, looks_at_all: bool = False) -> Tensor:
         buffers = self._model.buffers
         num_generated = buffers.num_generated[rows]
         scores = self._process(logits, num_generated, buffers.history[rows])
@@ -98,18 +105,17 @@ class BeamStrategy:
         self._decoding = decoding
         self._endings = endings
         self._process = LogitsProcessors(decoding, eos_token_ids)
-        self.run: Step = self.propose
+        self._searches: dict[int, BeamSearch] = {}
         self._num_proposals = max(2, 1 + len(eos_token_ids)) * decoding.num_beams
 
-    def begin(self, max_new_tokens: int) -> BeamSearch:
-        """Return the beams of an image before its first token."""
-        return BeamSearch(self._decoding, self._endings, max_new_tokens)
+    def begin(self, seat: int, max_new_tokens: int) -> None:
+        """Begin with the beams of an image before its first token."""
+        self._searches[seat] = BeamSearch(self._decoding, self._endings, max_new_tokens)
 
-    def advance(self, searches: Sequence[BeamSearch], shape: StepShape) -> None:
-        """Run one step, let each search keep its best beams, and put their keys and values where they go on."""
-        for search, rows in zip(searches, self.run(shape).tolist(), strict=False):
-            search.advance([Continuation(score, int(parent), int(token), lp) for score, parent, token, lp in rows])
-        self._keep([beam for search in searches for beam in search.beams], shape.window)
+    def move(self, sources: Places, targets: Places) -> None:
+        """Let the searches of some seats go on in others."""
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            self._searches[target] = self._searches.pop(source)
 
     def propose(self, shape: StepShape) -> Tensor:
         """Return the best continuations of each group of beams as score, parent, token id and log-probability,
@@ -128,13 +134,32 @@ class BeamStrategy:
         tokens, own = (t.view(num_groups, -1).gather(1, at) for t in (token_ids, logprobs.gather(1, token_ids)))
         return torch.stack([best.double(), (at // num_candidates).double(), tokens.double(), own.double()], -1)
 
-    def _keep(self, beams: Sequence[Beam], window: int) -> None:
-        """Let slot s go on as beams[s], which continues a slot of its own group."""
-        num_beams = self._decoding.num_beams
-        parents = [slot - slot % num_beams + beam.parent for slot, beam in enumerate(beams)]
-        self._model.reorder(parents, window)
-        device = self._model.buffers.kv.device
-        slots = slice(len(beams))
-        newest = [beam.draft.token_ids[-1] for beam in beams]
-        self._model.buffers.token_ids[slots] = torch.tensor(newest, device=device)
-        self._model.buffers.beam_scores[slots] = torch.tensor([beam.score for beam in beams], device=device)
+    def settle(self, proposals: Tensor, seats: Places, window: int, /) -> Ended:
+        """Let each search keep its best beams, and put their keys and values where they go on."""
+        rows = proposals.tolist()
+        for seat in seats.tolist():
+            self._searches[seat].advance(
+                [Continuation(score, int(parent), int(token), lp) for score, parent, token, lp in rows[seat]]
+            )
+        ended = {seat: self._searches.pop(seat).best() for seat in seats.tolist() if self._searches[seat].is_done}
+        self._keep((seat for seat in seats.tolist() if seat not in ended), window)
+        return ended
+
+    def _keep(self, seats: Iterable[int], window: int) -> None:
+        """Let each slot go on as its beam, which continues a slot of its own group; those that move come first."""
+        width = self.slots_per_seat
+        kept = [
+            (seat * width + beam.parent, seat * width + place, beam.draft.token_ids[-1], beam.score)
+            for seat in seats
+            for place, beam in enumerate(self._searches[seat].beams)
+        ]
+        kept.sort(key=lambda row: row[0] == row[1])
+        if not kept:
+            return
+        num_moved = sum(parent != slot for parent, slot, *_ in kept)
+        rows = upload(kept, self._model.buffers.kv.device)  # float64, which holds slots and tokens as they are
+        parents, slots, token_ids = rows[:, :3].long().unbind(1)
+        if num_moved:
+            self._model.reorder(parents[:num_moved], slots[:num_moved], window)
+        self._model.buffers.token_ids[slots] = token_ids
+        self._model.buffers.beam_scores[slots] = rows[:, 3].float()

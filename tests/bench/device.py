@@ -24,7 +24,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from captioner.config import DecodingConfig
 from captioner.decoding import Engine, Request
-from captioner.decoding.recording import CudaGraphs
+from captioner.model.recording import recorder_for
 from captioner.model.module import allocate
 from captioner.model.projector import ProjectorConfig, build_projector
 from tests.bench.decoding import EndAt, caption_lengths
@@ -136,7 +136,7 @@ class Workload:
             shared_prefix=self.shared,
             prefix_len=1,
             slots=case.slots,
-            recorder=CudaGraphs() if is_recorded else None,
+            recorder=recorder_for(rig.device) if is_recorded else None,
         )
 
     def requests(self, images: Iterator[Tensor]) -> Iterator[Request]:

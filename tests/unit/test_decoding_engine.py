@@ -1,14 +1,19 @@
 """What the engine promises beside its tokens: limits, ranks, refusals, memory, and a model left as it was."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaForCausalLM
 
 from captioner.config import DecodingConfig
 from captioner.decoding import Request, sampling, strategy
-from captioner.decoding.memory import fitting_slots, out_of_memory_named, slot_bytes
 from captioner.decoding.step import StepShape
-from captioner.errors import ConfigError, ResourceError, ShapeError
+from captioner.errors import ConfigError, ShapeError
+from captioner.model.module import allocate
 from tests.unit.decoding_models import EOS, captions, engine_of, random_prefixes, tiny_llama, token_ids
 
 
@@ -117,18 +122,18 @@ class NoHostRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+DEVICE_HALVES = [
+    {},
+    {"min_new_tokens": 3, "repetition_penalty": 1.2},
+    {"do_sample": True},
+    {"do_sample": True, "top_k": 0},
+    {"do_sample": True, "top_k": 0, "top_p": 0.9, "min_p": 0.01},
+    {"num_beams": 3, "repetition_penalty": 1.2},
+]
+
+
 @pytest.mark.parametrize("prefix_len", [1, 4])
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        {},
-        {"min_new_tokens": 3, "repetition_penalty": 1.2},
-        {"do_sample": True},
-        {"do_sample": True, "top_k": 0},
-        {"do_sample": True, "top_k": 0, "top_p": 0.9, "min_p": 0.01},
-        {"num_beams": 3, "repetition_penalty": 1.2},
-    ],
-)
+@pytest.mark.parametrize("strategy", DEVICE_HALVES)
 def test_the_device_half_of_a_step_reads_nothing_back(llama, strategy, prefix_len):
     engine = engine_of(llama, DecodingConfig(max_new_tokens=8, **strategy), prefix_len=prefix_len)
     engine.admit(Request(0, random_prefixes(llama, 1, prefix_len)[0]))
@@ -137,6 +142,40 @@ def test_the_device_half_of_a_step_reads_nothing_back(llama, strategy, prefix_le
         assert shape.num_prompts == (prefix_len > 1)
         with NoHostRead():
             engine._strategy.propose(shape)
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails for a tensor of the CPU: a CUDA graph would record the copy of what it held then."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, made)) if isinstance(leaf, torch.Tensor)}
+        assert devices <= {"meta"}, func
+        return made
+
+
+@pytest.mark.parametrize("prefix_len", [1, 4])
+@pytest.mark.parametrize("strategy", DEVICE_HALVES)
+def test_the_device_half_of_a_step_stays_on_its_device(strategy, prefix_len):
+    llama = allocate(LlamaForCausalLM, tiny_llama().config, dtype=torch.bfloat16, device=torch.device("meta"))
+    decoding, shared = DecodingConfig(max_new_tokens=8, **strategy), torch.empty(3, 64, device="meta")
+    engine = engine_of(llama, decoding, slots=16, prefix_len=prefix_len, shared_prefix=shared)
+    with torch.inference_mode(), OneDevice():
+        for shape in engine._model.layout.full_shapes():
+            assert engine._strategy.propose(shape).device.type == "meta"
+
+
+def test_an_engine_gives_its_memory_back_without_the_garbage_collector(llama, images):
+    gc.disable()
+    try:
+        for strategy in ({}, {"num_beams": 3}):
+            engine = engine_of(llama, DecodingConfig(max_new_tokens=4, **strategy))
+            assert len(list(engine.generate([Request(0, images[0])]))) == 1
+            kv = weakref.ref(engine._model.buffers.kv)
+            del engine
+            assert kv() is None, strategy
+    finally:
+        gc.enable()
 
 
 def test_an_endless_stream_is_answered_while_it_runs(llama, images):
@@ -175,41 +214,3 @@ def test_a_prefix_of_another_shape_is_refused_by_name(llama):
     engine = engine_of(llama, DecodingConfig())
     with pytest.raises(ShapeError, match=r"request 'cat' is float\[3, 64\].*float\[1, 64\]"):
         engine.admit(Request("cat", torch.zeros(3, 64)))
-
-
-def test_slots_follow_the_memory_that_is_free():
-    config = tiny_llama().config
-    one = slot_bytes(config, item_bytes=2, columns=100, prefix_len=1)
-    assert one > 2 * 2 * 2 * 8 * 100 * 2, "at least its keys and values"
-    assert fitting_slots(100 * one, one, group_size=1) == 90
-    assert fitting_slots(100 * one, one, group_size=4) == 88
-    assert fitting_slots(10**6 * one, one, group_size=1) == 256
-    with pytest.raises(ResourceError, match=r"one image takes .*slots needed: 4.*--max-new-tokens"):
-        fitting_slots(4 * one, one, group_size=4)
-
-
-def test_a_slot_s_bytes_grow_with_the_context_and_the_prefix():
-    config = tiny_llama().config
-    base = slot_bytes(config, item_bytes=2, columns=100, prefix_len=1)
-    assert slot_bytes(config, item_bytes=4, columns=100, prefix_len=1) > base
-    assert slot_bytes(config, item_bytes=2, columns=101, prefix_len=1) - base == 2 * 2 * 2 * 8 * 2
-    assert slot_bytes(config, item_bytes=2, columns=100, prefix_len=576) > base
-
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
-def test_running_out_of_memory_names_what_to_lower(error):
-    with pytest.raises(ResourceError, match="--slots 64 and --max-new-tokens 32"), out_of_memory_named(64, 32):
-        raise error
-
-
-def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_named(64, 32):
-        raise RuntimeError("shapes do not match")
-
-
-def test_auto_slots_are_whole_groups(llama):
-    engine = engine_of(llama, DecodingConfig(num_beams=5), slots="auto")
-    assert engine.num_slots % 5 == 0
-    assert engine.num_slots >= 5

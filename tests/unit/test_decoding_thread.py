@@ -43,7 +43,7 @@ def test_calls_of_many_threads_each_get_their_own_captions_in_order(llama, engin
 def test_calls_of_two_threads_share_one_step(llama, engine):
     seen = []
     step = engine.step
-    engine.step = lambda: seen.append(len(engine._seats)) or step()
+    engine.step = lambda: seen.append(engine.num_seated) or step()
     thread = EngineThread(engine)
     with thread._changed:  # neither call is looked at before both are there
         futures = []
