@@ -77,15 +77,7 @@ class Engine:
             )
 
         if slots == "auto":
-            slots = auto_slots(
-                llama.config,
-                decoding,
-                device=llama.device,
-                dtype=llama.dtype,
-                shared_len=len(shared_prefix),
-                prefix_len=prefix_len,
-                group_size=group_size(decoding),
-            )
+            slots = auto_slots(llama.config, layout_of, group_size(decoding), device=llama.device, dtype=llama.dtype)
         _check_slots(slots, group_size(decoding))
         self.num_slots = slots
         self.device = llama.device

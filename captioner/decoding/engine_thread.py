@@ -12,8 +12,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from captioner.decoding.engine import Engine
+from captioner.decoding.memory import WAITING_PER_SLOT
 from captioner.decoding.request import Generation, Request
 from captioner.errors import EngineError
+from captioner.model.recording import on_device
 
 
 @dataclass(eq=False, slots=True)
@@ -30,6 +32,7 @@ class EngineThread:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._most_waiting = WAITING_PER_SLOT * engine.num_slots
         self._changed = threading.Condition()
         self._waiting: deque[_Ticket] = deque()
         self._running: set[_Ticket] = set()
@@ -57,31 +60,33 @@ class EngineThread:
         return [future.result() for future in self.submit(list(requests))]
 
     def submit(self, requests: Sequence[Request]) -> list[Future[Generation]]:
-        """Queue requests behind those of other calls. Raises ShapeError for a prefix of another length, and EngineError
-        if the engine has stopped."""
+        """Queue requests behind those of other calls, and wait before that while as many wait as the device has room
+        for. Raises ShapeError for a prefix of another length, and EngineError if the engine has stopped."""
         for request in requests:
             self._engine.check(request)
         tickets = [_Ticket(request) for request in requests]
         for ticket in tickets:
             ticket.future.set_running_or_notify_cancel()  # a promise cannot be cancelled: its slot is shared
         with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or len(self._waiting) < self._most_waiting)
             if self._is_closed:
                 raise self._error()
             self._waiting.extend(tickets)
-            self._changed.notify()
+            self._changed.notify_all()
         return [ticket.future for ticket in tickets]
 
     def close(self) -> None:
         """Stop after the current step. Calls that wait, and later ones, raise EngineError."""
         with self._changed:
             self._is_closed = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     def _serve(self) -> None:
         try:
-            while self._admit():
-                self._deliver(self._engine.step())
+            with on_device(self._engine.device):
+                while self._admit():
+                    self._deliver(self._engine.step())
         except BaseException as error:
             self._cause = error
         self._fail_all()
@@ -95,6 +100,7 @@ class EngineThread:
                 ticket = self._waiting.popleft()
                 self._running.add(ticket)
                 self._engine.admit(replace(ticket.request, id=ticket))
+                self._changed.notify_all()
             return not self._is_closed
 
     def _sleep(self) -> None:
@@ -117,6 +123,7 @@ class EngineThread:
                 ticket.future.set_exception(self._error())
             self._running.clear()
             self._waiting.clear()
+            self._changed.notify_all()
 
     def _error(self) -> EngineError:
         cause = self._cause

@@ -86,6 +86,38 @@ def test_a_failing_engine_fails_waiting_and_later_calls_with_its_cause(llama, en
     thread.close()
 
 
+def test_a_call_waits_while_twice_as_many_images_as_slots_wait(llama, engine):
+    thread = EngineThread(engine)
+    with thread._changed:
+        thread.submit(requests_of(llama, 2 * engine.num_slots, 1))
+        late = threading.Thread(target=lambda: futures.extend(thread.submit(requests_of(llama, 3, 2))))
+        futures = []
+        late.start()
+        assert not thread._changed.wait_for(lambda: len(thread._waiting) > 2 * engine.num_slots, timeout=0.2)
+    late.join(60)
+    assert len([future.result(timeout=60) for future in futures]) == 3
+    thread.close()
+
+
+def test_closing_ends_a_call_that_waits_for_room(llama, engine):
+    thread = EngineThread(engine)
+    errors = []
+
+    def call():
+        try:
+            for seed in range(100):
+                thread.submit(requests_of(llama, 2 * engine.num_slots, seed))
+        except EngineError as error:
+            errors.append(error)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    time.sleep(0.05)
+    thread.close()
+    caller.join(60)
+    assert "closed" in str(errors[0])
+
+
 def test_closing_fails_calls_that_wait(llama, engine):
     thread = EngineThread(engine)
     futures = thread.submit(requests_of(llama, 200, 1))
