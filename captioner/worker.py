@@ -28,6 +28,8 @@ from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.metrics import clip_scores
 from captioner.model.bundle import load
 from captioner.model.caption_model import CaptionModel
+from captioner.model.image_encoder import ImageEncoder
+from captioner.model.recording import recorder_for
 from captioner.repetition import is_repetitive
 from captioner.rows import Reject, RejectReason, build_table, captioned_schema
 from captioner.telemetry import Pulse, Recorder, Silent
@@ -78,10 +80,20 @@ class Captioner:
         self.decoding = decoding or DecodingConfig()
         self.scoring = scoring or ScoringConfig()
         self._decoder = Decoder(Preprocessing.from_config(model.preprocessing), image or ImageConfig())
-        self.encode_rows = ENCODE_ROWS.get(model.device.type, 8)
+        self._encoder = ImageEncoder(  # before the engine, which takes what memory is left
+            model,
+            num_rows=ENCODE_ROWS.get(model.device.type, 8),
+            is_scored=self.scoring.needs_text_tower,
+            recorder=recorder_for(model.device),
+        )
         engine = _engine(model, self.decoding, slots)
         self.num_slots = engine.num_slots
         self._engine = EngineThread(engine)
+
+    @property
+    def encode_rows(self) -> int:
+        """Images that CLIP sees at a time."""
+        return self._encoder.num_rows
 
     @classmethod
     def from_bundle(
@@ -146,7 +158,7 @@ class Captioner:
         seen: list[torch.Tensor] = []
         for start in range(0, len(pixels), self.encode_rows):
             ids = image_ids[start : start + self.encode_rows]
-            embeds, joint = self._encode(pixels[start : start + self.encode_rows])
+            embeds, joint = self._encoder(pixels[start : start + self.encode_rows])
             seen.append(joint)
             seeds = [image_seed(self.decoding.seed, image_id) for image_id in ids]
             requests = [Request(id=image_id, prefix=embeds[row], seed=seeds[row]) for row, image_id in enumerate(ids)]
@@ -155,17 +167,6 @@ class Captioner:
         if candidates and self.scoring.needs_text_tower:
             candidates = self._scored(candidates, torch.cat(seen))
         return [_with_candidates(of_image) for of_image in candidates]
-
-    def _encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what LLaMA reads, float[B, P, D], and the images in CLIP's joint space, float[B, J], if scores are
-        wanted; else float[B, 0]. CLIP always sees the same number of images, the missing ones black."""
-        missing = self.encode_rows - len(pixels)
-        padded = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
-        features = self.model.features(padded)
-        embeds = self.model.request_embeddings(self.model.project(features))
-        wants_scores = self.scoring.needs_text_tower
-        joint = self.model.joint_features(padded, features) if wants_scores else torch.empty(len(padded), 0)
-        return embeds[: len(pixels)], joint[: len(pixels)]
 
     def _scored(self, candidates: list[list[Caption]], images: torch.Tensor) -> list[list[Caption]]:
         """Return the candidates of each image with their CLIPScore, best first by what best is. images: float[B, J]."""
@@ -215,6 +216,7 @@ def _engine(model: CaptionModel, decoding: DecodingConfig, slots: str) -> Engine
         prefix_len=model.num_prompt_tokens - len(prompt),
         slots="auto" if slots == "auto" else int(slots),
         is_stopped=is_stopped if decoding.stop else None,
+        recorder=recorder_for(model.device),
     )
 
 
@@ -252,6 +254,7 @@ class CaptionWorker:
     ) -> None:
         if num_threads:
             torch.set_num_threads(num_threads)
+        _keep_to_share(config.resources.gpus_per_worker)
         self._schema = captioned_schema(kept)
         self._captioner = Captioner.from_bundle(
             config.model,
@@ -299,6 +302,12 @@ class CaptionWorker:
             self._recorder.count("captioner_tokens", sum(caption.num_tokens for caption in captions))
         for reason, number in Counter(filter(None, rows.column("reason").to_pylist())).items():
             self._recorder.count("captioner_failures", number, reason=reason)
+
+
+def _keep_to_share(gpus_per_worker: float | None) -> None:
+    """Leave the others of a card that several workers share their memory."""
+    if gpus_per_worker and gpus_per_worker < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpus_per_worker)
 
 
 def _candidates(caption: Caption, names: Sequence[str]) -> list[dict[str, Any]] | None:

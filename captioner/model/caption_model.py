@@ -5,6 +5,7 @@ engine is held to.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ class CaptionModel:
         """Return each image and the prompt after it, float[B, k + tokens, D], from float[B, k, D].
 
         A gradient of `image_embeds` goes through: fitting feeds LLaMA what captioning feeds it."""
-        suffix = self._embed(self.template.suffix_ids).expand(len(image_embeds), -1, -1)
+        suffix = self._suffix.expand(len(image_embeds), -1, -1)
         return torch.cat([image_embeds.to(suffix), suffix], dim=1)
 
     def text(self, token_ids: list[int]) -> str:
@@ -164,6 +165,12 @@ class CaptionModel:
             out.sequences, out.logits, out.get("beam_indices"), normalize_logits=True
         )
         return [self._caption(*row) for row in zip(out.sequences.tolist(), logprobs.tolist(), strict=True)]
+
+    @cached_property
+    def _suffix(self) -> Tensor:
+        """float[tokens, D], the prompt after the image; fit for autograd wherever it is first asked for."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._embed(self.template.suffix_ids)
 
     def _embed(self, token_ids: tuple[int, ...]) -> Tensor:
         embeddings: Tensor = self.llama.get_input_embeddings()(

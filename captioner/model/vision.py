@@ -35,7 +35,7 @@ class VisionEncoder:
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Return what CLIP reads, float[B, 3, S, S] on the device. Raises ShapeError for pixels of another shape."""
-        self._check(pixels)
+        self.check(pixels)
         on_device = pixels.to(self.tower.device, non_blocking=True)
         return on_device.float().mul_(self.pixel_scale).add_(self.pixel_shift).to(self.tower.dtype)
 
@@ -44,7 +44,8 @@ class VisionEncoder:
         pooled: Tensor = self.states(pixels).pooler_output
         return pooled
 
-    def _check(self, pixels: Tensor) -> None:
+    def check(self, pixels: Tensor) -> None:
+        """Raise ShapeError for pixels that are not uint8[B, 3, S, S]."""
         side = self.image_size
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
             raise ShapeError(

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from captioner import worker
 from captioner.config import CaptionJobConfig, DecodingConfig, ImageConfig, ModelConfig
 from captioner.decode_worker import DecodeWorker
 from captioner.errors import InputError, JobError
@@ -18,6 +19,7 @@ from captioner.stopping import StopFile
 from captioner.worker import Caption, Captioner, CaptionWorker, image_seed
 from tests.bundles import save_tiny_bundle
 from tests.pictures import BROKEN, encoded, picture
+from tests.unit.notebook import Notebook
 
 KEPT = [pa.field("label", pa.string())]
 DECODING = DecodingConfig(max_new_tokens=8)
@@ -72,8 +74,8 @@ def test_every_row_is_decoded_or_rejected_in_its_place(tmp_path: Path, bundle: s
             *({"data": data} for data in BROKEN.values()),
         ]
     )
-    worker = DecodeWorker(job(tmp_path, bundle, max_image_pixels=50_000), describe(bundle).preprocessing, KEPT)
-    decoded = worker(rows)
+    decoder = DecodeWorker(job(tmp_path, bundle, max_image_pixels=50_000), describe(bundle).preprocessing, KEPT)
+    decoded = decoder(rows)
     assert decoded.schema == decoded_schema(32, KEPT)
     assert decoded.column("key").to_pylist() == rows.column("key").to_pylist()
     assert decoded.column("reason").to_pylist() == [None, None, "missing", "corrupt", *BROKEN]
@@ -110,12 +112,12 @@ def test_rejects_pass_the_model_and_every_other_row_gets_its_caption(
 def test_a_store_that_refuses_a_whole_batch_ends_the_job_unless_its_rows_failed_before(
     tmp_path: Path, bundle: str
 ) -> None:
-    worker = DecodeWorker(job(tmp_path, bundle), describe(bundle).preprocessing, KEPT)
+    decoder = DecodeWorker(job(tmp_path, bundle), describe(bundle).preprocessing, KEPT)
     refused = [{"uri": f"memory2://nobody/{n}.jpg"} for n in range(256)]
-    again = worker(source([{**row, "attempt": 2} for row in refused]))
+    again = decoder(source([{**row, "attempt": 2} for row in refused]))
     assert set(again.column("reason").to_pylist()) == {"fetch_failed"}
     with pytest.raises(JobError, match="256 images in a row did not arrive"):
-        worker(source(refused))
+        decoder(source(refused))
 
 
 def test_a_batch_of_rejects_needs_no_model(tmp_path: Path, bundle: str) -> None:
@@ -210,7 +212,35 @@ def test_a_seed_belongs_to_an_image_and_to_the_jobs_seed() -> None:
     assert len({image_seed(0, "a"), image_seed(0, "b"), image_seed(1, "a"), image_seed(10, "a")}) == 4
 
 
-def test_encoding_pads_to_one_shape(captioner: Captioner) -> None:
-    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    embeds, joint = captioner._encode(pixels)
-    assert (embeds.shape, joint.shape) == ((3, 1, 64), (3, 0))
+def test_where_recording_pays_a_job_records_clip_and_every_step_and_writes_the_same_captions(
+    bundle: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebooks: list[Notebook] = []
+
+    def recorder_for(device: torch.device) -> Notebook:
+        notebooks.append(Notebook())
+        return notebooks[-1]
+
+    monkeypatch.setattr(worker, "recorder_for", recorder_for)
+    recorded = Captioner.from_bundle(bundle, DECODING, slots="16")
+    images = [encoded(seed=seed) for seed in range(12)]
+    found = recorded.caption(images)
+    recorded.close()
+    of_clip, of_steps = notebooks  # graphs of one recorder share memory, and these run at the same time
+    assert (len(of_clip.operations), of_clip.num_replays) == (1, 2)
+    assert of_steps.num_replays >= 8
+    assert all(same(one, other) for one, other in zip(found, captioner.caption(images), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("gpus_per_worker", "is_available", "kept"),
+    [(0.25, True, [0.25]), (1, True, []), (4, True, []), (0, True, []), (None, True, []), (0.25, False, [])],
+)
+def test_a_worker_that_shares_a_card_keeps_to_its_part_of_the_memory(
+    gpus_per_worker: float | None, is_available: bool, kept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", found.append)
+    worker._keep_to_share(gpus_per_worker)
+    assert found == kept
