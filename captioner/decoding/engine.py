@@ -10,6 +10,7 @@ ids and embeddings: no text, no tokenizer, no files, no Ray.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from typing import Literal
@@ -66,16 +67,13 @@ class Engine:
         ConfigError if a caption cannot fit the model's context, or one image's beams or captions the slots, and
         ResourceError if the device's memory cannot hold the slots."""
         _check_context(llama, len(shared_prefix), prefix_len, decoding.max_new_tokens)
-
-        def layout_of(slots: int) -> SlotLayout:
-            return SlotLayout.of(
-                slots,
-                decoding,
-                shared_len=len(shared_prefix),
-                prefix_len=prefix_len,
-                is_recorded=recorder is not None,
-            )
-
+        layout_of = partial(
+            SlotLayout.of,
+            decoding=decoding,
+            shared_len=len(shared_prefix),
+            prefix_len=prefix_len,
+            is_recorded=recorder is not None,
+        )
         if slots == "auto":
             slots = auto_slots(llama.config, layout_of, group_size(decoding), device=llama.device, dtype=llama.dtype)
         _check_slots(slots, group_size(decoding))
