@@ -665,13 +665,18 @@ class TrainingConfig:
     """Steps between two lines of progress and of metrics.jsonl."""
 
     eval_every: int | None = None
-    """Steps between two looks at the validation split. By default an epoch."""
+    """Steps between two looks at the validation split. By default an epoch, or a twentieth of the fit if that is less.
+    """
 
     checkpoint_every: int | None = None
-    """Steps between two checkpoints. By default as often as it is evaluated."""
+    """Steps between two checkpoints. By default an epoch, or a twentieth of the fit if that is less.
+    Whatever it says, one is kept every three minutes."""
+
+    num_measured_images: int = 1000
+    """Validation images, drawn by lot, whose captions give the loss at each evaluation."""
 
     num_scored_images: int = 200
-    """Validation images that are captioned and scored with BLEU and CIDEr-D at each evaluation; 0 for none."""
+    """As many of these are captioned and scored with BLEU and CIDEr-D at each evaluation; 0 for none."""
 
     keep_best_by: Literal["val_loss", "cider"] = "val_loss"
     """Which weights come out: those with the lowest loss, or the highest CIDEr-D, on the validation split."""
@@ -680,7 +685,8 @@ class TrainingConfig:
     """Evaluations without a better one after which the fit ends; 0 for never."""
 
     def __post_init__(self) -> None:
-        for name in ("image_tokens", "epochs", "batch_size", "gradient_accumulation_steps", "max_caption_tokens"):
+        counts = ("image_tokens", "epochs", "batch_size", "gradient_accumulation_steps", "max_caption_tokens")
+        for name in (*counts, "num_measured_images"):
             _check(getattr(self, name) >= 1, _flag(name), getattr(self, name), "at least 1")
         for name in ("max_steps", "log_every", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
@@ -688,11 +694,14 @@ class TrainingConfig:
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             _check(0 < value < math.inf, _flag(name), value, "more than 0")
-        for name in ("warmup_steps", "weight_decay", "num_scored_images", "early_stop"):
+        for name in ("warmup_steps", "weight_decay", "num_scored_images", "early_stop", "seed"):
             value = getattr(self, name)
             _check(value is None or 0 <= value < math.inf, _flag(name), value, "0 or more")
         fewest = self.gradient_accumulation_steps
         _check(self.batch_size >= fewest, "--batch-size", self.batch_size, f"at least its {fewest} parts")
+        most = self.num_measured_images
+        is_known = self.num_scored_images <= most
+        _check(is_known, "--num-scored-images", self.num_scored_images, f"at most --num-measured-images ({most})")
         is_scored = self.keep_best_by == "val_loss" or self.num_scored_images > 0
         _check(is_scored, "--num-scored-images", self.num_scored_images, "more than 0 with --keep-best-by cider")
 

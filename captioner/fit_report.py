@@ -38,7 +38,7 @@ def save_result(plan: FitPlan, features: FeatureSet, state: FitState) -> None:
     """Write the page of validation images, then the bundle with the best weights: it appears when all is done."""
     best = state.best
     assert best is not None, "a fit ends with an evaluation"
-    _write_page(plan, features.load("validation"), best)
+    _write_page(plan, features.load("validation").drawn(plan.config.training.num_measured_images), best)
     projector = build_projector(plan.start.projector)
     projector.load_state_dict(best.weights)
     save_bundle(
@@ -98,7 +98,7 @@ def _write_page(plan: FitPlan, examples: Examples, best: Best) -> None:
         for image_id, written, references in zip(ids, best.captions, examples.captions, strict=False)
     ]
     figures = ", ".join(f"{name} {value:.3f}" for name, value in best.figures.items())
-    lines = [f"After step {best.step:,}: {figures}.", f"The first {shown} of {len(examples):,} validation images."]
+    lines = [f"After step {best.step:,}: {figures}.", f"{shown} of the validation images, drawn by lot."]
     page = Page(title=f"Validation images of {plan.output.name}", cards=cards, lines=lines)
     write_page(page, join(plan.output.run_folder, "validation.html"), plan.output.storage_options)
 

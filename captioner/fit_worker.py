@@ -4,8 +4,10 @@ Every worker computes; only the first one writes.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 
 import torch
 
@@ -23,6 +25,8 @@ from captioner.model.bundle import load
 from captioner.model.caption_model import CaptionModel
 
 __all__ = ["FitTask", "take_part", "validation_of"]
+
+_METRICS_S = 5.0  # seconds between two writes of metrics.jsonl: a store takes the file as a whole
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,11 @@ def take_part(task: FitTask, device: str, on_row: Callable[[Row], None]) -> FitS
     return fit_projector(
         model,
         _tokenized(task.features.load("train"), model, task.training),
-        validation_of(task.features.load("validation"), model, task.training),
+        validation_of(task.features.load("validation").drawn(task.training.num_measured_images), model, task.training),
         task.training,
         team=team,
         saved=task.output.read("checkpoint.pt"),
-        listener=Listener(on_row, _Keeper(task.output).keep) if team.rank == 0 else Listener(),
+        listener=_Keeper(task.output, on_row).listener if team.rank == 0 else Listener(),
     )
 
 
@@ -76,17 +80,40 @@ def _tokenized(examples: Examples, model: CaptionModel, training: TrainingConfig
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Keeper:
     """Writes what a fit goes on from, and what a person looks at meanwhile."""
 
     output: FitOutput
+    tell: Callable[[Row], None]
+    _shown_at: float = -math.inf
+
+    @property
+    def listener(self) -> Listener:
+        return Listener(self.show, self.keep)
+
+    def show(self, state: FitState) -> None:
+        """Tell of the last line, and show it to who looks into the run folder."""
+        row = state.history[-1]
+        self.tell(row)
+        if monotonic() - self._shown_at >= _METRICS_S:
+            self._write_metrics(state)
+        if "val_loss" in row:
+            self._write_curves(state)
 
     def keep(self, state: FitState, fit: ProjectorFit) -> None:
+        """Write a state to go on from: last, since what it speaks of is there then."""
+        self._write_metrics(state)
+        self._write_curves(state)
+        self.output.write("checkpoint.pt", state.to_bytes(fit))
+
+    def _write_metrics(self, state: FitState) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in state.history)
         self.output.write("metrics.jsonl", lines.encode())
+        self._shown_at = monotonic()
+
+    def _write_curves(self, state: FitState) -> None:
         self.output.write("curves.svg", curves_svg(state.history, f"Fit of {self.output.name}").encode())
-        self.output.write("checkpoint.pt", state.to_bytes(fit))  # last: what it speaks of is there
 
 
 def _dtype(name: str, device: str) -> str:

@@ -23,6 +23,9 @@ from captioner.model.caption_model import CaptionModel
 
 __all__ = ["Listener", "fit_projector", "num_steps_of"]
 
+_LOOKS = 20  # evaluations and checkpoints of a fit, if nothing else is said
+_CHECKPOINT_S = 180.0  # seconds after which the next line of progress is a checkpoint, whatever the steps
+
 
 def num_steps_of(config: TrainingConfig, num_examples: int) -> int:
     """Return the steps of a whole fit."""
@@ -33,8 +36,8 @@ def num_steps_of(config: TrainingConfig, num_examples: int) -> int:
 class Listener:
     """Who is told of a fit while it runs; called on every worker."""
 
-    on_row: Callable[[Row], None] = lambda _row: None
-    """Called with each line of progress."""
+    on_row: Callable[[FitState], None] = lambda _state: None
+    """Called when the history has another line."""
 
     on_checkpoint: Callable[[FitState, ProjectorFit], None] = lambda _state, _fit: None
     """Called with a state from which the same fit can go on; the last one is the end."""
@@ -60,6 +63,7 @@ def fit_projector(
     window = _Window()
     order = _Order(train.lengths, config)
     pace = _Pace(config, order.steps_per_epoch, fit.num_steps)
+    kept_at = time.monotonic()
     while state.step < fit.num_steps and not state.is_stopped:
         rows = order.rows(state.step)
         parts = share(rows, rank=team.rank, size=team.size, num_parts=config.gradient_accumulation_steps)
@@ -72,9 +76,11 @@ def fit_projector(
                 row |= _evaluate(fit, validation, state)
                 window.restart()
             state.history.append(row)
-            listener.on_row(row)
-        if pace.has_checkpoint(state.step) or state.is_stopped:
-            listener.on_checkpoint(state, fit)
+            listener.on_row(state)
+            is_late = time.monotonic() - kept_at >= _CHECKPOINT_S
+            if is_late or pace.has_checkpoint(state.step) or state.is_stopped:
+                listener.on_checkpoint(state, fit)
+                kept_at = time.monotonic()
     return state
 
 
@@ -123,12 +129,16 @@ class _Pace:
     steps_per_epoch: int
     num_steps: int
 
+    @property
+    def _usual(self) -> int:
+        """Steps between two looks where nobody says: an epoch, and the twentieth part of a fit if that is less."""
+        return max(1, min(self.steps_per_epoch, self.num_steps // _LOOKS))
+
     def has_evaluation(self, step: int) -> bool:
-        return step % (self.config.eval_every or self.steps_per_epoch) == 0 or step == self.num_steps
+        return step % (self.config.eval_every or self._usual) == 0 or step == self.num_steps
 
     def has_checkpoint(self, step: int) -> bool:
-        every = self.config.checkpoint_every
-        return step % every == 0 or step == self.num_steps if every else self.has_evaluation(step)
+        return step % (self.config.checkpoint_every or self._usual) == 0 or step == self.num_steps
 
     def has_row(self, step: int) -> bool:
         """At each checkpoint too: a fit that goes on from there has the same rows as one that was never cut."""

@@ -43,6 +43,8 @@ def plan_of(*arguments):
         (["--learning-rate", "0"], "--learning-rate is 0"),
         (["--max-steps", "0"], "--max-steps is 0"),
         (["--keep-best-by", "cider", "--num-scored-images", "0"], "--num-scored-images is 0; expected more than 0"),
+        (["--num-measured-images", "9", "--num-scored-images", "10"], "--num-scored-images is 10; expected at most"),
+        (["--seed", "-1"], "--seed is -1; expected 0 or more"),
         (["--workers", "3:1"], "--workers is 3:1"),
         (["--device", "cuda:1"], "--device is cuda:1; expected auto or cpu"),
         (["demo", "s3://bucket/out", "--tensorboard"], "--tensorboard is given with s3://bucket/out"),

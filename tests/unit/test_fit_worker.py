@@ -13,8 +13,10 @@ from captioner.errors import BundleError
 from captioner.examples import Examples
 from captioner.fit_plan import open_output, plan_fit, save_start
 from captioner.fit_report import farewell, save_result, summarize
-from captioner.fit_worker import FitTask, take_part
+from captioner.fit_worker import FitTask, _Keeper, take_part, validation_of
+from captioner.fitting.projector import ProjectorFit
 from captioner.fitting.state import FitState
+from captioner.fitting.team import Team
 from captioner.model.bundle import describe, load
 from captioner.worker import Captioner
 from tests.labelled_scenes import write_labels
@@ -79,6 +81,71 @@ def test_every_row_is_told_and_kept(fit):
     assert [row["step"] for row in kept if "cider_d" in row] == [3, 6, 9]
 
 
+class Folder:
+    """What a fit writes into its run folder, in order, beside what is in it."""
+
+    name = "fit"
+
+    def __init__(self):
+        self.written, self.files = [], {}
+
+    def write(self, name, data):
+        self.written.append(name)
+        self.files[name] = data
+
+
+def shown(rows, monkeypatch, seconds):
+    """What is written when these rows come, so many seconds apart."""
+    now = iter(np.arange(1, 99) * seconds)
+    monkeypatch.setattr("captioner.fit_worker.monotonic", lambda: next(now))
+    folder, told, state = Folder(), [], FitState()
+    keeper = _Keeper(folder, told.append)
+    for row in rows:
+        state.history.append(row)
+        keeper.show(state)
+    assert told == rows
+    return folder
+
+
+def test_metrics_are_written_at_every_line_but_no_more_often_than_a_store_likes(monkeypatch):
+    rows = [{"step": 1.0, "loss": 3.0}, {"step": 2.0, "loss": 2.0}]
+    assert shown(rows, monkeypatch, seconds=0.1).written == ["metrics.jsonl"]
+    folder = shown(rows, monkeypatch, seconds=60)
+    assert folder.written == ["metrics.jsonl", "metrics.jsonl"]
+    assert [json.loads(line) for line in folder.files["metrics.jsonl"].splitlines()] == rows
+
+
+def test_the_plot_is_drawn_anew_at_each_evaluation(monkeypatch):
+    rows = [{"step": 1.0, "loss": 3.0}, {"step": 2.0, "loss": 2.0, "val_loss": 2.5}]
+    assert shown(rows, monkeypatch, seconds=0.1).written == ["metrics.jsonl", "curves.svg"]
+
+
+def test_validation_images_are_drawn_by_lot_and_stay_the_same():
+    examples = Examples([str(n) for n in range(50)], np.arange(50)[:, None], [[str(n)] for n in range(50)])
+    few, all_of_them = examples.drawn(9), examples.drawn(100)
+    assert few.image_ids == examples.drawn(9).image_ids != [str(n) for n in range(9)]
+    assert [[str(value)] for [value] in few.features] == few.captions
+    assert sorted(all_of_them.image_ids) == sorted(examples.image_ids)
+
+
+def test_the_loss_is_that_of_so_many_validation_images(tmp_path):
+    few = Fit(tmp_path, "--num-measured-images", "4")
+    page = (few.output / "_run" / "validation.html").read_text()
+    images = few.plan.labels.split("validation")["image_id"].to_pylist()
+    assert sum(image in page for image in images) == 4
+    [last] = [row["val_loss"] for row in few.rows if row["step"] == 9]
+    everything = few.features.load("validation")
+    model = load(str(few.output), device="cpu")
+    fit = ProjectorFit(model, few.plan.config.training, num_steps=9, team=Team())
+    losses = [
+        validation_of(examples, model, few.plan.config.training).measure(fit).figures["val_loss"]
+        for examples in (everything.drawn(4), everything)
+    ]
+    if few.state.best.step == 9:
+        assert losses[0] == pytest.approx(last, rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
 def test_the_checkpoint_holds_the_end(fit):
     state = FitState.result((fit.output / "_run" / "checkpoint.pt").read_bytes())
     assert (state.step, state.best.step) == (9, fit.state.best.step)
@@ -121,8 +188,7 @@ def test_the_bundle_is_refused_with_another_llama(fit, tmp_path):
 def test_the_page_shows_validation_images_beside_both_captions(fit):
     page = (fit.output / "_run" / "validation.html").read_text()
     rows = fit.plan.labels.split("validation").to_pylist()
-    assert all(row["image_id"] in page for row in rows[:4])
-    assert rows[0]["captions"][0] in page
+    assert sum(row["image_id"] in page and row["captions"][0] in page for row in rows) == 4
     assert page.count("data:image/webp") + page.count("UklGR") >= 4  # how a WebP begins in base64
 
 

@@ -13,7 +13,7 @@ import torch
 from captioner.config import DecodingConfig
 from captioner.errors import JobError
 from captioner.fitting.batches import IGNORED, TokenizedSplit, epoch_batches, share, steps_per_epoch
-from captioner.fitting.loop import Listener, fit_projector
+from captioner.fitting.loop import Listener, _Pace, fit_projector
 from captioner.fitting.projector import ProjectorFit, end_token_id, learning_rate
 from captioner.fitting.state import FitState, weights_of
 from captioner.fitting.team import Team
@@ -243,7 +243,7 @@ def rows_without_time(state):
 
 @pytest.mark.parametrize(("size", "num_parts"), [(1, 3), (2, 1), (3, 2)])
 def test_workers_and_parts_change_no_loss_beyond_the_last_bits(folder, size, num_parts):
-    config = toys.config(batch_size=7, num_scored_images=4, max_caption_tokens=8)
+    config = toys.config(batch_size=7, num_scored_images=4, max_caption_tokens=8, eval_every=11)
     [alone] = fit_by(1, folder, config)
     shared = fit_by(size, folder, replace(config, gradient_accumulation_steps=num_parts))
     assert len(alone.history) > 4
@@ -276,8 +276,10 @@ def test_a_worker_with_few_tokens_weighs_no_more_than_they_do(folder):
 # Wherever it is cut
 
 
-def test_a_fit_that_goes_on_from_any_checkpoint_ends_with_the_same_bits(folder):
-    config = toys.config(checkpoint_every=4, num_scored_images=3, max_caption_tokens=6)
+@pytest.mark.parametrize("late_after_s", [180.0, 0.0], ids=["by steps", "by time"])
+def test_a_fit_that_goes_on_from_any_checkpoint_ends_with_the_same_bits(folder, late_after_s, monkeypatch):
+    monkeypatch.setattr("captioner.fitting.loop._CHECKPOINT_S", late_after_s)
+    config = toys.config(eval_every=11, checkpoint_every=4, num_scored_images=3, max_caption_tokens=6)
     kept, final = {}, {}
 
     def fit(saved=None):
@@ -305,6 +307,40 @@ def test_a_fit_that_goes_on_from_any_checkpoint_ends_with_the_same_bits(folder):
         assert rows_without_time(resumed) == rows_without_time(unbroken)
         assert resumed.best.step == unbroken.best.step
         assert torch.equal(resumed.best.weights["weight"], unbroken.best.weights["weight"])
+
+
+def checkpoints_of(folder, **changes):
+    """Steps at which a fit can be gone on from, and its rows."""
+    model, steps = toys.fresh(folder), []
+    listener = Listener(on_checkpoint=lambda state, _fit: steps.append(state.step))
+    return steps, fit_projector(model, toys.train_split(model), None, toys.config(**changes), listener=listener)
+
+
+def test_a_long_fit_of_one_epoch_is_looked_at_and_kept_twenty_times(folder):
+    model = toys.fresh(folder)
+    num_examples = len(toys.train_split(model))
+    assert num_examples > 40
+    steps, state = checkpoints_of(folder, batch_size=1, epochs=1, log_every=1000)
+    every = num_examples // 20
+    assert steps == sorted({*range(every, num_examples + 1, every), num_examples})
+    assert [row["step"] for row in state.history] == steps
+    assert checkpoints_of(folder, max_steps=3)[0] == [1, 2, 3]
+
+
+def test_a_fit_of_many_epochs_is_looked_at_once_in_each():
+    pace = _Pace(toys.config(), steps_per_epoch=4, num_steps=200)
+    looks = [step for step in range(1, 201) if pace.has_evaluation(step)]
+    assert looks == list(range(4, 201, 4)) == [step for step in range(1, 201) if pace.has_checkpoint(step)]
+
+
+def test_a_checkpoint_is_due_after_some_minutes_and_adds_no_row(folder, monkeypatch):
+    rare = {"eval_every": 10, "checkpoint_every": 10, "max_steps": 10, "log_every": 3}
+    assert checkpoints_of(folder, **rare)[0] == [10]
+    expected = checkpoints_of(folder, **rare)[1]
+    monkeypatch.setattr("captioner.fitting.loop._CHECKPOINT_S", 0.0)
+    steps, state = checkpoints_of(folder, **rare)
+    assert steps == [3, 6, 9, 10]
+    assert rows_without_time(state) == rows_without_time(expected)
 
 
 def test_a_damaged_checkpoint_is_named_as_such(model):
