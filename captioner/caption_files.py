@@ -15,7 +15,7 @@ import csv
 import io
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -75,17 +75,23 @@ class Wanted:
     has_image: bool = False
     """Whether each row has its image with it, so that no column need name it."""
 
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Field -> the flag by which its one column was asked for: then it has to be there."""
+
     expected: str = "image_id and caption: rename them"
     """What to say of a file without a name of the image, or without captions."""
 
     def choose(self, names: Collection[str], where: str) -> dict[str, str]:
         """Return the column of each field that has one. Raises InputError with the columns that there are."""
-        wished = {field: getattr(self, field) for field in ("image_id", "captions", "file_name", "split")}
-        found = {field: next((name for name in these if name in names), None) for field, these in wished.items()}
+        wished = {kind: getattr(self, kind) for kind in ("image_id", "captions", "file_name", "split")}
+        found = {kind: next((name for name in these if name in names), None) for kind, these in wished.items()}
+        for kind, flag in self.named.items():
+            if found[kind] is None:
+                raise InputError(f"{where} has {', '.join(names)}; expected the column of {flag} {wished[kind][0]}")
         has_image = self.has_image or found["image_id"] or found["file_name"]
         if found["captions"] is None or not has_image:
             raise InputError(f"{where} has {', '.join(names) or 'no columns'}; expected {self.expected}")
-        return {field: column for field, column in found.items() if column is not None}
+        return {kind: column for kind, column in found.items() if column is not None}
 
 
 _FOR_EVALUATION = Wanted()
@@ -179,10 +185,21 @@ def _csv(store: Store, url: str, delimiter: str, wanted: Wanted) -> Iterator[Rec
         reader = csv.DictReader(lines, delimiter=delimiter)
         try:
             columns = wanted.choose(reader.fieldnames or (), shown(url))
-            for cells in reader:
-                yield Record(**{field: cells[column] for field, column in columns.items()})
         except csv.Error as error:
             raise InputError(f"{shown(url)}, line {reader.line_num}: {error}; expected a CSV with a header") from error
+        yield from _csv_rows(reader, columns, shown(url))
+
+
+def _csv_rows(reader: "csv.DictReader[str]", columns: Mapping[str, str], where: str) -> Iterator[Record]:
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield Record(problem=f"{where}, line {reader.line_num + 1}: {error}; expected a CSV with a header")
+            continue
+        if cells is None:
+            return
+        yield Record(**{field: cells[column] for field, column in columns.items()})
 
 
 def _jsonl(store: Store, url: str, wanted: Wanted) -> Iterator[Record]:
@@ -194,7 +211,17 @@ def _jsonl(store: Store, url: str, wanted: Wanted) -> Iterator[Record]:
 
 def _json_line(line: str, place: str, where: str, wanted: Wanted) -> Record:
     try:
-        return _record(_parse(line, place), where, wanted)
+        found = _parse(line, place)
+    except InputError as error:
+        return Record(problem=str(error))
+    return _record(found, where, wanted)
+
+
+def _record(found: Any, where: str, wanted: Wanted) -> Record:
+    if not isinstance(found, dict):
+        return Record(problem=f"{where} holds {str(found)[:40]!r}; expected objects with image_id and caption")
+    try:
+        return Record(**{field: found[column] for field, column in wanted.choose(found, where).items()})
     except InputError as error:
         return Record(problem=str(error))
 
@@ -224,7 +251,7 @@ def _karpathy(image: Any, where: str) -> Record:
             path = "/".join(part for part in (image.get("filepath"), file_name) if part)
             texts = [_sentence(found) for found in sentences]
             return Record(image.get("cocoid", file_name), texts, path, image.get("split"))
-    raise InputError(f"{where} has an image without filename and sentences; expected Karpathy's dataset")
+    return Record(problem=f"{where} has an image without filename and sentences; expected Karpathy's dataset")
 
 
 def _sentence(found: Any) -> Any:
@@ -259,12 +286,6 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise InputError(f"{where} is not JSON: {error}; expected image_id and caption") from error
-
-
-def _record(found: Any, where: str, wanted: Wanted) -> Record:
-    if not isinstance(found, dict):
-        raise InputError(f"{where} holds {str(found)[:40]!r}; expected objects with image_id and caption")
-    return Record(**{field: found[column] for field, column in wanted.choose(found, where).items()})
 
 
 def texts_of(captions: Any) -> list[str] | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from captioner.config import InputConfig, LabelsConfig
 from captioner.demo import scenes
 from captioner.errors import ConfigError, InputError, JobError
 from captioner.rows import RejectReason, row_key
+from captioner.same_pictures import read_digests
 from captioner.sources import Columns, Frozen, Limits, Unit, freeze, open_store, read_unit, urls
 from captioner.sources.columns import is_text, plain_type
 from captioner.sources.faults import Fault, StoreError, output_errors
@@ -45,6 +47,7 @@ _FILE_NAMES = (
 )
 _TAR_CAPTIONS = ("txt", *CAPTION_COLUMNS)
 _BESIDE_IMAGES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
+_IMAGE_ID = "image_id"
 _ROWS_A_BATCH = 8192
 _THREADS = 8
 _EXPECTED = (
@@ -65,6 +68,11 @@ class LabelRow(NamedTuple):
     left_out: str = ""
     problem: str = ""
     detail: str = ""
+    digest: str = ""
+    """Of the bytes, where the image's name may be that of another."""
+
+    is_named: bool = True
+    """Whether the file says what the image is called; else its place is its name."""
 
 
 ReadUnit = Callable[[Unit, Columns, InputConfig, LabelsConfig], Iterator[LabelRow]]
@@ -116,7 +124,11 @@ def _read(config: LabelsConfig, run_folder: str, output_options: Mapping[str, An
     elif _is_of_uris(frozen, config):
         return LabelFiles(config.labels_path, access, _of_names(config, kind))
     else:
-        rows = _of_units(config, access, frozen, _table_rows)
+        paths = [unit.path for unit in frozen.units if unit.problem is None]
+        image = frozen.columns.image
+        assert image is not None
+        digests = read_digests(paths, image, config.storage_options, id_column=_IMAGE_ID)
+        rows = _of_units(config, access, frozen, partial(_table_rows, digests=digests))
     return LabelFiles(config.labels_path, access, rows, frozen)
 
 
@@ -203,12 +215,22 @@ def _of_file(url: str, root: str, split: str, config: LabelsConfig, kind: str) -
 
 def _wanted(config: LabelsConfig) -> Wanted:
     return Wanted(
-        image_id=("image_id",),
+        image_id=(_IMAGE_ID,),
         captions=_captions_of(config, CAPTION_COLUMNS),
         file_name=_FILE_NAMES if config.image_column is None else (config.image_column,),
         split=(config.split_column or "split",),
+        named={kind: flag for kind, (flag, column) in _flags(config).items() if column is not None},
         expected="a column with images and one with captions: name them with --image-column and --caption-column",
     )
+
+
+def _flags(config: LabelsConfig) -> dict[str, tuple[str, str | None]]:
+    """Return the flag that names the column of each field, and the name that it was given."""
+    return {
+        "file_name": ("--image-column", config.image_column),
+        "captions": ("--caption-column", config.caption_column),
+        "split": ("--split-column", config.split_column),
+    }
 
 
 def _of_record(record: Record, root: str, where: str) -> LabelRow:
@@ -246,8 +268,14 @@ def _of_units(config: LabelsConfig, access: InputConfig, frozen: Frozen, read: R
                 yield row if row.split else row._replace(split=splits.get(unit.path, ""))
 
 
-def _table_rows(unit: Unit, columns: Columns, access: InputConfig, config: LabelsConfig) -> Iterator[LabelRow]:
-    """Yield the rows of a Parquet file with images in it; the images themselves are not read."""
+def _table_rows(
+    unit: Unit,
+    columns: Columns,
+    access: InputConfig,
+    config: LabelsConfig,
+    digests: Mapping[str, Mapping[int, str]],
+) -> Iterator[LabelRow]:
+    """Yield the rows of a Parquet file with images in it."""
     del columns
     if unit.problem is not None:
         yield LabelRow(problem=str(unit.problem.reason), detail=f"{unit.name}: {unit.problem.detail}")
@@ -259,13 +287,22 @@ def _table_rows(unit: Unit, columns: Columns, access: InputConfig, config: Label
         if captions is None:
             yield LabelRow(problem="unreadable", detail=f"{source} has the caption {str(record.captions)[:40]!r}")
             continue
-        image_id = image_name(record.image_id) or f"{unit.name}#{position}"
-        key = row_key(unit.ordinal, position)
-        yield LabelRow(image_id, source, None, key, captions, str(record.split or ""))
+        name = image_name(record.image_id)
+        yield LabelRow(
+            image_id=name or f"{unit.name}#{position}",
+            source=source,
+            key=row_key(unit.ordinal, position),
+            captions=captions,
+            split=str(record.split or ""),
+            digest=digests[unit.path].get(position, ""),
+            is_named=bool(name),
+        )
 
 
 def _wanted_beside(config: LabelsConfig) -> Wanted:
-    return replace(_wanted(config), file_name=(), has_image=True)
+    wanted = _wanted(config)
+    named = {kind: flag for kind, flag in wanted.named.items() if kind != "file_name"}
+    return replace(wanted, file_name=(), named=named, has_image=True)
 
 
 def _samples(unit: Unit, columns: Columns, access: InputConfig, config: LabelsConfig) -> Iterator[LabelRow]:

@@ -4,7 +4,8 @@
     labels.counts()                     # {"train": Count(num_images=9, num_captions=45), ...}
     labels.table                        # schema LABELS: one row an image
 
-An image is what its URI says; where its bytes lie in a Parquet file or a tar, what the row says. A row that cannot be
+An image is what its URI says; where its bytes lie in a tar, what the sample is called; in a Parquet file, what its
+image_id says, and without one what its bytes are. A row that cannot be
 used is counted by its reason; too many of them are an error. Knows no pixels, no model and no Ray.
 """
 
@@ -106,6 +107,11 @@ def read_labels(config: LabelsConfig, run_folder: str, output_options: Mapping[s
     images = _Images()
     for row in files.rows:
         images.add(row)
+    if config.split_column and not images.has_splits:
+        raise InputError(
+            f"no row of {_shown(config)} has a split by --split-column {config.split_column}; expected train,"
+            " validation or test in it. Name the right column, or leave the flag out"
+        )
     found = images.in_splits(config)
     _check_share(config, images.failed, len(found) + images.failed.total(), images.first_problem)
     rows, left_out = _limited(found, config.limit)
@@ -153,9 +159,11 @@ class _Images:
     def __init__(self) -> None:
         self.failed: Counter[str] = Counter()
         self.first_problem = ""
+        self.has_splits = False
         self._left_out: dict[str, set[str]] = {}
         self._by_source: dict[str, _Image] = {}
         self._by_id: dict[str, _Image] = {}
+        self._by_digest: dict[str, _Image] = {}
 
     def add(self, row: LabelRow) -> None:
         """Count a row to its image. Raises InputError where it contradicts an earlier one."""
@@ -168,6 +176,7 @@ class _Images:
         image = self._image(row)
         image.captions += filter(None, (" ".join(text.split()) for text in row.captions))
         split = _split(row)
+        self.has_splits |= split is not None
         if split and image.split and split != image.split:
             raise InputError(
                 f"image {image.row.image_id} is in two splits, {image.split} and {split}; expected each image in one:"
@@ -176,16 +185,19 @@ class _Images:
         image.split = image.split or split
 
     def _image(self, row: LabelRow) -> _Image:
+        """Return the image of a row: that of its place, else that of its name, or of its bytes if it has no name."""
         found = self._by_source.get(row.source)
-        if found is None:
+        if found is None and row.is_named:
             found = self._by_id.get(row.image_id)
-            if found is not None and row.uri is not None:
+            if found is not None and (row.uri is not None or row.digest != found.row.digest):
                 raise InputError(
                     f"image_id {row.image_id} means two images, {found.row.source} and {row.source}; expected one"
                 )
+        elif found is None and row.digest:
+            found = self._by_digest.get(row.digest)
         if found is None:
-            found = self._by_id[row.image_id] = _Image(row)
-            self._by_source[row.source] = found
+            found = self._by_id[row.image_id] = self._by_source[row.source] = _Image(row)
+            self._by_digest.setdefault(row.digest, found)
         return found
 
     def _fail(self, reason: str, detail: str) -> None:

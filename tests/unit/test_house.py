@@ -20,7 +20,7 @@ ORDER = [
     {"stopping"},
     {
         *("decoding", "metrics", "tables", "failure_limit", "slices", "prediction", "decode_worker"),
-        *("caption_files", "splits"),
+        *("caption_files", "same_pictures", "splits"),
     },
     {"evaluation", "verification", "demo.train", "label_files"},
     {"fitting", "gallery", "plan", "worker", "labels", "features"},

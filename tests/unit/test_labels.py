@@ -237,6 +237,56 @@ def test_the_demo_is_drawn_once_with_the_splits_of_its_scenes(tmp_path: Path) ->
     assert file.stat().st_mtime_ns == before
 
 
+def write_row_a_caption(path: Path, pictures: list[bytes], columns: Mapping[str, Any], paths: list[Any]) -> Path:
+    rows = [{"bytes": data, "path": name} for data, name in zip(pictures, paths, strict=True)]
+    images = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    captions = [f"caption {number}" for number in range(len(rows))]
+    pq.write_table(pa.table({"image": images, "caption": captions, **columns}), path, row_group_size=7)
+    return path
+
+
+@pytest.mark.parametrize("has_paths", [True, False])
+def test_a_picture_that_stands_in_a_row_a_caption_is_one_image_in_one_split(has_paths: bool, tmp_path: Path) -> None:
+    pictures = [encoded(seed=number // 5) for number in range(200)]
+    names = [f"{number // 5}.jpg" if has_paths else None for number in range(200)]
+    path = write_row_a_caption(tmp_path / "labels.parquet", pictures, {}, names)
+    labels = read(path, tmp_path, validation_share=0.3, test_share=0.2)
+    assert labels.table.num_rows == 40
+    assert {len(own) for own in labels.table["captions"].to_pylist()} == {5}
+
+
+def test_pictures_of_one_path_and_other_bytes_are_two_images(tmp_path: Path) -> None:
+    path = write_row_a_caption(
+        tmp_path / "labels.parquet", [encoded(seed=1), encoded(seed=2)], {"split": ["train"] * 2}, ["0.jpg", "0.jpg"]
+    )
+    assert read(path, tmp_path).table.num_rows == 2
+
+
+def test_an_image_id_that_stands_for_two_pictures_is_an_error_that_names_both(tmp_path: Path) -> None:
+    for shard in (0, 1):
+        pictures = [encoded(seed=10 * shard + number) for number in range(3)]
+        write_row_a_caption(tmp_path / f"{shard}.parquet", pictures, {"image_id": [0, 1, 2]}, [None] * 3)
+    with pytest.raises(InputError, match=r"image_id 0 means two images, .*0.parquet#0 and .*1.parquet#0; expected one"):
+        read(tmp_path, tmp_path)
+
+
+def test_an_image_id_in_several_shards_is_one_image_where_the_bytes_are_equal(tmp_path: Path) -> None:
+    for shard in (0, 1):
+        write_row_a_caption(tmp_path / f"{shard}.parquet", [encoded(seed=1)], {"image_id": ["a"]}, [None])
+    assert read(tmp_path, tmp_path, validation_share=0, test_share=0).counts()["train"] == (1, 2)
+
+
+def test_pictures_whose_names_tell_them_apart_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("bytes were read")
+
+    monkeypatch.setattr("captioner.same_pictures._bytes_of", refuse)
+    names = list(CAPTIONS)
+    options = {"validation_share": 0, "test_share": 0}
+    assert read(write_image_parquet(tmp_path / "a.parquet", names), tmp_path, **options).table.num_rows == 3
+    assert read(write_image_parquet(tmp_path / "b.parquet", names, image_id=names), tmp_path, **options)
+
+
 # Which image falls where
 
 
@@ -301,6 +351,63 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None:
         InputError, match=r"4 of 13 images .* \(1 no_caption, 1 no_image, 2 unreadable\), more than --max-"
     ):
         read(tmp_path / "labels.jsonl", tmp_path, max_failed_share=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        (
+            "coco.json",
+            json.dumps(
+                {
+                    "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(9)],
+                    "annotations": [{"image_id": n, "caption": "x"} for n in range(8)] + [{"image_id": 8}],
+                }
+            ),
+            "has image_id; expected a column with images and one with captions",
+        ),
+        (
+            "karpathy.json",
+            json.dumps(
+                {
+                    "images": [
+                        *({"filename": f"{n}.jpg", "split": "train", "sentences": [{"raw": "x"}]} for n in range(8)),
+                        {"filename": "8.jpg", "split": "train"},
+                    ]
+                }
+            ),
+            "has an image without filename and sentences",
+        ),
+        (
+            "long.csv",
+            "image,caption\n0.jpg," + "a" * 200_000 + "\n" + "".join(f"{n}.jpg,x\n" for n in range(1, 9)),
+            "line 2: field larger than field limit",
+        ),
+    ],
+)
+def test_one_bad_record_is_counted_and_no_end(name: str, content: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    options = {"validation_share": 0, "test_share": 0}
+    labels = read(tmp_path / name, tmp_path, max_failed_share=0.2, **options)
+    assert labels.failed == {"unreadable": 1}
+    assert labels.table.num_rows == 8
+    with pytest.raises(InputError, match=rf"1 of 9 images .* \(1 unreadable\).*{problem}"):
+        read(tmp_path / name, tmp_path, max_failed_share=0.1, **options)
+
+
+@pytest.mark.parametrize("flag", ["image_column", "caption_column", "split_column"])
+@pytest.mark.parametrize("write", [write_csv, write_jsonl, write_uri_parquet])
+def test_a_column_that_is_named_and_not_there_is_an_error(
+    flag: str, write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"no_such|image_column no_such"):
+        read(write(tmp_path), tmp_path, **{flag: "no_such"})
+
+
+def test_a_split_column_that_no_sample_of_a_tar_has_is_an_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"1.jpg": encoded(seed=1), "1.json": b'{"caption": "a dog", "split": "train"}'})
+    with pytest.raises(InputError, match=r"no row of .*a.tar has a split by --split-column spilt; expected train"):
+        read(tmp_path / "a.tar", tmp_path, split_column="spilt")
 
 
 @pytest.mark.parametrize(
