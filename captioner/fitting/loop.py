@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from captioner.config import TrainingConfig
-from captioner.errors import JobError
+from captioner.errors import JobError, OutputError
 from captioner.fitting.batches import IntArray, TokenizedSplit, epoch_batches, share, steps_per_epoch
 from captioner.fitting.projector import ProjectorFit, StepResult
 from captioner.fitting.state import Best, FitState, Row, weights_of
@@ -50,16 +50,19 @@ def fit_projector(
     config: TrainingConfig,
     *,
     team: Team | None = None,
+    examples: str = "",
     saved: bytes | None = None,
     listener: Listener | None = None,
 ) -> FitState:
     """Return the state after the last step; its `best` holds the weights to keep.
 
-    saved: the bytes of a state to go on from. Raises JobError when the loss is no number any more.
+    examples: fingerprint of both splits; saved: the bytes of a state of the same to go on from. Raises JobError when
+    the loss is no number any more, OutputError for a state of other examples.
     """
     team, listener = team or Team(), listener or Listener()
     fit = ProjectorFit(model, config, num_steps=num_steps_of(config, len(train)), team=team)
-    state = FitState.from_bytes(saved, fit) if saved else FitState()
+    state = FitState.from_bytes(saved, fit) if saved else FitState(examples=examples)
+    _check_examples(state, examples)
     window = _Window()
     order = _Order(train.lengths, config)
     pace = _Pace(config, order.steps_per_epoch, fit.num_steps)
@@ -82,6 +85,15 @@ def fit_projector(
                 listener.on_checkpoint(state, fit)
                 kept_at = time.monotonic()
     return state
+
+
+def _check_examples(state: FitState, examples: str) -> None:
+    if state.examples != examples:
+        raise OutputError(
+            f"the checkpoint of step {state.step:,} is of other examples ({state.examples[:12]}) than there are now"
+            f" ({examples[:12]}): images have changed, appeared or failed since the fit began. Restore them, remove"
+            " _run/checkpoint.pt to begin anew, or choose another OUTPUT_BUNDLE; --features shares what is computed"
+        )
 
 
 def _evaluate(fit: ProjectorFit, validation: Validation | None, state: FitState) -> Row:

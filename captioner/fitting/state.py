@@ -42,6 +42,9 @@ class FitState:
     step: int = 0
     """Steps that are done."""
 
+    examples: str = ""
+    """Fingerprint of what is learned."""
+
     best: Best | None = None
     evaluations_without_gain: int = 0
     is_stopped: bool = False
@@ -71,7 +74,9 @@ class FitState:
         """Return the state that was saved, for a look at what came out."""
         fields = _loaded(data)
         best = fields["best"]
-        kept = {name: fields[name] for name in ("step", "evaluations_without_gain", "is_stopped", "history")}
+        kept = {
+            name: fields[name] for name in ("step", "examples", "evaluations_without_gain", "is_stopped", "history")
+        }
         return cls(**kept, best=Best(**best) if best else None)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from captioner.config import DecodingConfig
-from captioner.errors import JobError
+from captioner.errors import JobError, OutputError
 from captioner.fitting.batches import IGNORED, TokenizedSplit, epoch_batches, share, steps_per_epoch
 from captioner.fitting.loop import Listener, _Pace, fit_projector
 from captioner.fitting.projector import ProjectorFit, end_token_id, learning_rate
@@ -198,6 +198,33 @@ def test_the_learning_rate_rises_evenly_and_falls_along_a_cosine():
     assert 0 < rates[-1] < 0.02
 
 
+def test_steps_follow_the_schedule_and_the_gradient_is_cut_to_its_limit(model):
+    fit, examples = fit_of(model, learning_rate=0.4, warmup_steps=2, max_grad_norm=1e-3), toys.train_split(model)
+    fit.optimizer.zero_grad = lambda **_: None
+    rates = []
+    for step in (0, 1, 11, 19):
+        before = fit.step([examples.batch(np.arange(6))], step=step).grad_norm
+        rates.append({group["lr"] for group in fit.optimizer.param_groups})
+        after = torch.cat([weight.grad.flatten() for weight in fit.projector.parameters()]).norm()
+        assert before > 1e-2
+        assert float(after) == pytest.approx(1e-3, rel=1e-3)
+    expected = [learning_rate(step, peak=0.4, warmup_steps=2, num_steps=20) for step in (0, 1, 11, 19)]
+    assert rates == [{rate} for rate in expected]
+    assert expected[:3] == pytest.approx([0.2, 0.4, 0.2])
+
+
+def test_weight_decay_shrinks_matrices_and_no_bias(model):
+    fit = fit_of(model, weight_decay=0.5, learning_rate=0.1, warmup_steps=0)
+    fit.projector.bias.data.fill_(1.0)
+    before = weights_of(fit)
+    for weight in fit.projector.parameters():
+        weight.grad = torch.zeros_like(weight)
+    fit.optimizer.step()
+    after = weights_of(fit)
+    assert torch.equal(after["bias"], before["bias"])
+    torch.testing.assert_close(after["weight"], before["weight"] * (1 - 0.1 * 0.5))
+
+
 # However it is shared
 
 
@@ -341,6 +368,16 @@ def test_a_checkpoint_is_due_after_some_minutes_and_adds_no_row(folder, monkeypa
     steps, state = checkpoints_of(folder, **rare)
     assert steps == [3, 6, 9, 10]
     assert rows_without_time(state) == rows_without_time(expected)
+
+
+def test_a_checkpoint_of_other_examples_is_refused_with_what_to_do(folder):
+    model, kept = toys.fresh(folder), []
+    listener = Listener(on_checkpoint=lambda state, fit: kept.append(state.to_bytes(fit)))
+    options = {"config": toys.config(max_steps=2), "validation": None}
+    fit_projector(model, toys.train_split(model), examples="a" * 32, listener=listener, **options)
+    assert fit_projector(model, toys.train_split(model), examples="a" * 32, saved=kept[0], **options).step == 2
+    with pytest.raises(OutputError, match=r"step 1 is of other examples \(aaaaaaaaaaaa\) .* remove _run/checkpoint.pt"):
+        fit_projector(model, toys.train_split(model), examples="b" * 32, saved=kept[0], **options)
 
 
 def test_a_damaged_checkpoint_is_named_as_such(model):
