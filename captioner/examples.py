@@ -9,10 +9,13 @@ their page cache once. Knows no pixels, no model and no Ray.
 """
 
 import hashlib
+import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +33,8 @@ from captioner.sources.store import open_store
 from captioner.sources.urls import absolute, join, shown
 
 __all__ = ["Examples", "FeatureSet", "gather"]
+
+_KEPT_S = 30 * 86_400
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,17 @@ class FeatureSet:
     url: str
     """Parquet file of the examples: image_id, captions, split, and the part and row of their features."""
 
+    storage_options: Mapping[str, Any]
+    """What opens its store; that of the cache may be another."""
+
     cache: FeatureCache
     num_features: int
     """Width F."""
 
     counts: Mapping[str, Count]
+    fingerprint: str = ""
+    """Hex digest of what is learned: names, captions, splits, and which version of each image."""
+
     failed: Mapping[str, int] = field(default_factory=dict)
     """Images that have no features, or could not be used before, by reason."""
 
@@ -73,7 +84,7 @@ class FeatureSet:
 
     def load(self, split: str) -> Examples:
         """Return the examples of `train`, `validation` or `test`; raises JobError where a part is damaged."""
-        store = open_store(self.url, self.cache.storage_options)
+        store = open_store(self.url, self.storage_options)
         with pq.ParquetFile(store.open(self.url)) as file:
             table, parts = file.read(), file.schema_arrow.metadata[b"captioner.parts"].decode().split("\n")
         rows = table.filter(pc.equal(table["split"], split))
@@ -89,7 +100,9 @@ class FeatureSet:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not target.exists():
+                _forget_old(target.parent)
                 self._assemble(target, parts, numbers, places)
+            os.utime(target)
         found: npt.NDArray[np.float16] = np.load(target, mmap_mode="r")
         return found
 
@@ -103,6 +116,13 @@ class FeatureSet:
         values.flush()
         del values
         arriving.rename(target)
+
+
+def _forget_old(folder: Path) -> None:
+    """Remove the files that no fit has opened for a month: they are made again from the parts when they are needed."""
+    for file in folder.glob("*.npy"):
+        if time.time() - file.stat().st_mtime > _KEPT_S:
+            file.unlink(missing_ok=True)  # a fit that maps it keeps what it maps
 
 
 def gather(plan: FeaturePlan, num_features: int) -> FeatureSet:
@@ -123,8 +143,11 @@ def gather(plan: FeaturePlan, num_features: int) -> FeatureSet:
         raise JobError(f"{num_lost:,} images of {shown(labels.location)} changed while they were read; run it again")
     num_computed = int((places[plan.missing] >= 0).sum()) - num_restamped
     kept = labels.table.filter(pa.array(places >= 0))
+    url, fingerprint = _save(labels, places, index, plan)
     return FeatureSet(
-        url=_save(labels, places, index, plan),
+        url=url,
+        fingerprint=fingerprint,
+        storage_options=plan.output_options,
         cache=plan.cache,
         num_features=num_features,
         counts=replace(labels, table=kept).counts(),
@@ -153,11 +176,12 @@ def _example(failures: pa.Table) -> str:
     return f"{rows[0]['reason']}: {rows[0]['detail']}" if rows else ""
 
 
-def _save(labels: Labels, places: Positions, index: FeatureIndex, plan: FeaturePlan) -> str:
-    """Write which features and captions belong together, below the run folder, and return the URL of the file."""
+def _save(labels: Labels, places: Positions, index: FeatureIndex, plan: FeaturePlan) -> tuple[str, str]:
+    """Write which features and captions belong together, below the run folder; return its URL and fingerprint."""
     has_features = places >= 0
     rows = labels.table.filter(pa.array(has_features)).select(["image_id", "captions", "split"])
     found = index.rows.take(pa.array(places[has_features]))
+    fingerprint = _fingerprint(rows, pc.coalesce(found["digest"], found["version"]))
     for name in ("part", "row"):
         rows = rows.append_column(name, found[name])
     rows = rows.replace_schema_metadata({"captioner.parts": "\n".join(index.parts)})
@@ -165,4 +189,12 @@ def _save(labels: Labels, places: Positions, index: FeatureIndex, plan: FeatureP
     pq.write_table(rows, buffer, compression="zstd")
     url = join(absolute(plan.run_folder), "examples.parquet")
     open_store(url, plan.output_options).write_atomic(url, bytes(buffer.getvalue()))
-    return url
+    return url, fingerprint
+
+
+def _fingerprint(rows: pa.Table, contents: Any) -> str:
+    """Return a digest of the examples; contents: what tells each image's bytes from other bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in rows.append_column("content", contents).to_batches(max_chunksize=8192):
+        digest.update(repr(batch.to_pylist()).encode())
+    return digest.hexdigest()

@@ -29,7 +29,7 @@ from captioner.caption_pipeline import (
     worker_pool,
     write_rows,
 )
-from captioner.config import ModelConfig, ResourceConfig
+from captioner.config import ResourceConfig
 from captioner.examples import FeatureSet, gather
 from captioner.feature_plan import STAMPED, FeaturePlan
 from captioner.features import FeatureCache
@@ -50,7 +50,7 @@ _PART_ROWS = (256, 16_384)
 
 
 def compute_features(
-    plan: FeaturePlan, model: "BundleDescription", config: ModelConfig, resources: ResourceConfig, cluster: Cluster
+    plan: FeaturePlan, model: "BundleDescription", resources: ResourceConfig, cluster: Cluster
 ) -> FeatureSet:
     """Return the features of all images of the labels, having computed those that were missing.
 
@@ -61,16 +61,17 @@ def compute_features(
     with output_errors(plan.cache.url):
         if len(plan.missing):
             plan.cache.claim()
-            _compute(plan, model, config, resources, cluster)
+            try:
+                _compute(plan, model, resources, cluster)
+            finally:
+                plan.clear()  # whatever came of it: a URI may hold a signature
         return gather(plan, model.projector.num_features)
 
 
-def _compute(
-    plan: FeaturePlan, model: "BundleDescription", config: ModelConfig, resources: ResourceConfig, cluster: Cluster
-) -> None:
+def _compute(plan: FeaturePlan, model: "BundleDescription", resources: ResourceConfig, cluster: Cluster) -> None:
     """Compute what is missing and put it into the cache."""
     allocation = allocate(resources, cluster, len(plan.missing))
-    check_device(config.device, allocation)
+    check_device(plan.model.device, allocation)
     sink = WriteFeatures(plan.cache, _rows_per_part(len(plan.missing)))
     source = ReadSlices(plan.reader, plan.slices())
     before = plan.cache.num_written()
@@ -83,8 +84,7 @@ def _compute(
         job_errors(),
         redirect_stdout(sys.stderr),
     ):
-        write_rows(_featured(source, plan, model, config, allocation), sink, allocation)
-    plan.clear()
+        write_rows(_featured(source, plan, model, allocation), sink, allocation)
 
 
 def _rows_per_part(num_rows: int) -> int:
@@ -92,9 +92,7 @@ def _rows_per_part(num_rows: int) -> int:
     return min(most, max(fewest, -(-num_rows // _PARTS)))
 
 
-def _featured(
-    source: ReadSlices, plan: FeaturePlan, model: "BundleDescription", config: ModelConfig, allocation: Allocation
-) -> Dataset:
+def _featured(source: ReadSlices, plan: FeaturePlan, model: "BundleDescription", allocation: Allocation) -> Dataset:
     """Return the stream of features, not yet running."""
     from captioner.feature_worker import FeatureWorker  # here, not above: write tasks import this module, not torch
 
@@ -103,8 +101,8 @@ def _featured(
         guarded(FeatureWorker),
         fn_constructor_kwargs={
             "clip": model.clip,
-            "model": config,
-            "storage_options": plan.job.input.storage_options,
+            "model": plan.model,
+            "storage_options": dict(plan.clip_options) or None,
             "num_threads": allocation.torch_threads,
         },
         batch_size=256,

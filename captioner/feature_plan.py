@@ -48,6 +48,12 @@ class FeaturePlan:
     image: ImageConfig
     run_folder: str
     output_options: Mapping[str, Any]
+    clip_options: Mapping[str, Any]
+    """What opens the store of the CLIP."""
+
+    model: ModelConfig
+    """How the CLIP computes; its dtype is part of what the cache is of."""
+
     versions: pa.Array
     """Of each row of the labels; null where the store has no such image."""
 
@@ -58,6 +64,14 @@ class FeaturePlan:
     """Rows of the labels whose features are to be computed."""
 
     index: FeatureIndex = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of which version of which image there is."""
+        digest = hashlib.blake2b(digest_size=16)
+        for source, version in zip(self.labels.table["source"].to_pylist(), self.versions.to_pylist(), strict=True):
+            digest.update(f"{source}\n{version}\n".encode())
+        return digest.hexdigest()
 
     @property
     def job(self) -> CaptionJobConfig:
@@ -177,17 +191,25 @@ def plan_features(
     *,
     run_folder: str,
     features_folder: str | None = None,
+    features_options: Mapping[str, Any] | None = None,
+    clip_options: Mapping[str, Any] | None = None,
     output_options: Mapping[str, Any] | None = None,
 ) -> FeaturePlan:
     """Return what is to be computed so that each labelled image has the features of a model's CLIP. Writes nothing.
 
-    features_folder: where the cache is, which runs may share; by default `features` below the run folder. Raises
-    InputError when more images are missing than `--max-failed-share` allows, JobError for a failing store.
+    features_folder: where the cache is, which runs may share; by default `features` below the run folder, with its
+    options. Raises InputError when more images are missing than `--max-failed-share` allows, JobError for a failing
+    store.
     """
     preprocessing = Preprocessing.from_config(model.preprocessing)
     folder = features_folder or join(run_folder, "features")
     cache = FeatureCache.of_tower(
-        folder, model.clip_fingerprint, preprocessing, config.dtype, image, storage_options=output_options
+        folder,
+        model.clip_fingerprint,
+        preprocessing,
+        config.dtype,
+        image,
+        storage_options=features_options if features_folder else output_options,
     )
     versions, rejects = _versions(labels, image)
     with output_errors(cache.url):
@@ -205,6 +227,8 @@ def plan_features(
         image=image,
         run_folder=absolute(run_folder),
         output_options=output_options or {},
+        clip_options=clip_options or {},
+        model=config,
         versions=versions,
         rejected=rejected,
         missing=missing,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner import __version__
-from captioner.config import ImageConfig
+from captioner.config import ImageConfig, LabelsConfig
 from captioner.examples import Examples, FeatureSet
 from captioner.fit_plan import FitPlan
 from captioner.fitting.state import Best, FitState
@@ -50,7 +50,7 @@ def save_result(plan: FitPlan, features: FeatureSet, state: FitState) -> None:
         template=plan.start.template,
         carries_models=plan.config.target.carry_models,
         provenance=_provenance(plan, features, state, best),
-        storage_options=plan.output.storage_options,
+        storage_options=plan.model_options,
     )
 
 
@@ -61,13 +61,16 @@ def _provenance(plan: FitPlan, features: FeatureSet, state: FitState, best: Best
         "data": {
             "labels": redact(config.labels.labels_path),
             "fingerprint": plan.labels.fingerprint,
+            "examples": features.fingerprint,
+            "versions": plan.features.fingerprint,
             "splits": {name: count._asdict() for name, count in features.counts.items()},
             "left_out": {**features.failed, **plan.labels.left_out},
         },
         "config": {
+            "labels": _without_secrets(config.labels),
+            "image": asdict(config.image),
             "training": asdict(config.training),
             "dtype": config.model.dtype,
-            "fast_decode": config.image.fast_decode,
         },
         "metrics": {name: round(value, 6) for name, value in best.figures.items()},
         "best_step": best.step,
@@ -77,6 +80,12 @@ def _provenance(plan: FitPlan, features: FeatureSet, state: FitState, best: Best
         | {name: version(name) for name in ("ray", "torch", "transformers", "pillow")},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _without_secrets(config: LabelsConfig) -> dict[str, Any]:
+    """Return what chose the examples and their splits, without credentials."""
+    kept = {name: value for name, value in asdict(config).items() if name != "storage_options"}
+    return {name: redact(value) if isinstance(value, str) else value for name, value in kept.items()}
 
 
 # The page
@@ -143,7 +152,7 @@ def planned(plan: FitPlan) -> dict[str, Any]:
 
 def summarize(plan: FitPlan) -> dict[str, Any]:
     """Return the summary of a fit that is done, from its bundle."""
-    bundle = describe(plan.output.url, plan.output.storage_options or None)
+    bundle = describe(plan.output.url, plan.model_options or None)
     told = bundle.provenance
     return {
         "steps": told["steps"],
@@ -157,11 +166,18 @@ def summarize(plan: FitPlan) -> dict[str, Any]:
     }
 
 
+def _changed(plan: FitPlan) -> Iterator[str]:
+    data = describe(plan.output.url, plan.model_options or None).provenance["data"]
+    if data["versions"] != plan.features.fingerprint:
+        yield "images have changed since: to learn from them as they are, choose another OUTPUT_BUNDLE"
+
+
 def farewell(plan: FitPlan, summary: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a person wants to see at the end: figures, where to look, what to type next."""
     output = redact(plan.output.url)
     if not summary["seconds"]:
         yield "nothing was left to do: this fit had ended"
+        yield from _changed(plan)
     names = ("val_loss", "cider_d", "bleu_4")
     figures = ", ".join(f"{name} {summary[name]:.3f}" for name in names if name in summary)
     yield f"bundle    {output} (weights of step {summary['best_step']:,}{': ' + figures if figures else ''})"

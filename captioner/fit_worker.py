@@ -5,9 +5,10 @@ Every worker computes; only the first one writes.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 import torch
 
@@ -39,6 +40,8 @@ class FitTask:
     dtype: str
     device: str
     num_threads: int
+    model_options: Mapping[str, Any] | None = None
+    """What opens the stores of CLIP, LLaMA and the first weights; by default what opens the output's."""
 
 
 def take_part(task: FitTask, device: str, on_row: Callable[[Row], None]) -> FitState:
@@ -49,7 +52,7 @@ def take_part(task: FitTask, device: str, on_row: Callable[[Row], None]) -> FitS
         task.output.start_url,
         dtype=_dtype(task.dtype, device),
         device=device,
-        storage_options=task.output.storage_options or None,
+        storage_options=dict(task.model_options or task.output.storage_options) or None,
     )
     team = Team.of_process_group()
     return fit_projector(
@@ -58,6 +61,7 @@ def take_part(task: FitTask, device: str, on_row: Callable[[Row], None]) -> FitS
         validation_of(task.features.load("validation").drawn(task.training.num_measured_images), model, task.training),
         task.training,
         team=team,
+        examples=task.features.fingerprint,
         saved=task.output.read("checkpoint.pt"),
         listener=_Keeper(task.output, on_row).listener if team.rank == 0 else Listener(),
     )

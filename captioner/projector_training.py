@@ -77,10 +77,11 @@ def _run(plan: FitPlan) -> dict[str, Any]:
     """Do what is left of a fit and return its summary."""
     start = time.monotonic()
     plan.output.claim(plan.identity)
-    save_start(plan.config, plan.output.start_url, plan.output.storage_options)
+    save_start(plan.config, plan.output.start_url, plan.model_options)
     with joined_cluster() as cluster:
         workers = _workers(plan.config.resources, cluster)
-        features = compute_features(plan.features, plan.start, plan.model, plan.config.resources.of_features(), cluster)
+        plan = plan.on(has_gpus=workers.gpus > 0)
+        features = compute_features(plan.features, plan.start, plan.config.resources.of_features(), cluster)
         _train(plan, features, workers)
     data = plan.output.read("checkpoint.pt")
     assert data is not None, "the workers have ended without a checkpoint"
@@ -109,7 +110,8 @@ class _Workers:
 def _train(plan: FitPlan, features: FeatureSet, workers: _Workers) -> None:
     """Run the workers until the last step; those that are lost are started again from the checkpoint."""
     model, num_threads = plan.config.model, max(1, int(workers.cpus))
-    task = FitTask(plan.output, features, plan.config.training, model.dtype, model.device, num_threads)
+    options = plan.model_options
+    task = FitTask(plan.output, features, plan.config.training, model.dtype, model.device, num_threads, options)
     rows = ray.remote(num_cpus=0)(_Rows).remote()
     is_shared = 0 < workers.gpus < 1  # NCCL cannot have two workers on one card
     with TemporaryDirectory(prefix="captioner-fit-") as scratch:

@@ -5,7 +5,10 @@
     validation   loss and captions of a split that is not learned
     state        everything that a fit needs to go on, as bytes
     loop         all steps, from a saved state or from none
-    curves page  what a person looks at: a plot, and images beside their captions
+    team         the workers that share them
+    output       the folder of a fit: whose it is, and its files by name
+    curves       a plot of a fit
+    progress     how far it is, on stderr and in TensorBoard
 
-Knows image features, not pixels; a `Team` of workers, not Ray; bytes, not files.
+Knows image features, not pixels; a `Team` of workers, not Ray.
 """

@@ -246,8 +246,9 @@ def _read_bundle(folder: Folder, content: dict[str, Any], storage_options: Stora
 
 
 def _options_for(part: str, storage_options: StorageOptions, model: str) -> StorageOptions:
-    """Return the options of the bundle's store for a part on the same kind of store, none for another."""
-    return storage_options if get_protocol(part) == get_protocol(model) else None
+    """Return the options of the bundle's store for a part on the same kind of store, none for another; those that come
+    with a bundle of this machine, whose own disk needs none, can only be meant for its parts."""
+    return storage_options if get_protocol(model) in (get_protocol(part), "file") else None
 
 
 def _check_format(folder: Folder, content: dict[str, Any]) -> None:

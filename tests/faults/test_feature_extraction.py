@@ -31,7 +31,7 @@ model = describe(bundle)
 labels = read_labels(LabelsConfig(labels_path=labels_path), run_folder)
 plan = plan_features(labels, model, ModelConfig(), ImageConfig(), run_folder=run_folder)
 with joined_cluster() as cluster:
-    features = compute_features(plan, model, ModelConfig(), ResourceConfig(), cluster)
+    features = compute_features(plan, model, ResourceConfig(), cluster)
 print(json.dumps([features.num_computed, features.num_reused]))
 """
 

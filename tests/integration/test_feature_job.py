@@ -64,7 +64,7 @@ def compute_here(planned: FeaturePlan, bundle: str) -> list[str]:
 
 def compute_on_ray(planned: FeaturePlan, bundle: str) -> FeatureSet:
     with joined_cluster() as cluster:
-        return compute_features(planned, describe(bundle), ModelConfig(), ResourceConfig(), cluster)
+        return compute_features(planned, describe(bundle), ResourceConfig(), cluster)
 
 
 @pytest.mark.usefixtures("on_ray")

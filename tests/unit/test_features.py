@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
@@ -16,15 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from captioner.config import ImageConfig, LabelsConfig, ModelConfig
+from captioner.config import ImageConfig, LabelsConfig, ModelConfig, ResourceConfig
 from captioner.decode_worker import DecodeWorker
 from captioner.errors import InputError, JobError
 from captioner.examples import FeatureSet, gather
+from captioner.feature_pipeline import compute_features
 from captioner.feature_plan import STAMPED, FeaturePlan, plan_features
 from captioner.feature_worker import FeatureWorker
 from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.labels import read_labels
 from captioner.model.bundle import BundleDescription, describe, load
+from captioner.resources import Cluster
 from tests.bundles import save_tiny_bundle
 from tests.pictures import BROKEN, encoded
 from tests.unit import tiny_models
@@ -296,3 +299,49 @@ def test_a_damaged_part_is_an_error_that_names_it(tmp_path: Path, model: BundleD
         JobError, match=r"part-.*parquet cannot be read: .*; remove it, and its images are computed anew"
     ):
         plan(images, tmp_path / "run", model)
+
+
+def test_local_files_that_no_fit_has_opened_for_a_month_are_removed(tmp_path: Path, model: BundleDescription) -> None:
+    folder = tmp_path / "local" / "features"
+    folder.mkdir(parents=True)
+    for name, days in (("old.npy", 31), ("young.npy", 29), ("old.txt", 31)):
+        (folder / name).write_bytes(b"")
+        os.utime(folder / name, times=(0, time.time() - days * 86_400))
+    _, features = run(folder_of(tmp_path / "images", pictures()), tmp_path / "run", model)
+    opened = features.load("train").features.filename
+    os.utime(opened, times=(0, 0))
+    features.load("train")
+    assert {path.name for path in folder.iterdir() if path.suffix != ".lock"} == {
+        "young.npy",
+        "old.txt",
+        Path(opened).name,
+    }
+    assert Path(opened).stat().st_mtime > time.time() - 3600
+
+
+def test_what_names_the_examples_follows_their_images_captions_and_versions(
+    tmp_path: Path, model: BundleDescription
+) -> None:
+    images = folder_of(tmp_path / "images", pictures())
+    first, again = (run(images, tmp_path / "run", model)[1].fingerprint for _ in range(2))
+    assert first == again
+    touch(images / "2.jpg", encoded(seed=99))
+    touched = run(images, tmp_path / "run", model)[1].fingerprint
+    (images / "captions.jsonl").write_text((images / "captions.jsonl").read_text().replace("an image 0", "a picture"))
+    assert len({first, touched, run(images, tmp_path / "run", model)[1].fingerprint}) == 3
+
+
+def test_a_job_that_fails_leaves_no_list_of_uris_behind(
+    tmp_path: Path, model: BundleDescription, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(folder_of(tmp_path / "images", pictures()), tmp_path / "run", model)
+
+    def fail(failing: FeaturePlan, *_: Any) -> None:
+        failing.slices()
+        assert list((tmp_path / "run" / "listing").iterdir())
+        raise JobError("the cluster is gone")
+
+    monkeypatch.setattr("captioner.feature_pipeline._compute", fail)
+    with pytest.raises(JobError, match="the cluster is gone"):
+        compute_features(planned, model, ResourceConfig(), Cluster(cpus=2, gpus=0))
+    assert not list((tmp_path / "run" / "listing").iterdir())

@@ -1,6 +1,7 @@
 """What a fit refuses before anything is started, and what it plans: models, first weights, steps."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from captioner.command_line import parse
 from captioner.config import FitConfig
 from captioner.errors import BundleError, ConfigError, InputError, ShapeError
 from captioner.fit_plan import open_output, plan_fit, save_start
+from captioner.model.bundle import load, load_vision
 from tests.bundles import save_tiny_bundle
 from tests.labelled_scenes import write_labels
 from tests.unit import tiny_models
@@ -136,3 +138,46 @@ def test_the_lines_of_a_plan_name_what_will_be_done(labels, parts, tmp_path):
     assert "train 9 images 18 captions" in text
     assert "steps     3 of 6 examples" in text
     assert json.dumps(plan.identity)
+
+
+@pytest.mark.parametrize("flags", [["--early-stop", "3"], ["--keep-best-by", "cider"]])
+def test_a_choice_between_weights_is_refused_where_nothing_judges_them(labels, parts, tmp_path, flags):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    path = str(write_labels(alone, {"train": 9}))
+    models = ["--clip", parts[0], "--llama", parts[1], "--validation-share", "0"]
+    with pytest.raises(ConfigError, match=f"{' '.join(flags)} needs a validation split; .* --validation-share"):
+        plan_of(path, str(tmp_path / "out"), *models, *flags)
+    assert plan_of(path, str(tmp_path / "out"), *models)
+
+
+def test_features_of_a_gpu_and_of_a_cpu_are_two_caches(labels, parts, tmp_path):
+    plan = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1])
+    on_cpu, on_gpu = (plan.on(has_gpus=has_gpus).features for has_gpus in (False, True))
+    assert (on_cpu.model.dtype, on_gpu.model.dtype) == ("float32", "bfloat16")
+    assert on_cpu.cache.url != on_gpu.cache.url
+    assert plan.on(has_gpus=False).features.cache.url == on_cpu.cache.url
+    named = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], "--dtype", "float32")
+    assert named.on(has_gpus=True).features.cache.url == on_cpu.cache.url
+
+
+def test_credentials_by_flag_reach_labels_model_features_and_output(s3, labels, parts, tmp_path):
+    bundle, options = save_tiny_bundle(tmp_path / "bundle"), json.dumps(s3.storage_options)
+    for path in Path(bundle).rglob("*"):
+        if path.is_file():
+            s3.put(f"bundle/{path.relative_to(bundle)}", path.read_bytes())
+    for path in Path(labels).parent.iterdir():
+        s3.put(f"labels/{path.name}", path.read_bytes())
+    model, remote = ["--model", f"{s3.url}/bundle"], f"{s3.url}/labels/labels.jsonl"
+    for source, output, features in (
+        (remote, f"{s3.url}/out", []),
+        (remote, str(tmp_path / "out"), ["--features", f"{s3.url}/features"]),
+        (labels, str(tmp_path / "other"), ["--features", f"{s3.url}/features"]),
+        (labels, f"{s3.url}/more", ["--features", str(tmp_path / "features")]),
+    ):
+        plan = plan_of(source, output, *model, *features, "--storage-options", options)
+        save_start(plan.config, plan.output.start_url, plan.model_options)
+        plan.features.cache.claim()
+        assert len(plan.features.missing) == 12
+        assert load(plan.output.start_url, device="cpu", storage_options=plan.model_options or None)
+        assert load_vision(plan.start.clip, device="cpu", storage_options=dict(plan.features.clip_options) or None)

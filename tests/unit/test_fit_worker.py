@@ -1,6 +1,7 @@
 """A whole fit without Ray: one worker's part, and the bundle, page and summary that come of it."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from captioner.examples import Examples
 from captioner.fit_plan import open_output, plan_fit, save_start
 from captioner.fit_report import farewell, save_result, summarize
 from captioner.fit_worker import FitTask, _Keeper, take_part, validation_of
+from captioner.fitting.progress import FitProgress
 from captioner.fitting.projector import ProjectorFit
 from captioner.fitting.state import FitState
 from captioner.fitting.team import Team
@@ -30,6 +32,7 @@ class RandomFeatures:
 
     def __init__(self, labels):
         self.labels, self.counts, self.failed = labels, labels.counts(), {}
+        self.fingerprint = "fingerprint of random features"
 
     def load(self, split):
         rows = self.labels.split(split)
@@ -161,7 +164,12 @@ def test_the_bundle_records_data_settings_figures_and_what_it_was_fitted_to(fit)
     told = bundle.provenance
     assert told["data"]["splits"]["train"] == {"num_images": 24, "num_captions": 48}
     assert told["data"]["fingerprint"] == fit.plan.labels.fingerprint
+    assert told["data"]["examples"] == fit.features.fingerprint
     assert told["config"]["training"]["learning_rate"] == 0.01
+    kept = {"split_seed", "validation_share", "test_share", "limit", "image_root", "caption_column", "max_failed_share"}
+    assert kept <= set(told["config"]["labels"])
+    assert "storage_options" not in told["config"]["labels"]
+    assert told["config"]["image"]["max_image_pixels"] == fit.plan.config.image.max_image_pixels
     assert set(told["metrics"]) == {"val_loss", "bleu_4", "rouge_l", "cider_d"}
     fitted_to = json.loads((fit.output / "bundle.json").read_text())["fitted_to"]
     assert fitted_to == {"clip": bundle.clip_fingerprint, "llama": bundle.llama_fingerprint}
@@ -205,6 +213,15 @@ def test_the_last_words_say_what_to_type_next(fit):
     assert "nothing was left to do" in "\n".join(farewell(fit.plan, summarize(fit.plan)))
 
 
+def test_a_fit_that_has_ended_says_when_its_images_have_changed_since(tmp_path):
+    ended = Fit(tmp_path, "--num-scored-images", "0")
+    assert "images have changed" not in "\n".join(farewell(ended.plan, summarize(ended.plan)))
+    image = next(tmp_path.glob("*.png"))
+    os.utime(image, ns=(0, image.stat().st_mtime_ns + 10_000_000_000))
+    again = plan_fit(ended.plan.config, ended.plan.output, ended.plan.output.run_folder)
+    assert "images have changed since" in "\n".join(farewell(again, summarize(again)))
+
+
 def test_a_bundle_that_carries_its_models_can_move(tmp_path):
     carried = Fit(tmp_path, "--carry-models", "--num-scored-images", "0")
     moved = tmp_path / "moved"
@@ -212,3 +229,13 @@ def test_a_bundle_that_carries_its_models_can_move(tmp_path):
     for part in carried.parts:
         Path(part).rename(f"{part}-gone")
     assert describe(str(moved)).fingerprint
+
+
+def test_tensorboard_has_each_figure_of_each_row(tmp_path):
+    rows = [{"step": 1.0, "loss": 3.0}, {"step": 2.0, "loss": 2.0, "val_loss": 2.5}]
+    with FitProgress(2, str(tmp_path / "events")) as progress:
+        for row in rows:
+            progress.show(row)
+    [events] = (tmp_path / "events").iterdir()
+    data = events.read_bytes()
+    assert (data.count(b"val_loss"), data.count(b"loss")) == (1, 3)
