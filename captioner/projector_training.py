@@ -20,6 +20,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from captioner.caption_pipeline import job_errors, joined_cluster
 from captioner.config import FitConfig, FitResourceConfig, worker_range
@@ -41,6 +42,7 @@ __all__ = ["fit_projector"]
 log = logging.getLogger("captioner")
 
 _POLL_S = 0.5
+_VOTE_S = 5.0  # within which all workers meet what all of them meet
 _TRAIN: Any = ray.train  # for a type checker it is version 1, at run time it is version 2
 
 
@@ -112,7 +114,7 @@ def _train(plan: FitPlan, features: FeatureSet, workers: _Workers) -> None:
     model, num_threads = plan.config.model, max(1, int(workers.cpus))
     options = plan.model_options
     task = FitTask(plan.output, features, plan.config.training, model.dtype, model.device, num_threads, options)
-    rows = ray.remote(num_cpus=0)(_Rows).remote()
+    rows = _told_here()
     is_shared = 0 < workers.gpus < 1  # NCCL cannot have two workers on one card
     with TemporaryDirectory(prefix="captioner-fit-") as scratch:
         trainer = _Trainer(
@@ -167,7 +169,7 @@ def _watch(plan: FitPlan, trainer: TorchTrainer, rows: Any) -> None:
 def fit_worker(config: dict[str, Any]) -> None:
     """Take one worker's part in the fit.
 
-    An error of ours is the same on every worker, so it ends the fit; after any other it is tried again.
+    An error of ours that every worker meets would come again, so it ends the fit; after any other it is tried again.
     """
     rows = config["rows"]
 
@@ -177,14 +179,26 @@ def fit_worker(config: dict[str, Any]) -> None:
     try:
         take_part(config["task"], str(get_device()), on_row)
     except CaptionerError as error:
-        ray.get(rows.fail.remote(f"captioner.errors.{type(error).__name__}: {error}"))
+        if not _is_everyones(f"captioner.errors.{type(error).__name__}: {error}", rows):
+            raise
+
+
+def _is_everyones(problem: str, rows: Any) -> bool:
+    """Say whether all workers have met the same problem; those that have not wait for this one in an exchange."""
+    context = _TRAIN.get_context()
+    ray.get(rows.fail.remote(problem, context.get_world_rank(), context.get_world_size()))
+    give_up = time.monotonic() + _VOTE_S
+    while not ray.get(rows.problem.remote()) and time.monotonic() < give_up:
+        time.sleep(_POLL_S)
+    return bool(ray.get(rows.problem.remote()))
 
 
 class _Rows:
-    """What the first worker tells the driver."""
+    """What the workers tell the driver."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
+        self._ranks: dict[str, set[int]] = {}
         self._problem = ""
 
     def add(self, row: Row) -> None:
@@ -195,11 +209,22 @@ class _Rows:
         rows, self._rows = self._rows, []
         return rows
 
-    def fail(self, problem: str) -> None:
-        self._problem = problem
+    def fail(self, problem: str, rank: int, num_workers: int) -> None:
+        """Note what one worker has met."""
+        ranks = self._ranks.setdefault(problem, set())
+        ranks.add(rank)
+        if len(ranks) == num_workers:
+            self._problem = problem
 
     def problem(self) -> str:
+        """Return what all workers have met; empty for nothing."""
         return self._problem
+
+
+def _told_here() -> Any:
+    """Return the actor that workers tell, on the driver's own node: the loss of any other takes nothing with it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Rows).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def _workers(config: FitResourceConfig, cluster: Cluster) -> _Workers:

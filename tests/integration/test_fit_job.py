@@ -2,31 +2,37 @@
 
 import json
 import sys
+import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from ray import cloudpickle
 
-from captioner.caption_pipeline import caption_images
+from captioner.caption_pipeline import caption_images, joined_cluster
 from captioner.command_line import run
 from captioner.config import (
     CaptionJobConfig,
     FitConfig,
     FitModelConfig,
+    FitResourceConfig,
     FitTargetConfig,
     LabelsConfig,
     ModelConfig,
     TrainingConfig,
 )
 from captioner.demo import scenes
+from captioner.errors import JobError
 from captioner.examples import gather
 from captioner.fit_plan import open_output, plan_fit
 from captioner.fit_worker import FitTask, take_part
 from captioner.fitting.output import FitOutput
 from captioner.fitting.state import FitState
+from captioner.fitting.team import Team
 from captioner.model.bundle import describe
-from captioner.projector_training import fit_projector
+from captioner.projector_training import _train, _workers, fit_projector
 from tests.labelled_scenes import write_labels
 from tests.unit import tiny_models
 
@@ -102,9 +108,9 @@ def test_the_run_folder_shows_curves_and_images_beside_their_captions(fitted):
     output, _ = fitted
     assert "<svg" in (output / "_run" / "curves.svg").read_text()
     page = (output / "_run" / "validation.html").read_text()
-    first = next(scenes.examples("validation", 1))
-    assert first.image_id in page
-    assert first.captions[0] in page
+    shown = [scene for scene in scenes.examples("validation", NUM_IMAGES["validation"]) if scene.image_id in page]
+    assert len(shown) == 6
+    assert all(scene.captions[0] in page for scene in shown)
     assert page.count("data:image") + page.count('"picture"') >= 6
 
 
@@ -124,6 +130,64 @@ def test_two_workers_and_one_give_the_same_losses(fitted, command, tmp_path):
             *(["val_loss", "cider_d"] if "val_loss" in expected else []),
         ):
             assert row[name] == pytest.approx(expected[name], rel=1e-4), (row["step"], name)
+
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import what is here
+
+
+class OnceBroken(FitOutput):
+    """An output that one of two workers cannot read the first time."""
+
+    def read(self, name):
+        broken = Path(f"{self.url}-broken")
+        if name == "checkpoint.pt" and Team.of_process_group().rank == 1 and not broken.exists():
+            broken.touch()
+            raise JobError("this worker alone cannot read it")
+        return super().read(name)
+
+
+class Broken(FitOutput):
+    """An output that no worker can read."""
+
+    def read(self, name):
+        with Path(f"{self.url}-calls").open("a") as calls:
+            calls.write(f"{name}\n")
+        raise JobError("nobody can read it")
+
+
+def trained(command, features, output):
+    """Train on Ray with another output than the command's, of the same first weights."""
+    copy_start(Path(command[1]), output)
+    training = TrainingConfig(**describe(command[1]).provenance["config"]["training"])
+    config = FitConfig(
+        labels=LabelsConfig(labels_path=command[0]),
+        target=FitTargetConfig(output=command[1]),
+        model=models_of(command),
+        training=training,
+        resources=FitResourceConfig(workers="2"),
+    )
+    run_folder = FitOutput(command[1]).run_folder
+    plan = replace(plan_fit(config, open_output(config), run_folder), output=output)
+    with joined_cluster() as cluster:
+        _train(plan, features, _workers(plan.config.resources, cluster))
+
+
+@pytest.mark.usefixtures("fitted", "on_ray")
+def test_an_error_of_one_worker_alone_is_tried_again_and_leaves_no_trace(command, tmp_path):
+    output = OnceBroken(str(tmp_path / "once"))
+    start = time.monotonic()
+    trained(command, features_of(command), output)
+    assert Path(f"{output.url}-broken").exists(), "the injector did nothing"
+    assert time.monotonic() - start < 300, "the other worker waited for its exchange to time out"
+    assert FitState.result(FitOutput(output.url).read("checkpoint.pt")).step == 12
+
+
+@pytest.mark.usefixtures("fitted", "on_ray")
+def test_an_error_that_all_workers_meet_ends_the_fit_at_once(command, tmp_path):
+    output = Broken(str(tmp_path / "broken"))
+    with pytest.raises(JobError, match="nobody can read it"):
+        trained(command, features_of(command), output)
+    assert Path(f"{output.url}-calls").read_text().split() == ["checkpoint.pt"] * 2
 
 
 def models_of(command):
