@@ -243,7 +243,7 @@ def test_too_many_missing_images_are_an_error_before_anything_is_computed(
         InputError, match=r"3 of 5 images of .* \(3 missing\), more than --max-failed-share 0.5; one of"
     ):
         plan(images, tmp_path / "run", model)
-    with pytest.raises(InputError, match=r"2 of 2 images of .* cannot be used \(2 missing\).*wrong"):
+    with pytest.raises(InputError, match=r"2 of 2 images of .* cannot be used \(2 fetch_failed\).*wrong"):
         plan(folder_of(tmp_path / "few", pictures(2)), tmp_path / "run", model, image_root=str(tmp_path / "wrong"))
     assert not (tmp_path / "run" / "features").exists()
 
