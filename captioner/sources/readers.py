@@ -102,7 +102,9 @@ class HttpReader(Reader):
     def __init__(
         self, uri: str, options: dict[str, Any], num_connections: int, socket_factory: Callable[..., Any] | None
     ) -> None:
-        client = functools.partial(http_client, num_connections=num_connections, socket_factory=socket_factory)
+        client = functools.partial(
+            http_client, home=uri, num_connections=num_connections, socket_factory=socket_factory
+        )
         self._fs = open_store(uri, {**options, "get_client": client, "skip_instance_cache": True}).fs
 
     async def read(self, uri: str, max_bytes: int) -> bytes | Reject:

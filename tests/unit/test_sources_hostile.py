@@ -342,6 +342,18 @@ def test_headers_for_the_server_of_a_list_are_sent_to_no_other(enemy: _Enemy) ->
     assert sent == {"/own": True, "/other": False}
 
 
+def test_headers_for_a_server_do_not_go_where_it_sends_us(enemy: _Enemy) -> None:
+    enemy.location = f"http://localhost:{enemy.server_port}/stolen"
+    login = {
+        "headers": {"X-Api-Key": "s3cr3t"},
+        "client_kwargs": {"headers": {"X-Token": "s3cr3t", "Cookie": "s3cr3t"}},
+    }
+    access = InputConfig(storage_options=login, allow_local_uris=True)
+    assert Fetcher(f"{enemy.url}/list.txt", access, ImageConfig()).fetch([f"{enemy.url}/moved"]) == [b"secret"]
+    sent = {path: [name for name, value in headers.items() if value == "s3cr3t"] for path, headers in enemy.seen}
+    assert sent == {"/moved": ["X-Token", "Cookie", "X-Api-Key"], "/stolen": []}
+
+
 # -- credentials
 
 
