@@ -9,6 +9,7 @@ input as it was. Memory holds 48 bytes for each image of a listing, and a page.
 
 import hashlib
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,8 @@ __all__ = ["Refreshed", "refresh"]
 _THREADS = 16
 _NUM_NAMED = 3  # of the images that changed or vanished
 _COLUMNS = ["uri", "image_id", "size_bytes"]
+# CloudFront's and S3's older kind, and Azure's shared access signatures
+_OF_SIGNATURE = re.compile(r"(?<=[?&])(expires|se|st|ske|skt|sks|skv|skoid|sktid|sp|spr|sr|sv)=[^&#\0]*", re.IGNORECASE)
 
 
 @dataclass
@@ -173,8 +176,12 @@ class _Known:
 
 
 def _digest(uri: str | None, image_id: str) -> bytes:
-    text = f"{urls.redact(uri or '')}\0{image_id}".encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=16).hexdigest().encode()  # in hex, for NumPy cuts zeros off bytes
+    text = f"{urls.redact(uri or '')}\0{image_id}"
+    if "***" in text:  # signed: how long that holds, and for what, is of the signature and not of the image
+        text = _OF_SIGNATURE.sub(r"\1=***", text)
+    return (
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest().encode()
+    )  # in hex, for NumPy cuts zeros off bytes
 
 
 class _NewRows(ListingWriter):

@@ -149,9 +149,10 @@ def autoscaling_cluster(node_types: Mapping[str, Any], idle_timeout_s: float = 6
 @contextmanager
 def job_server(environment: Mapping[str, str], num_cpus: int = 2) -> Iterator[tuple[LocalCluster, str]]:
     """Yield a cluster of one node and the address of its job server; `environment` is its jobs'."""
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard, agent = _free_port(), _free_port(), _free_port()
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         flags = [f"--num-cpus={num_cpus}", "--include-dashboard=true", f"--dashboard-port={dashboard}"]
+        flags.append(f"--dashboard-agent-listen-port={agent}")  # another Ray on this machine has the usual one
         own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_metrics_report_interval_ms": "500"}
         with _head(port, Path(folder), flags, {**own, **environment}) as cluster:
             address = f"http://127.0.0.1:{dashboard}"

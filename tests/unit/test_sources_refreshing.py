@@ -73,13 +73,23 @@ def test_rows_that_a_list_gained_anywhere_are_new_even_where_they_repeat(tmp_pat
     assert (refreshed.num_new, refreshed.num_vanished) == (2, 0)
 
 
-def test_a_list_that_was_signed_anew_has_no_new_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "num_new"),
+    [
+        ("X-Amz-Signature=one", "X-Amz-Signature=two", 0),
+        ("AWSAccessKeyId=k&Signature=one&Expires=1", "AWSAccessKeyId=k&Signature=two&Expires=2", 0),
+        ("sv=2024&se=1&sr=b&sig=one", "sv=2025&se=2&sr=b&sig=two", 0),
+        ("page=1&X-Amz-Signature=one", "page=2&X-Amz-Signature=one", 1),
+        ("sv=1", "sv=2", 1),
+    ],
+)
+def test_a_list_that_was_signed_anew_has_no_new_images(tmp_path: Path, before: str, after: str, num_new: int) -> None:
     listing, run = tmp_path / "list.txt", tmp_path / "run"
-    listing.write_text("https://host/a.jpg?X-Amz-Signature=one")
+    listing.write_text(f"https://host/a.jpg?{before}")
     freeze(str(listing), InputConfig(), str(run))
-    listing.write_text("https://host/a.jpg?X-Amz-Signature=two")
+    listing.write_text(f"https://host/a.jpg?{after}")
     _, _, refreshed = grown(str(listing), run)
-    assert (refreshed.num_new, refreshed.num_vanished) == (0, 0)
+    assert (refreshed.num_new, refreshed.num_vanished) == (num_new, num_new)
 
 
 def test_new_parquet_files_are_new_units_and_changed_ones_are_told(tmp_path: Path) -> None:
