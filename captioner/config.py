@@ -665,11 +665,11 @@ class TrainingConfig:
     """Steps between two lines of progress and of metrics.jsonl."""
 
     eval_every: int | None = None
-    """Steps between two looks at the validation split. By default an epoch, or a twentieth of the fit if that is less.
-    """
+    """Steps between two looks at the validation split. By default an epoch, or if that is less a twentieth of the fit,
+    at least 250."""
 
     checkpoint_every: int | None = None
-    """Steps between two checkpoints. By default an epoch, or a twentieth of the fit if that is less.
+    """Steps between two checkpoints. By default an epoch, or if that is less a twentieth of the fit, at least 250.
     Whatever it says, one is kept every three minutes."""
 
     num_measured_images: int = 1000

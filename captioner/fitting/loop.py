@@ -23,7 +23,8 @@ from captioner.model.caption_model import CaptionModel
 
 __all__ = ["Listener", "fit_projector", "num_steps_of"]
 
-_LOOKS = 20  # evaluations and checkpoints of a fit, if nothing else is said
+_LOOKS = 20  # evaluations and checkpoints of a long fit, if nothing else is said
+_STEPS_APART = 250  # and not closer, or a short fit would spend its time on looking
 _CHECKPOINT_S = 180.0  # seconds after which the next line of progress is a checkpoint, whatever the steps
 
 
@@ -143,8 +144,8 @@ class _Pace:
 
     @property
     def _usual(self) -> int:
-        """Steps between two looks where nobody says: an epoch, and the twentieth part of a fit if that is less."""
-        return max(1, min(self.steps_per_epoch, self.num_steps // _LOOKS))
+        """Steps between two looks where nobody says: an epoch, or the twentieth part of a long fit if that is less."""
+        return min(self.steps_per_epoch, max(_STEPS_APART, self.num_steps // _LOOKS))
 
     def has_evaluation(self, step: int) -> bool:
         return step % (self.config.eval_every or self._usual) == 0 or step == self.num_steps

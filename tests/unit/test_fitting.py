@@ -343,7 +343,8 @@ def checkpoints_of(folder, **changes):
     return steps, fit_projector(model, toys.train_split(model), None, toys.config(**changes), listener=listener)
 
 
-def test_a_long_fit_of_one_epoch_is_looked_at_and_kept_twenty_times(folder):
+def test_a_long_fit_of_one_epoch_is_looked_at_and_kept_twenty_times(folder, monkeypatch):
+    monkeypatch.setattr("captioner.fitting.loop._STEPS_APART", 1)
     model = toys.fresh(folder)
     num_examples = len(toys.train_split(model))
     assert num_examples > 40
@@ -352,6 +353,14 @@ def test_a_long_fit_of_one_epoch_is_looked_at_and_kept_twenty_times(folder):
     assert steps == sorted({*range(every, num_examples + 1, every), num_examples})
     assert [row["step"] for row in state.history] == steps
     assert checkpoints_of(folder, max_steps=3)[0] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "looks"), [(156, [156]), (600, [250, 500, 600]), (20_000, range(1000, 20_001, 1000))]
+)
+def test_a_short_fit_does_not_spend_its_time_on_looking(num_steps, looks):
+    pace = _Pace(toys.config(), steps_per_epoch=num_steps, num_steps=num_steps)
+    assert [step for step in range(1, num_steps + 1) if pace.has_evaluation(step)] == list(looks)
 
 
 def test_a_fit_of_many_epochs_is_looked_at_once_in_each():
@@ -373,7 +382,7 @@ def test_a_checkpoint_is_due_after_some_minutes_and_adds_no_row(folder, monkeypa
 def test_a_checkpoint_of_other_examples_is_refused_with_what_to_do(folder):
     model, kept = toys.fresh(folder), []
     listener = Listener(on_checkpoint=lambda state, fit: kept.append(state.to_bytes(fit)))
-    options = {"config": toys.config(max_steps=2), "validation": None}
+    options = {"config": toys.config(max_steps=2, checkpoint_every=1), "validation": None}
     fit_projector(model, toys.train_split(model), examples="a" * 32, listener=listener, **options)
     assert fit_projector(model, toys.train_split(model), examples="a" * 32, saved=kept[0], **options).step == 2
     with pytest.raises(OutputError, match=r"step 1 is of other examples \(aaaaaaaaaaaa\) .* remove _run/checkpoint.pt"):
@@ -406,7 +415,7 @@ def test_the_best_weights_are_kept_and_the_fit_ends_early(folder, monkeypatch):
     monkeypatch.setattr("captioner.fitting.validation.Validation._loss", lambda self, fit: next(losses))
     model = toys.fresh(folder)
     seen = []
-    config = toys.config(eval_every=2, max_steps=12, early_stop=2)
+    config = toys.config(eval_every=2, checkpoint_every=2, max_steps=12, early_stop=2)
     listener = Listener(on_checkpoint=lambda state, fit: seen.append((state.step, weights_of(fit)["weight"])))
     state = fit_projector(model, toys.train_split(model), toys.validation(model), config, listener=listener)
     assert (state.step, state.is_stopped, state.best.step) == (8, True, 4)
