@@ -3,6 +3,7 @@
 Knows transformers' config and module classes in general; nothing of CLIP or LLaMA in particular.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ _Config = TypeVar("_Config")
 _PretrainedConfig = TypeVar("_PretrainedConfig", bound=PretrainedConfig)
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_ALLOCATING = threading.Lock()
+
 
 def parse_config(config_class: type[_PretrainedConfig], raw: dict[str, Any], *, where: str) -> _PretrainedConfig:
     """Return the config that a config.json describes. Raises BundleError if transformers refuses its values."""
@@ -38,8 +41,12 @@ def parse_config(config_class: type[_PretrainedConfig], raw: dict[str, Any], *, 
 def allocate(
     build: Callable[[_Config], _Module], config: _Config, *, dtype: torch.dtype, device: torch.device
 ) -> _Module:
-    """Return `build(config)` on the device in this dtype: weights allocated but not set, buffers right."""
-    with no_init_weights(), torch.device(device), _default_dtype(dtype):
+    """Return `build(config)` on the device in this dtype: weights allocated but not set, buffers right.
+
+    One thread at a time: torch's initialisers and default dtype are swapped for the whole process meanwhile, and two
+    swaps that overlap would restore each other's, so that no module of the process would be initialised again.
+    """
+    with _ALLOCATING, no_init_weights(), torch.device(device), _default_dtype(dtype):
         return build(config)
 
 
