@@ -20,7 +20,7 @@ from captioner.features import FeatureCache, FeatureIndex, Positions
 from captioner.images import Preprocessing
 from captioner.labels import Labels
 from captioner.rows import MAX_UNIT_ROWS, TRANSIENT_REASONS, Reject, split_key
-from captioner.slices import Slice, SliceReader, cut
+from captioner.slices import Slice, SliceReader, cut, listing_rows
 from captioner.sources import Columns, Fetcher, Unit
 from captioner.sources.faults import output_errors
 from captioner.sources.listing import ListingWriter
@@ -107,9 +107,10 @@ class FeaturePlan:
         columns = (rows[name].to_pylist() for name in ("uri", "image_id", "source"))
         for uri, image_id, source, version in zip(*columns, versions, strict=True):
             writer.add(uri, image_id=image_id, kept=(source, version, None))
+        num_listed = listing_rows(len(self.missing))
         for unit in writer.close():
             assert unit.num_rows is not None
-            for piece in cut(unit, unit.num_rows, np.zeros(unit.num_rows, bool), {}):
+            for piece in cut(unit, unit.num_rows, np.zeros(unit.num_rows, bool), {}, num_listed):
                 yield LabelSlice(**vars(piece))
 
     def _contained(self) -> "Iterator[LabelSlice]":

@@ -18,7 +18,7 @@ from captioner.errors import ConfigError
 from captioner.failure_limit import FailureLimit
 from captioner.model.bundle import BundleDescription, describe
 from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
-from captioner.slices import Slice, SliceReader, cut
+from captioner.slices import Slice, SliceReader, cut, listing_rows
 from captioner.sources import Columns, Frozen, Refreshed, Unit, count_images, freeze, load_frozen, refresh, save_count
 from captioner.sources.urls import absolute, redact, scheme
 from captioner.stopping import StopFile
@@ -270,6 +270,8 @@ def _slices(frozen: Frozen, done: Done, limit: int | None, count: Callable[[Unit
     attempts = _by_unit(done.attempts)
     slices: list[Slice] = []
     num_skipped, left = 0, limit
+    num_images = sum(unit.num_rows or 0 for unit in frozen.units)
+    num_listed = listing_rows(num_images if limit is None else min(limit, num_images))
     for unit in frozen.units:
         stop = unit.num_rows
         if left is not None:
@@ -277,7 +279,7 @@ def _slices(frozen: Frozen, done: Done, limit: int | None, count: Callable[[Unit
             left -= stop
         finished = done.keys.positions(unit.ordinal, stop)
         num_skipped += int(finished.sum())
-        slices += cut(unit, stop, finished, attempts.get(unit.ordinal, {}))
+        slices += cut(unit, stop, finished, attempts.get(unit.ordinal, {}), num_listed)
         if left == 0:
             break
     return slices, num_skipped

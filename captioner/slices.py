@@ -17,9 +17,11 @@ from captioner.rows import MAX_UNIT_ROWS
 from captioner.sources import Columns, Limits, Unit, read_unit, save_count
 from captioner.stopping import StopFile
 
-__all__ = ["BLOCK_ROWS", "Slice", "SliceReader", "cut"]
+__all__ = ["BLOCK_ROWS", "Slice", "SliceReader", "cut", "listing_rows"]
 
 BLOCK_ROWS = 256  # images of one decode call
+_LIGHT_BLOCKS = 8  # most blocks of URIs that one task reads
+_LISTING_TASKS = 500  # keep every worker busy; more only cost: a task takes as long as dozens of small images
 _USUAL_TAR_BYTES, _USUAL_IMAGE_BYTES = 1 << 30, 64 << 10
 _LIGHT_ROW_BYTES = 4096  # a Parquet row below this holds a URI, not an image, so that many fit one block
 
@@ -55,12 +57,19 @@ class Slice:
         return max(0, guess - (0 if self.done is None else int(self.done.sum())))
 
 
-def cut(unit: Unit, stop: int | None, finished: np.ndarray, attempts: Mapping[int, int]) -> Iterator[Slice]:
-    """Yield the slices of one unit that have rows left."""
+def listing_rows(num_images: int) -> int:
+    """Return how many rows of its listing one task of a job over so many images reads: whole blocks."""
+    return BLOCK_ROWS * min(_LIGHT_BLOCKS, max(1, num_images // (BLOCK_ROWS * _LISTING_TASKS)))
+
+
+def cut(
+    unit: Unit, stop: int | None, finished: np.ndarray, attempts: Mapping[int, int], num_listed: int = BLOCK_ROWS
+) -> Iterator[Slice]:
+    """Yield the slices of one unit that have rows left; of a listing of `num_listed` rows each."""
     if stop is None:
         yield Slice(unit=unit, done=finished if finished.any() else None, attempts=attempts)
         return
-    step = _slice_rows(unit) or max(stop, 1)
+    step = num_listed if unit.kind == "listing" else _slice_rows(unit) or max(stop, 1)
     tried: defaultdict[int, dict[int, int]] = defaultdict(dict)
     for position, count in attempts.items():
         tried[position // step * step][position] = count
@@ -72,11 +81,9 @@ def cut(unit: Unit, stop: int | None, finished: np.ndarray, attempts: Mapping[in
 
 
 def _slice_rows(unit: Unit) -> int | None:
-    """Return how many rows of a unit one task reads; None for all, where to skip rows would mean to read them."""
-    if unit.kind == "listing":
-        return BLOCK_ROWS
+    """Return how many rows of a file one task reads; None for all, where to skip rows would mean to read them."""
     is_light = unit.kind == "parquet" and unit.num_rows and (unit.size_bytes or 0) / unit.num_rows < _LIGHT_ROW_BYTES
-    return 8 * BLOCK_ROWS if is_light else None
+    return _LIGHT_BLOCKS * BLOCK_ROWS if is_light else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from captioner.config import CaptionJobConfig, DecodingConfig, InputConfig, Mode
 from captioner.errors import BundleError, ConfigError, InputError, OutputError
 from captioner.plan import Plan, output_options, plan_job
 from captioner.rows import RejectReason, captioned_schema, row_key
-from captioner.slices import BLOCK_ROWS, cut
+from captioner.slices import BLOCK_ROWS, cut, listing_rows
 from captioner.sources import Unit
 from captioner.sources.faults import Fault, StoreError
 from captioner.tables import CaptionTable, Stamp, audit
@@ -100,6 +100,25 @@ def test_failures_are_tried_again_as_asked_and_say_which_attempt_it_is(
     tables = [table for piece in plan.slices for table in plan.reader.read(piece)]
     attempts = [attempt for table in tables for attempt in table.column("attempt").to_pylist()]
     assert attempts == [2] * expected
+
+
+def test_tasks_over_a_listing_grow_with_the_job_up_to_a_bound() -> None:
+    blocks = {num: listing_rows(num) // BLOCK_ROWS for num in (0, 600, 255_999, 256_000, 1_000_000, 10**7, 10**10)}
+    assert list(blocks.values()) == [1, 1, 1, 2, 7, 8, 8]
+    unit = Unit(ordinal=0, kind="listing", path="x", name="x", num_rows=1_000_000, size_bytes=None)
+    finished = np.zeros(1_000_000, bool)
+    step = listing_rows(1_000_000)
+    finished[: step - 1], finished[step : 3 * step] = True, True
+    slices = list(cut(unit, 1_000_000, finished, {step - 1: 1, 3 * step: 2}, step))
+    assert [piece.start for piece in slices[:3]] == [0, 3 * step, 4 * step]
+    assert [dict(piece.attempts) for piece in slices[:3]] == [{step - 1: 1}, {3 * step: 2}, {}]
+    assert sum(piece.num_left or 0 for piece in slices) == 1_000_000 - (step - 1) - 2 * step
+
+
+def test_the_slices_of_a_job_are_those_of_its_size(config: CaptionJobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captioner.slices._LISTING_TASKS", 1)
+    assert [piece.num_left for piece in plan_job(config).slices] == [512, 88]
+    assert [piece.num_left for piece in plan_job(replace(config, input=InputConfig(limit=300))).slices] == [256, 44]
 
 
 def test_the_attempts_of_a_unit_are_gone_through_once_for_all_of_its_slices() -> None:
