@@ -18,7 +18,7 @@ from captioner.examples import Examples, FeatureSet
 from captioner.fit_plan import FitPlan
 from captioner.fitting.state import Best, FitState
 from captioner.gallery import Card, Page, Text, write_page
-from captioner.gallery.pictures import Picture, Pictures
+from captioner.gallery.pictures import Picture, thumbnails
 from captioner.images.thumbnails import Thumbnailer
 from captioner.labels import Labels
 from captioner.model.bundle import describe, save_bundle
@@ -26,6 +26,7 @@ from captioner.model.projector import build_projector
 from captioner.rows import Reject, RejectReason
 from captioner.sources import Fetcher
 from captioner.sources.urls import join, redact
+from captioner.table_images import TableImages
 
 __all__ = ["farewell", "planned", "save_result", "summarize"]
 
@@ -118,14 +119,14 @@ def _pictures(
     """Return a thumbnail of each image, or why there is none."""
     rows = labels.table.filter(pc.is_in(labels.table["image_id"], pa.array(image_ids))).to_pylist()
     if labels.frozen is not None:
-        reader = Pictures(
+        images = TableImages(
             frozen=labels.frozen,
             input_path=labels.location,
             run_folder=join(run_folder, "labels"),
             table_options=options,
             access=labels.access,
         )
-        found = reader.get([row["key"] for row in rows])
+        found = thumbnails(images, [row["key"] for row in rows])
         return {row["image_id"]: found[row["key"]] for row in rows}
     fetched = Fetcher(labels.location, labels.access, _PICTURE).fetch([row["uri"] for row in rows])
     with Thumbnailer(_PICTURE, side=_SIDE_PX, max_bytes=_PICTURE_BYTES) as thumbnailer:

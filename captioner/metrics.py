@@ -138,18 +138,33 @@ def _starts(lengths: IntArray) -> IntArray:
 class ImageScores:
     """What each image adds to the corpus' figures: sums that may be added over any set of images.
 
-    statistics: float64[N, 12]: matched and all n-grams of 1..4 words, words of the reference nearest in length,
-    ROUGE-L, CIDEr-D, and 1.
+    statistics: float64[N, 12 + 2K]: matched and all n-grams of 1..4 words, words of the reference nearest in length,
+    ROUGE-L, CIDEr-D, and 1; then, of each of K further scores, its value and 1, or 0 twice where it is not known.
     """
 
     statistics: FloatArray
+    further: tuple[str, ...] = ()
+    """Names of the K further scores."""
 
     def __len__(self) -> int:
         return len(self.statistics)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every figure: METRICS, and the means of the further scores."""
+        return METRICS + self.further
+
+    def with_mean(self, name: str, values: FloatArray) -> "ImageScores":
+        """Return the same with the mean of one more score. values: float64[N], NaN for an image that has none."""
+        known = ~np.isnan(values)
+        columns = np.stack([np.where(known, values, 0), known], axis=1)
+        return ImageScores(np.concatenate([self.statistics, columns], axis=1), (*self.further, name))
+
     def figures(self) -> dict[str, float]:
-        """Return each of METRICS for the whole corpus; 1 is the best BLEU and ROUGE-L, 10 the best CIDEr-D."""
-        return dict(zip(METRICS, _figures(self.statistics.sum(0)).tolist(), strict=True))
+        """Return each of `names` for the whole corpus; 1 is the best BLEU and ROUGE-L, 10 the best CIDEr-D.
+
+        The mean of a score that no image has is NaN."""
+        return dict(zip(self.names, _figures(self.statistics.sum(0)).tolist(), strict=True))
 
     def intervals(
         self, *, num_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
@@ -163,8 +178,9 @@ class ImageScores:
         num = len(groups)
         draws = (np.bincount(rng.integers(num, size=num), minlength=num) for _ in range(num_resamples))
         resampled = _figures(np.stack([draw @ groups for draw in draws]))
+        resampled = np.where(np.isnan(resampled), _figures(groups.sum(0)), resampled)  # drawn without such a score
         low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-        return dict(zip(METRICS, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+        return dict(zip(self.names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
     def _random_groups(self, rng: np.random.Generator) -> FloatArray:
         num_groups = min(len(self), _BOOTSTRAP_GROUPS)
@@ -174,13 +190,15 @@ class ImageScores:
 
 
 def _figures(sums: FloatArray) -> FloatArray:
-    """Return METRICS, float64[..., 6], from sums of statistics, float64[..., 12]."""
+    """Return METRICS and the further means, float64[..., 6 + K], from sums of statistics, float64[..., 12 + 2K]."""
     precisions = (sums[..., _MATCHES] + _BLEU_TINY) / (sums[..., _TOTALS] + _BLEU_SMALL)
     means = np.exp(np.cumsum(np.log(precisions), axis=-1) / np.arange(1, _MAX_ORDER + 1))
     num_words = sums[..., _TOTALS][..., :1]
     ratio = (num_words + _BLEU_TINY) / (sums[..., _REFERENCE_LENGTH, None] + _BLEU_SMALL)
     bleu = means * np.exp(np.minimum(0, 1 - 1 / ratio))
-    return np.concatenate([bleu, sums[..., [_ROUGE_L, _CIDER_D]] / sums[..., [_IMAGES]]], axis=-1)
+    totals, counts = sums[..., _IMAGES + 1 :: 2], sums[..., _IMAGES + 2 :: 2]
+    further = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
+    return np.concatenate([bleu, sums[..., [_ROUGE_L, _CIDER_D]] / sums[..., [_IMAGES]], further], axis=-1)
 
 
 def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> ImageScores:
@@ -427,16 +445,16 @@ def clip_scores(image_features: "Tensor", caption_features: "Tensor") -> FloatAr
 
 
 def ref_clip_scores(
-    image_features: "Tensor", caption_features: "Tensor", reference_features: Sequence["Tensor"]
+    scores: FloatArray, caption_features: "Tensor", reference_features: Sequence["Tensor"]
 ) -> FloatArray:
     """Return RefCLIPScore: the harmonic mean of CLIPScore and the caption's cosine with its nearest reference.
 
-    reference_features: for each image float[R, D] of its references. Returns float64[B]."""
+    scores: float64[B], CLIPScore of each caption. reference_features: for each image float[R, D] of its references.
+    Returns float64[B]."""
     pairs = zip(caption_features, reference_features, strict=True)
     nearest = np.array([max(0.0, _cosines(caption[None], own).max()) for caption, own in pairs])
-    with_image = clip_scores(image_features, caption_features)
-    total = with_image + nearest
-    means: FloatArray = np.divide(2 * with_image * nearest, total, out=np.zeros_like(total), where=total > 0)
+    total = scores + nearest
+    means: FloatArray = np.divide(2 * scores * nearest, total, out=np.zeros_like(total), where=total > 0)
     return means
 
 

@@ -14,11 +14,12 @@ from captioner.errors import InputError
 from captioner.gallery.caption_cards import Row, caption_card, pair_card
 from captioner.gallery.comparison import Comparison, compare, settings_that_differ
 from captioner.gallery.page import Page, page_html, write_page
-from captioner.gallery.pictures import Pictures
+from captioner.gallery.pictures import thumbnails
 from captioner.gallery.references import references_of
 from captioner.gallery.table_rows import TableRows, ask_rows
 from captioner.rows import CAPTIONS, FAILURES, SCORES, Reject, RejectReason
 from captioner.sources.urls import absolute, name, redact, shared_options
+from captioner.table_images import TableImages
 from captioner.tables import CaptionTable, open_table
 
 __all__ = ["write_comparison", "write_gallery"]
@@ -49,17 +50,17 @@ def write_gallery(
     """
     options = storage_options or {}
     table = open_table(table_url, options)
-    pictures = Pictures.of(table, options, image_storage_options, allow_local_uris=allow_local_uris)
+    images = TableImages.of(table, options, image_storage_options, allow_local_uris=allow_local_uris)
     found = _completed(rows, table)
     told = references_of([_id(row) for row in found], references, options) if references and found else {}
     page = Page(
         title=title or _title(table),
         cards=[caption_card(row, _NO_KEY, told.get(_id(row), ())) for row in found],
         lines=[*lines, *_made_by(table)],
-        scores=[*_own(rows.column_names, pictures), *(score for score in SCORES[:2] if _has(score, found))],
+        scores=[*_own(rows.column_names, images), *(score for score in SCORES[:2] if _has(score, found))],
     )
     keys = [None if row.get("reason") is not None else row.get("key") for row in found]
-    return _written(page, keys, pictures, output, shared_options(absolute(output), table.url, options))
+    return _written(page, keys, images, output, shared_options(absolute(output), table.url, options))
 
 
 def write_comparison(
@@ -79,7 +80,7 @@ def write_comparison(
     """
     options = storage_options or {}
     tables = open_table(table_url, options), open_table(other_url, options)
-    pictures = Pictures.of(tables[0], options, image_storage_options, allow_local_uris=allow_local_uris)
+    images = TableImages.of(tables[0], options, image_storage_options, allow_local_uris=allow_local_uris)
     comparison = ask_rows(
         tables[0], lambda first: ask_rows(tables[1], lambda second: compare(first, second, num_pairs, seed))
     )
@@ -92,7 +93,7 @@ def write_comparison(
         layout="pairs",
     )
     keys = [pair.rows[0]["key"] for pair in comparison.pairs]
-    return _written(page, keys, pictures, output, shared_options(absolute(output), tables[0].url, options))
+    return _written(page, keys, images, output, shared_options(absolute(output), tables[0].url, options))
 
 
 def _completed(rows: pa.Table, table: CaptionTable) -> list[Row]:
@@ -126,9 +127,9 @@ def _naming(rows: pa.Table) -> str:
     return naming[0]
 
 
-def _own(names: Sequence[str], pictures: Pictures) -> list[str]:
+def _own(names: Sequence[str], images: TableImages) -> list[str]:
     """Return the columns that a query made: what a person asked for, he wants to see."""
-    known = {*CAPTIONS.names, *FAILURES.names, *(field.name for field in pictures.frozen.columns.kept)}
+    known = {*CAPTIONS.names, *FAILURES.names, *(field.name for field in images.frozen.columns.kept)}
     return [name for name in names if name not in known][:_NUM_OWN]
 
 
@@ -141,11 +142,11 @@ def _id(row: Row) -> str:
 
 
 def _written(
-    page: Page, keys: Sequence[int | None], pictures: Pictures, output: str, options: Mapping[str, Any]
+    page: Page, keys: Sequence[int | None], images: TableImages, output: str, options: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """Write a page whose cards have no pictures yet, with those of their keys in the room that its texts leave."""
     wanted = [key for key in keys if key is not None]
-    seen = pictures.get(wanted, page_bytes=len(page_html(page).encode()))
+    seen = thumbnails(images, wanted, page_bytes=len(page_html(page).encode()))
     cards = [
         card if key is None else replace(card, picture=seen[key]) for card, key in zip(page.cards, keys, strict=True)
     ]

@@ -21,11 +21,12 @@ from captioner.gallery.caption_cards import caption_card, pair_card
 from captioner.gallery.comparison import compare
 from captioner.gallery.differences import change, difference
 from captioner.gallery.page import page_html
-from captioner.gallery.pictures import Pictures, _room
+from captioner.gallery.pictures import _room, thumbnails
 from captioner.gallery.table_rows import TableRows, _some, ask_rows
 from captioner.gallery_job import gallery
 from captioner.images.thumbnails import Thumbnail, Thumbnailer
 from captioner.rows import Reject, RejectReason, row_key
+from captioner.table_images import TableImages
 from captioner.tables import CaptionTable
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
 from tests.conftest import Bucket
@@ -230,9 +231,9 @@ def test_pictures_come_out_of_tars_and_parquet_and_only_the_wanted_rows_are_kept
         ("images.parquet", [3, 12, 39], [53, 62, 89]),
     ):
         table, _ = begin_table(str(tmp_path / f"of-{place}"), str(tmp_path / place))
-        source = Pictures.of(table, {})
+        source = TableImages.of(table, {})
         assert sum(rows.num_rows for rows in source._rows(source.frozen.units[0], keys)) == len(keys)
-        pictures = source.get([*keys, 999])
+        pictures = thumbnails(source, [*keys, 999])
         assert [pictures[key].width for key in keys if isinstance(pictures[key], Thumbnail)] == widths
         gone = pictures[999]
         assert isinstance(gone, Reject)
@@ -245,7 +246,7 @@ def test_a_unit_that_changed_or_went_away_costs_its_own_pictures_only(tmp_path: 
     table, _ = begin_table(str(tmp_path / "captions"), str(tmp_path / "*.parquet"))
     pq.write_table(pa.table({"image": [encoded(seed=1)] * 9}), tmp_path / "b.parquet")
     (tmp_path / "c.parquet").unlink()
-    pictures = Pictures.of(table, {}).get([row_key(unit, 1) for unit in range(3)])
+    pictures = thumbnails(TableImages.of(table, {}), [row_key(unit, 1) for unit in range(3)])
     assert isinstance(pictures[1], Thumbnail)
     assert [found.reason for found in pictures.values() if isinstance(found, Reject)] == ["changed", "fetch_failed"]
     changed = pictures[row_key(1, 1)]

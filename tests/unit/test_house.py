@@ -22,6 +22,7 @@ ORDER = [
         *("decoding", "metrics", "tables", "failure_limit", "slices", "prediction", "decode_worker"),
         *("caption_files", "same_pictures", "splits"),
     },
+    {"table_images"},
     {"evaluation", "verification", "demo.train", "label_files"},
     {"fitting", "gallery", "plan", "worker", "labels", "features"},
     {"progress", "rehearsal", "summary", "feature_plan"},

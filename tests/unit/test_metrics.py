@@ -239,9 +239,23 @@ def test_clip_score_is_two_and_a_half_times_the_cosine_and_never_negative() -> N
     assert clip_scores(image, caption) == pytest.approx([2.5 * 0.6, 0.0, 0.0])
 
 
+def test_the_mean_of_a_further_score_is_that_of_the_images_that_have_it(coco_scores: ImageScores) -> None:
+    values = np.linspace(0, 2, len(coco_scores))
+    values[::4] = np.nan
+    scores = coco_scores.with_mean("clip_score", values).with_mean("unknown", np.full(len(values), np.nan))
+    figures, intervals = scores.figures(), scores.intervals(seed=3)
+    assert figures["clip_score"] == pytest.approx(np.nanmean(values))
+    low, high = intervals["clip_score"]
+    error = np.nanstd(values) / np.sqrt(np.count_nonzero(~np.isnan(values)))
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)
+    assert np.isnan([figures["unknown"], *intervals["unknown"]]).all()
+    assert {name: figures[name] for name in METRICS} == coco_scores.figures()
+    assert {name: intervals[name] for name in METRICS} == coco_scores.intervals(seed=3)
+
+
 def test_ref_clip_score_is_the_harmonic_mean_with_the_nearest_reference() -> None:
     image, caption = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.6, 0.8], [-1.0, 0.0]])
     references = [torch.tensor([[0.0, 5.0], [-1.0, 0.0]]), torch.tensor([[1.0, 0.0]])]
     with_image, nearest = 2.5 * 0.6, 0.8
     expected = 2 * with_image * nearest / (with_image + nearest)
-    assert ref_clip_scores(image, caption, references) == pytest.approx([expected, 0.0])
+    assert ref_clip_scores(clip_scores(image, caption), caption, references) == pytest.approx([expected, 0.0])
