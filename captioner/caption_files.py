@@ -52,6 +52,10 @@ class CaptionRow(NamedTuple):
     image_id: str
     caption: str
     file_name: str = ""
+    key: int | None = None
+    """Row of a caption table; None elsewhere."""
+
+    clip_score: float | None = None
 
 
 class Record(NamedTuple):
@@ -61,6 +65,8 @@ class Record(NamedTuple):
     captions: Any = None
     file_name: Any = None
     split: Any = None
+    key: Any = None
+    clip_score: Any = None
     problem: str = ""
 
 
@@ -72,6 +78,8 @@ class Wanted:
     captions: tuple[str, ...] = CAPTION_COLUMNS
     file_name: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
+    clip_score: tuple[str, ...] = ()
     has_image: bool = False
     """Whether each row has its image with it, so that no column need name it."""
 
@@ -83,7 +91,7 @@ class Wanted:
 
     def choose(self, names: Collection[str], where: str) -> dict[str, str]:
         """Return the column of each field that has one. Raises InputError with the columns that there are."""
-        wished = {kind: getattr(self, kind) for kind in ("image_id", "captions", "file_name", "split")}
+        wished = {kind: getattr(self, kind) for kind in Record._fields if kind != "problem"}
         found = {kind: next((name for name in these if name in names), None) for kind, these in wished.items()}
         for kind, flag in self.named.items():
             if found[kind] is None:
@@ -94,7 +102,7 @@ class Wanted:
         return {kind: column for kind, column in found.items() if column is not None}
 
 
-_FOR_EVALUATION = Wanted()
+_FOR_EVALUATION = Wanted(key=("key",), clip_score=("clip_score",))
 
 
 def read_captions(path: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[CaptionRow]:
@@ -114,7 +122,8 @@ def read_captions(path: str, storage_options: Mapping[str, Any] | None = None) -
                 f" caption {str(record.captions)[:40]!r}; expected a text or a whole number, and a text or a list of"
                 " texts"
             )
-        yield from (CaptionRow(image_id, text, str(record.file_name or "")) for text in texts)
+        of_table = _of_kind(record.key, int), _of_kind(record.clip_score, int | float)
+        yield from (CaptionRow(image_id, text, str(record.file_name or ""), *of_table) for text in texts)
 
 
 def read_records(
@@ -292,6 +301,11 @@ def texts_of(captions: Any) -> list[str] | None:
     """Return one caption or several as texts, a null as an empty one; None for what is neither."""
     texts = captions if isinstance(captions, list) else [captions]
     return [text or "" for text in texts] if all(isinstance(text, str | None) for text in texts) else None
+
+
+def _of_kind(value: Any, kind: Any) -> Any:
+    """Return what only a caption table has: another file may use the name for something else."""
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
 
 
 def image_name(value: Any) -> str:

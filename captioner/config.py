@@ -407,6 +407,9 @@ class VerifyConfig:
         _check(not (self.dry_run and self.compact), "--dry-run", self.dry_run, "--repair without --compact")
 
 
+_BEST_FIGURES = {"min_bleu_4": 1, "min_rouge_l": 1, "min_cider": 10, "min_clip_score": 2.5, "min_matched": 1}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """How good captions are: BLEU, ROUGE-L and CIDEr-D against references; exit 1 below a --min."""
@@ -435,8 +438,25 @@ class EvaluateConfig:
     min_cider: float | None = None
     """Lowest CIDEr-D (0 to 10; 1.0 is what papers print as 100) that passes."""
 
+    min_clip_score: float | None = None
+    """Lowest CLIPScore (0 to 2.5) that passes."""
+
     min_matched: float | None = None
     """Lowest share of the captions that has references, 0 to 1, that passes."""
+
+    model: str = ""
+    """A bundle whose CLIP has a text tower, for RefCLIPScore, and for CLIPScore where a table lacks it: its images are
+    read again. Without a model, CLIPScore is what the column `clip_score` says."""
+
+    device: str = "auto"
+    """Where that CLIP computes: auto, cpu, cuda or cuda:N."""
+
+    image_storage_options: dict[str, object] | None = None
+    """fsspec options of the images' store, as JSON.
+    By default those of the captions, when both are on the same kind of store or the captions are local."""
+
+    allow_local_uris: bool = False
+    """Follow local paths, and loopback or link-local hosts, that a remote list of images points to."""
 
     num_resamples: int = 1000
     """Bootstrap samples behind each interval."""
@@ -449,7 +469,7 @@ class EvaluateConfig:
             is_demo = self.captions == "captions-demo"
             _check(is_demo, "REFERENCES", "missing", f"what {self.captions} is to be measured against")
             object.__setattr__(self, "references", "demo")
-        for name, best in {"min_bleu_4": 1, "min_rouge_l": 1, "min_cider": 10, "min_matched": 1}.items():
+        for name, best in _BEST_FIGURES.items():
             lowest = getattr(self, name)
             _check(lowest is None or 0 <= lowest <= best, _flag(name), lowest, f"0 to {best}")
         _check(self.num_resamples >= 1, "--num-resamples", self.num_resamples, "at least 1")

@@ -23,9 +23,10 @@ from torch import nn
 
 from captioner.errors import BundleError, ConfigError
 from captioner.model.caption_model import CaptionModel
-from captioner.model.clip import load_tower, pixel_affine, read_clip
+from captioner.model.clip import ClipSource, load_clip, load_tower, pixel_affine, read_clip
 from captioner.model.folder import Folder, StorageOptions, open_folder
 from captioner.model.hub import MODEL_FILES
+from captioner.model.joint_space import JointSpace
 from captioner.model.llama import read_llama
 from captioner.model.llava import is_llava, read_llava
 from captioner.model.parts import Parts
@@ -34,7 +35,7 @@ from captioner.model.template import DEFAULT_TEMPLATE, Template
 from captioner.model.vision import VisionEncoder
 from captioner.model.weights import Weights, read_weights
 
-__all__ = ["BundleDescription", "describe", "load", "load_vision", "save_bundle"]
+__all__ = ["BundleDescription", "describe", "load", "load_joint_space", "load_vision", "save_bundle"]
 
 _FORMAT = "captioner-bundle"
 _VERSION = 1
@@ -149,10 +150,24 @@ def load_vision(
 ) -> VisionEncoder:
     """Return a vision tower alone, whole and frozen; `clip` as a description names it. Raises as `load`."""
     where = _device(device)
-    source = read_clip(open_folder(clip, storage_options).on_disk())
-    pixel_scale, pixel_shift = pixel_affine(source.preprocessing, where)
+    return _vision(read_clip(open_folder(clip, storage_options).on_disk()), _dtype(dtype, where), where)
+
+
+def load_joint_space(
+    model: str, *, dtype: str = "auto", device: str = "auto", storage_options: StorageOptions = None
+) -> tuple[VisionEncoder, JointSpace]:
+    """Return both towers of a model's CLIP, frozen, without its LLaMA. Raises as `load`."""
+    where = _device(device)
+    folder = _read(model, storage_options, None, on_disk=False).clip.folder.on_disk()
+    vision = _vision(read_clip(folder), _dtype(dtype, where), where)
+    clip, tokenizer = load_clip(folder, dtype=_dtype(dtype, where), device=where)
+    return vision, JointSpace(clip, tokenizer, keeps_vision_tower=False)
+
+
+def _vision(source: ClipSource, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
+    pixel_scale, pixel_shift = pixel_affine(source.preprocessing, device)
     return VisionEncoder(
-        tower=load_tower(source, num_layers=None, dtype=_dtype(dtype, where), device=where),
+        tower=load_tower(source, num_layers=None, dtype=dtype, device=device),
         image_size=source.image_size,
         pixel_scale=pixel_scale,
         pixel_shift=pixel_shift,

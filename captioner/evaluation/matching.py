@@ -1,26 +1,24 @@
-"""What `jobs/evaluate.py` says: how good captions are against references, and whether that is good enough.
+"""Captions of each side by image, and which of them belong together.
 
-Reads both sides part by part; what stays in memory is the image ids, the captions as word numbers and twelve numbers an
-image. Knows nothing of metrics but their names, and nothing of file formats.
+What stays in memory is the image ids and the captions as word numbers; the captions themselves only where CLIP is to
+read them. Knows nothing of file formats.
 """
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.caption_files import CaptionRow, read_captions
+from captioner.caption_files import CaptionRow
 from captioner.config import EvaluateConfig
 from captioner.errors import InputError
-from captioner.metrics import METRICS, CaptionEncoder, EncodedCaptions, ImageScores, IntArray, score_encoded
+from captioner.metrics import CaptionEncoder, EncodedCaptions, IntArray
 from captioner.sources.urls import redact
 
-__all__ = ["RULES", "Captions", "Matching", "evaluate", "match"]
+__all__ = ["RULES", "Captions", "Matching", "match", "match_sides"]
 
 RULES = {
     "id": "image_id",
@@ -29,26 +27,9 @@ RULES = {
 }
 """From strict to lenient: when two names mean the same image."""
 
-_TITLES = dict(zip(METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"), strict=True))
 _ROWS_A_BATCH = 8192
 _NUM_EXAMPLES = 3
-
-
-def evaluate(config: EvaluateConfig) -> Mapping[str, Any]:
-    """Return the figures as a summary, `ok` unless one is below its --min; the table for people goes to stderr.
-
-    Raises InputError where a side cannot be read, or no caption has a reference."""
-    encoder = CaptionEncoder()
-    captions = Captions.read(read_captions(config.captions, config.storage_options), encoder)
-    references = Captions.read(read_captions(config.references, config.storage_options), encoder).spoken()
-    matching = _matching(captions, references, config)
-    place = np.full(references.num_images, -1)
-    place[matching.images] = np.arange(len(matching.images))
-    scores = score_encoded(captions.texts.take(matching.rows), references.texts, place[references.image])
-    summary = _summary(captions, references, matching, scores, config)
-    for line in _lines(summary, matching):
-        print(line, file=sys.stderr)
-    return summary
+_ROW_TYPES = {"caption": pa.large_string(), "key": pa.int64(), "clip_score": pa.float64()}
 
 
 @dataclass(frozen=True)
@@ -61,6 +42,8 @@ class Captions:
     image: IntArray
     texts: EncodedCaptions
     file_names: Mapping[str, str] = field(default_factory=dict)
+    rows: pa.Table = field(default_factory=lambda: pa.table(dict[str, pa.Array]()))
+    """Of each caption as far as it is wanted: `caption` as it stands, its `key` and `clip_score` in a caption table."""
 
     @property
     def num_images(self) -> int:
@@ -68,22 +51,25 @@ class Captions:
         return len(self.image_ids)
 
     @staticmethod
-    def read(rows: Iterator[CaptionRow], encoder: CaptionEncoder) -> "Captions":
-        """Return all rows, read a batch at a time."""
-        ids, texts, file_names = [], [], {}
+    def read(rows: Iterator[CaptionRow], encoder: CaptionEncoder, wanted: Sequence[str] = ()) -> "Captions":
+        """Return all rows, read a batch at a time. wanted: columns of `rows`."""
+        schema = pa.schema([(name, _ROW_TYPES[name]) for name in wanted])
+        ids, texts, file_names, kept = [], [], {}, [schema.empty_table()]
         while batch := list(islice(rows, _ROWS_A_BATCH)):
             ids.append(pa.array([row.image_id for row in batch], pa.large_string()))
             texts.append(encoder.encode(row.caption for row in batch))
             file_names.update({row.image_id: row.file_name for row in batch if row.file_name})
+            kept.append(pa.table([[getattr(row, name) for row in batch] for name in wanted], schema))
         coded = pa.chunked_array(ids, pa.large_string()).combine_chunks().dictionary_encode()
         image = coded.indices.to_numpy().astype(np.int64)
-        return Captions(coded.dictionary, image, EncodedCaptions.concat(texts), file_names)
+        return Captions(coded.dictionary, image, EncodedCaptions.concat(texts), file_names, pa.concat_tables(kept))
 
     def spoken(self) -> "Captions":
         """Return the captions that have a word in them, and their images."""
         kept = np.flatnonzero(self.texts.lengths)
         present, image = np.unique(self.image[kept], return_inverse=True)
-        return Captions(self.image_ids.take(pa.array(present)), image, self.texts.take(kept), self.file_names)
+        rows = self.rows.take(pa.array(kept))
+        return Captions(self.image_ids.take(pa.array(present)), image, self.texts.take(kept), self.file_names, rows)
 
 
 # Which caption belongs to which references
@@ -105,7 +91,10 @@ class Matching:
     unmatched_examples: list[str]
 
 
-def _matching(captions: Captions, references: Captions, config: EvaluateConfig) -> Matching:
+def match_sides(captions: Captions, references: Captions, config: EvaluateConfig) -> Matching:
+    """Return which captions have references, by the rule asked for or the one that finds most.
+
+    Raises InputError where a side is empty, or no caption has a reference."""
     for side, path in ((captions, config.captions), (references, config.references)):
         if not side.num_images:
             raise InputError(f"{redact(path)} holds no caption; expected at least one")
@@ -178,63 +167,3 @@ def _reduce(names: pa.Array, rule: str) -> pa.Array:
 
 def _examples(names: pa.Array) -> str:
     return ", ".join(map(repr, names.slice(0, _NUM_EXAMPLES).to_pylist()))
-
-
-# What is said
-
-
-def _summary(
-    captions: Captions, references: Captions, matching: Matching, scores: ImageScores, config: EvaluateConfig
-) -> dict[str, Any]:
-    figures = scores.figures()
-    intervals = scores.intervals(num_resamples=config.num_resamples, seed=config.seed)
-    share = 1 - matching.num_unmatched / len(captions.image)
-    below = [f"{flag} {lowest}" for flag, value, lowest in _gates(config, figures, share) if value < lowest]
-    return {
-        "ok": not below,
-        "images": len(scores),
-        **{name: round(value, 6) for name, value in figures.items()},
-        "intervals": {name: [round(bound, 6) for bound in bounds] for name, bounds in intervals.items()},
-        "below": below,
-        "matched_by": matching.rule,
-        "captions": len(captions.image),
-        "captions_unmatched": matching.num_unmatched,
-        "captions_repeated": matching.num_repeated,
-        "references": len(references.image),
-        "reference_images": references.num_images,
-        "reference_images_without_caption": references.num_images - len(scores),
-    }
-
-
-def _gates(config: EvaluateConfig, figures: Mapping[str, float], share: float) -> Iterator[tuple[str, float, float]]:
-    """Yield flag, value and lowest value that passes, of each gate that is set."""
-    values = {
-        "--min-bleu-4": (figures["bleu_4"], config.min_bleu_4),
-        "--min-rouge-l": (figures["rouge_l"], config.min_rouge_l),
-        "--min-cider": (figures["cider_d"], config.min_cider),
-        "--min-matched": (share, config.min_matched),
-    }
-    for flag, (value, lowest) in values.items():
-        if lowest is not None:
-            yield flag, value, lowest
-
-
-def _lines(summary: Mapping[str, Any], matching: Matching) -> Iterator[str]:
-    """Yield what people read: what was compared with what, and the figures."""
-    yield f"{summary['images']:,} images have a caption and references, matched by {RULES[matching.rule]}"
-    examples = ", ".join(matching.unmatched_examples)
-    yield from _counted(summary["captions_unmatched"], "captions without references", f", such as {examples}")
-    yield from _counted(summary["captions_repeated"], "captions of an image that had one: the first counts", "")
-    yield from _counted(summary["reference_images_without_caption"], "images with references but no caption", "")
-    yield ""
-    yield f"{'':12}{'':>8}   95 % interval"
-    for name, title in _TITLES.items():
-        low, high = summary["intervals"][name]
-        yield f"{title:12}{summary[name]:8.3f}   {low:.3f} .. {high:.3f}"
-    yield ""
-    yield from (f"below {gate}" for gate in summary["below"])
-
-
-def _counted(count: int, what: str, examples: str) -> Iterator[str]:
-    if count:
-        yield f"  {count:,} {what}{examples}"

@@ -1,0 +1,200 @@
+"""CLIPScore and RefCLIPScore: what a caption table says itself, and what a model's CLIP makes of images and references.
+
+Without a model only the column `clip_score` is taken. With one, a table's images are read again where that column is
+missing or comes from another CLIP; a few at a time, so that memory holds a number an image. Torch is loaded with a
+model, not before.
+"""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from captioner.config import EvaluateConfig, ImageConfig
+from captioner.errors import ConfigError, InputError
+from captioner.images import Decoded, Decoder, Preprocessing
+from captioner.machine import num_cpus
+from captioner.metrics import FloatArray, IntArray, clip_scores, ref_clip_scores
+from captioner.rows import Reject
+from captioner.sources.urls import redact
+from captioner.table_images import TableImages
+from captioner.tables import CaptionTable, open_table
+
+if TYPE_CHECKING:
+    from captioner.model.bundle import BundleDescription
+    from captioner.model.joint_space import JointSpace
+    from captioner.model.vision import VisionEncoder
+
+__all__ = ["ClipJudge"]
+
+log = logging.getLogger("captioner")
+
+_IMAGES_A_CHUNK = 256
+_IMAGE = ImageConfig()
+
+
+@dataclass(frozen=True)
+class ClipJudge:
+    """What scores captions by CLIP, as far as it was asked to."""
+
+    config: EvaluateConfig
+    model: "BundleDescription | None"
+    unread: Counter[str] = field(default_factory=Counter)
+    """Images that were to be read again and could not, by reason: they have no score."""
+
+    @classmethod
+    def of(cls, config: EvaluateConfig) -> "ClipJudge":
+        """Return the judge of an evaluation. Raises ConfigError where its model has no text tower."""
+        if not config.model:
+            return cls(config, None)
+        from captioner.model.bundle import describe
+
+        model = describe(config.model, config.storage_options)
+        if not model.has_text_tower:
+            raise ConfigError(
+                f"--model is {config.model}: CLIPScore compares captions with images by CLIP's text tower, and"
+                f" {model.clip} has none; expected a bundle over a whole CLIP: text_model and text_projection in its"
+                " weights, and its tokenizer.json"
+            )
+        return cls(config, model)
+
+    @property
+    def wanted_of_captions(self) -> Sequence[str]:
+        """Columns of the captions that it reads."""
+        return ("caption", "key", "clip_score") if self.model else ("clip_score",)
+
+    @property
+    def wanted_of_references(self) -> Sequence[str]:
+        """Columns of the references that it reads."""
+        return ("caption",) if self.model else ()
+
+    def scores(self, captions: pa.Table, references: pa.Table, owner: IntArray) -> dict[str, FloatArray]:
+        """Return float64[N] of each score that can be had, NaN for a caption that has none.
+
+        captions: one an image. owner: int64[R], the caption that each reference is for; negative for none. Raises
+        ConfigError for a model whose score needs images that nobody knows."""
+        known = captions["clip_score"].to_numpy()
+        if self.model is None:
+            if np.isnan(known).all() and self.config.min_clip_score is not None:
+                raise ConfigError(
+                    f"--min-clip-score is {self.config.min_clip_score:g}, but {redact(self.config.captions)} has no"
+                    " clip_score; expected a table of a job with --clip-score, or --model to compute it"
+                )
+            return {"clip_score": known}
+        wanted = self._without_score(known)
+        images = self._images(captions, wanted) if len(wanted) else None
+        reader = self._reader()
+        if images:
+            log.info("clip_score=%s images=%d", self.model.clip, len(wanted))
+            known = known.copy()
+            known[wanted] = self._read(images, captions.take(pa.array(wanted)), reader)
+        return {"clip_score": known, "ref_clip_score": reader.against_references(known, captions, references, owner)}
+
+    def said(self) -> dict[str, Any]:
+        """Return what the summary tells of it: which CLIP it had, and which images that could not see."""
+        return {"clip": self.model.clip, "images_unread": dict(self.unread)} if self.model else {}
+
+    def _reader(self) -> "_Reader":
+        from captioner.model.bundle import load_joint_space
+
+        assert self.model is not None
+        vision, space = load_joint_space(
+            self.config.model, device=self.config.device, storage_options=self.config.storage_options
+        )
+        return _Reader(vision, space, self.model.preprocessing)
+
+    def _without_score(self, known: FloatArray) -> IntArray:
+        """Return the rows whose score is missing, or is that of another CLIP."""
+        assert self.model is not None
+        identity = self._table.identity() if self._table else None
+        of_table = (identity or {}).get("scoring", {}).get("text_tower")
+        is_foreign = of_table is not None and of_table != self.model.text_fingerprint
+        return np.flatnonzero(np.isnan(known) | is_foreign)
+
+    def _images(self, captions: pa.Table, wanted: IntArray) -> TableImages:
+        if self._table is None or captions["key"].take(pa.array(wanted)).null_count:
+            raise ConfigError(
+                f"--model is {self.config.model}, but {redact(self.config.captions)} has no clip_score for"
+                f" {len(wanted):,} captions, and does not say where their images are; expected the OUTPUT of a caption"
+                " job, or no --model"
+            )
+        return TableImages.of(
+            self._table,
+            self.config.storage_options,
+            self.config.image_storage_options,
+            allow_local_uris=self.config.allow_local_uris,
+        )
+
+    @property
+    def _table(self) -> CaptionTable | None:
+        try:
+            return open_table(self.config.captions, self.config.storage_options)
+        except InputError:
+            return None
+
+    def _read(self, images: TableImages, captions: pa.Table, reader: "_Reader") -> FloatArray:
+        """Return the CLIPScore of each caption with its image, NaN where that cannot be read any more."""
+        keys: list[int] = captions["key"].to_pylist()
+        texts = dict(zip(keys, captions["caption"].to_pylist(), strict=True))
+        found: dict[int, float] = {}
+        with reader.decoder:
+            for seen in images.see(keys, lambda these, data: reader.look(data, [texts[key] for key in these]), _IMAGE):
+                self.unread.update(score.reason for score in seen.values() if isinstance(score, Reject))
+                found.update((key, score) for key, score in seen.items() if not isinstance(score, Reject))
+        return np.array([found.get(key, np.nan) for key in keys])
+
+
+class _Reader:
+    """A CLIP that reads images and captions; from several threads, one at a time."""
+
+    def __init__(self, vision: "VisionEncoder", space: "JointSpace", preprocessing: Mapping[str, Any]) -> None:
+        self.decoder = Decoder(Preprocessing.from_config(preprocessing), _IMAGE, num_processes=num_cpus())
+        self._vision = vision
+        self._space = space
+        self._lock = threading.Lock()
+
+    def look(self, images: Sequence[bytes | Reject], captions: Sequence[str]) -> list[float | Reject]:
+        """Return CLIPScore of each image and its caption, or why the image cannot be read."""
+        decoded = iter(self.decoder.decode_batch([image for image in images if not isinstance(image, Reject)]))
+        outcomes = [image if isinstance(image, Reject) else next(decoded) for image in images]
+        pairs = zip(outcomes, captions, strict=True)
+        seen = [(found.pixels, caption) for found, caption in pairs if isinstance(found, Decoded)]
+        scores = iter(self._scores([pixels for pixels, _ in seen], [caption for _, caption in seen]))
+        return [found if isinstance(found, Reject) else next(scores) for found in outcomes]
+
+    def _scores(self, pixels: Sequence[np.ndarray], captions: Sequence[str]) -> list[float]:
+        import torch
+
+        if not pixels:
+            return []
+        with self._lock:
+            pooled = self._vision.pooled(torch.from_numpy(np.stack(pixels)))
+            scores = clip_scores(self._space.of_pooled(pooled), self._space.of_captions(captions))
+        return [float(score) for score in scores]
+
+    def against_references(
+        self, scores: FloatArray, captions: pa.Table, references: pa.Table, owner: IntArray
+    ) -> FloatArray:
+        """Return RefCLIPScore of captions, float64[N], NaN where there is no CLIPScore."""
+        order = np.argsort(owner, kind="stable")
+        order = order[np.searchsorted(owner[order], 0) :]
+        bounds = np.searchsorted(owner[order], np.arange(len(scores) + 1))
+        found = np.full(len(scores), np.nan)
+        for rows in _chunks(np.flatnonzero(~np.isnan(scores))):
+            texts = captions["caption"].take(pa.array(rows)).to_pylist()
+            own = [references["caption"].take(pa.array(order[bounds[row] : bounds[row + 1]])) for row in rows]
+            ends = np.cumsum([0, *(len(each) for each in own)]).tolist()
+            features = self._space.of_captions(texts + [text for each in own for text in each.to_pylist()])
+            mine, theirs = features[: len(rows)], features[len(rows) :]
+            found[rows] = ref_clip_scores(scores[rows], mine, [theirs[first:last] for first, last in pairwise(ends)])
+        return found
+
+
+def _chunks(rows: IntArray) -> Iterator[IntArray]:
+    return (rows[start : start + _IMAGES_A_CHUNK] for start in range(0, len(rows), _IMAGES_A_CHUNK))
