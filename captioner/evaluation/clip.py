@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -91,14 +92,14 @@ class ClipJudge:
         images = self._images(captions, wanted) if len(wanted) else None
         reader = self._reader()
         if images:
-            log.info("clip_score=%s images=%d", self.model.clip, len(wanted))
+            log.info("clip_score=%s images=%d", redact(self.model.clip), len(wanted))
             known = known.copy()
             known[wanted] = self._read(images, captions.take(pa.array(wanted)), reader)
         return {"clip_score": known, "ref_clip_score": reader.against_references(known, captions, references, owner)}
 
     def said(self) -> dict[str, Any]:
         """Return what the summary tells of it: which CLIP it had, and which images that could not see."""
-        return {"clip": self.model.clip, "images_unread": dict(self.unread)} if self.model else {}
+        return {"clip": redact(self.model.clip), "images_unread": dict(self.unread)} if self.model else {}
 
     def _reader(self) -> "_Reader":
         from captioner.model.bundle import load_joint_space
@@ -131,7 +132,7 @@ class ClipJudge:
             allow_local_uris=self.config.allow_local_uris,
         )
 
-    @property
+    @cached_property
     def _table(self) -> CaptionTable | None:
         try:
             return open_table(self.config.captions, self.config.storage_options)
