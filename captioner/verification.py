@@ -54,7 +54,7 @@ def _change(table: CaptionTable, frozen: Frozen, config: VerifyConfig) -> dict[s
         audited, found = _findings(table, frozen, config)
         changed: dict[str, Any] = {}
         if config.repair and found:
-            changed = {"repairs": len(found), "dropped": repair(table, found, lease.run_id)}
+            changed = {"repairs": len(found), "dropped": repair(table, frozen, found, lease.run_id)}
             print(f"  put aside below {redact(table.run_folder)}/removed/{lease.run_id}", file=sys.stderr)
         if config.compact:
             changed |= _compact(table, audited, [] if config.repair else found, lease.run_id)
@@ -63,7 +63,7 @@ def _change(table: CaptionTable, frozen: Frozen, config: VerifyConfig) -> dict[s
 
 def _findings(table: CaptionTable, frozen: Frozen, config: VerifyConfig) -> tuple[Audit, list[Finding]]:
     audited, problems = _audit(table, frozen, config)
-    found = list(findings(table, problems))
+    found = list(findings(table, frozen, problems))
     if config.repair:
         for finding in found:
             print(f"  {finding.kind}: {redact(finding.url)}: {finding.why}", file=sys.stderr)
@@ -103,5 +103,5 @@ def _lines(audit: Audit, problems: Sequence[Problem], table: CaptionTable) -> It
     if audit.unread_units:
         yield f"  {audit.unread_units:,} input files were not read to their end: run the same command again"
     yield from (f"  {problem.kind}: {redact(problem.url)}: {problem.why}" for problem in problems)
-    if audit.duplicated or audit.torn_parts:
+    if audit.duplicated or audit.torn_parts or audit.alien_failures:
         yield f"  next: python jobs/verify.py {redact(table.url)} --repair"

@@ -7,7 +7,7 @@ attempt. Reads every part whole. Changes nothing; what to do about what it finds
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -58,6 +58,8 @@ class Audit:
     missing: int
     duplicated: int
     alien: int
+    alien_failures: int
+    """Those of them that a repair takes out: what stood for rows that nobody had counted."""
     misnamed: int
     unread_units: int
     torn_parts: list[str]
@@ -195,8 +197,6 @@ class _Seen:
         present = _union(self.captioned, failed)
         expected = [(unit, rows) for unit, rows in unit_rows.items() if rows is not None]
         missing = sum(int((~present.positions(unit, rows)).sum()) for unit, rows in expected)
-        alien = sum(int(present.positions(unit)[rows:].sum()) for unit, rows in expected)
-        alien += sum(present.count(unit) for unit in present.units - set(unit_rows))
         return Audit(
             read=sum(rows for _, rows in expected) if len(expected) == len(unit_rows) else None,
             captioned=self.captioned.count(),
@@ -204,7 +204,8 @@ class _Seen:
             failed_by_reason=reasons,
             missing=missing,
             duplicated=self.duplicated,
-            alien=alien,
+            alien=_num_alien(present, unit_rows),
+            alien_failures=_num_alien(failed, unit_rows),
             misnamed=self.misnamed,
             unread_units=len(unit_rows) - len(expected),
             torn_parts=self._urls("torn"),
@@ -225,6 +226,11 @@ class _Seen:
         failed = KeySet()
         failed.add(last.column("key").to_numpy())
         return failed, dict(Counter(last.column("reason").to_pylist()))
+
+
+def _num_alien(keys: KeySet, unit_rows: Mapping[int, int | None]) -> int:
+    behind = sum(int(keys.positions(unit)[rows:].sum()) for unit, rows in unit_rows.items() if rows is not None)
+    return behind + sum(keys.count(unit) for unit in keys.units - set(unit_rows))
 
 
 def _union(first: KeySet, second: KeySet) -> KeySet:

@@ -1,33 +1,40 @@
 """Rows that stand in a table twice: each is dropped from all parts but one, and at no moment from the last.
 
-A part that loses all its rows is put aside, below `_run/removed/`. One that loses some is first written anew without
-them; then the old file is put aside. Whichever of these steps a crash comes after, each row is still there, and to mend
-again ends as if there had been no crash. Of equal rows the one of the latest run stays; within a run that of the
-smaller part, which is what an interrupted mend has written anew. Knows the parts of one table; asks for no lease.
+So are failures of no row of the input, which leave the table altogether (`aliens`). A part that loses all its rows is
+put aside, below `_run/removed/`. One that loses some is first written anew without them; then the old file is put
+aside. Whichever of these steps a crash comes after, each row is still there, and to mend again ends as if there had
+been no crash. Of equal rows the one of the latest run stays; within a run that of the smaller part, which is what an
+interrupted mend has written anew. Knows the parts of one table; asks for no lease.
 """
 
 import logging
-from collections.abc import Container, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from captioner.rows import MAX_UNIT_ROWS
+from captioner.sources import Frozen
 from captioner.sources.urls import join, name, redact
 from captioner.tables.parts import PartName, footer, is_intact, read_ahead
 from captioner.tables.table import FOLDERS, CaptionTable
 
-__all__ = ["Doubled", "doubled", "mend", "mend_late", "put_aside"]
+__all__ = ["Surplus", "aliens", "doubled", "drop", "mend", "mend_late", "put_aside"]
 
 log = logging.getLogger("captioner")
 
 _IDENTITY = {"captions": ["key"], "failures": ["key", "attempt"]}
 
 
-class Doubled(NamedTuple):
-    """A part some of whose rows stand in another part too."""
+_WHY = {"doubled": "stand in another part too", "alien": "are failures of no row of the input"}
 
+
+class Surplus(NamedTuple):
+    """A part some of whose rows do not belong where they are."""
+
+    kind: Literal["doubled", "alien"]
     folder: str
     url: str
     is_dropped: np.ndarray
@@ -36,10 +43,10 @@ class Doubled(NamedTuple):
     @property
     def why(self) -> str:
         """What a person reads of it."""
-        return f"{int(self.is_dropped.sum()):,} of its {len(self.is_dropped):,} rows stand in another part too"
+        return f"{int(self.is_dropped.sum()):,} of its {len(self.is_dropped):,} rows {_WHY[self.kind]}"
 
 
-def doubled(table: CaptionTable, without: Container[str] = ()) -> Iterator[Doubled]:
+def doubled(table: CaptionTable, without: Container[str] = ()) -> Iterator[Surplus]:
     """Yield the parts that have to lose rows, in the order in which they may.
 
     Only whole parts of this table count, so that no row is dropped for one that cannot be read. without: URLs of parts
@@ -51,7 +58,9 @@ def doubled(table: CaptionTable, without: Container[str] = ()) -> Iterator[Doubl
         while not all(is_sound := [_is_sound(table, url, again) for url, _, again in _again(folder, found)]):
             found = [part for part, sound in zip(found, is_sound, strict=True) if sound]
         yield from (
-            Doubled(folder, url, is_dropped) for url, is_dropped, _ in _again(folder, found) if is_dropped.any()
+            Surplus("doubled", folder, url, is_dropped)
+            for url, is_dropped, _ in _again(folder, found)
+            if is_dropped.any()
         )
 
 
@@ -95,20 +104,40 @@ def _is_sound(table: CaptionTable, url: str, is_again: np.ndarray) -> bool:
     return not is_again.any() or is_intact(table.store.read_bytes(url))
 
 
+def aliens(table: CaptionTable, frozen: Frozen, parts: Iterable[str]) -> Iterator[Surplus]:
+    """Yield those of some whole parts of failures that have rows of no row of the input. Raises StoreError.
+
+    Such a row stood for what nobody could read, before it was known how many rows there are.
+    """
+    num_rows = {unit.ordinal: unit.num_rows for unit in frozen.units}
+    for url, part in read_ahead(lambda url: table.read(url, ["key"]), parts):
+        if part is not None and (is_alien := _is_alien(part.column("key").to_numpy(), num_rows)).any():
+            yield Surplus("alien", "failures", url, is_alien)
+
+
+def _is_alien(keys: np.ndarray, num_rows: Mapping[int, int | None]) -> np.ndarray:
+    """Return bool[N], true for keys behind the end of their unit; nobody knows where an uncounted one ends."""
+    units, places = np.unique(keys >> 32, return_inverse=True)
+    ends = [num_rows.get(unit, 0) for unit in units.tolist()]
+    ends_of_units = np.array([MAX_UNIT_ROWS if end is None else end for end in ends], np.int64)
+    return keys & (MAX_UNIT_ROWS - 1) >= ends_of_units[places]
+
+
 def mend(table: CaptionTable, run_id: str) -> int:
-    """Drop every row that stands in another part too; return how many rows went.
+    """Drop every row that stands in another part too; return how many rows went. run_id: as in `drop`."""
+    return sum(drop(table, part, run_id) for part in list(doubled(table)))
+
+
+def drop(table: CaptionTable, part: Surplus, run_id: str) -> int:
+    """Take rows out of a part, and the part away; return how many they were.
 
     run_id: of the run that mends, which holds the lease; what it puts aside lies below `_run/removed/<run_id>/`.
     """
-    num_dropped = 0
-    for part in list(doubled(table)):
-        num_left = int((~part.is_dropped).sum())
-        log.info("mended=%s reason=%s", redact(part.url), part.why)
-        if num_left:
-            _rewrite(table, part)
-        put_aside(table, part.url, run_id)
-        num_dropped += int(part.is_dropped.sum())
-    return num_dropped
+    log.info("mended=%s reason=%s", redact(part.url), part.why)
+    if not part.is_dropped.all():
+        _rewrite(table, part)
+    put_aside(table, part.url, run_id)
+    return int(part.is_dropped.sum())
 
 
 def mend_late(table: CaptionTable, known: Container[str], run_id: str) -> int:
@@ -124,7 +153,7 @@ def mend_late(table: CaptionTable, known: Container[str], run_id: str) -> int:
     return num_dropped
 
 
-def _rewrite(table: CaptionTable, part: Doubled) -> None:
+def _rewrite(table: CaptionTable, part: Surplus) -> None:
     with pq.ParquetFile(table.store.open(part.url)) as file:
         stamp, rows = footer(file.metadata.metadata), file.read()
     table.write_part(part.folder, rows.filter(pa.array(~part.is_dropped)).replace_schema_metadata(), stamp)

@@ -121,6 +121,10 @@ def audited(table: CaptionTable) -> Audit:
     return audit(table, FROZEN)[0]
 
 
+def repaired(table: CaptionTable) -> None:
+    repair(table, FROZEN, list(findings(table, FROZEN, audit(table, FROZEN)[1])), MENDER)
+
+
 def is_each_once(table: CaptionTable, captions: set[int], failures: set[tuple[int, int]]) -> bool:
     return rows(table) == (Counter(dict.fromkeys(captions, 1)), Counter(dict.fromkeys(failures, 1)))
 
@@ -161,9 +165,9 @@ def test_a_repair_of_a_torn_table_keeps_every_row_of_every_whole_part(
         failures = {(row["key"], row["attempt"]) for row in kept if "reason" in row}
         for run in (at, 1000):
             with killed(table, run, is_after=is_after):
-                repair(table, list(findings(table, audit(table, FROZEN)[1])), MENDER)
+                repaired(table)
         assert is_each_once(table, captions, failures)
-        assert list(findings(table, audit(table, FROZEN)[1])) == []
+        assert list(findings(table, FROZEN, audit(table, FROZEN)[1])) == []
         assert len(list(Path(table.run_folder, "removed").rglob(broken.name))) == 1
 
 
@@ -214,7 +218,7 @@ def test_a_whole_compaction_makes_few_sorted_parts_and_leaves_nothing_behind(exc
         [part] = table.parts("captions")
         assert pq.read_table(part).column("key").to_pylist() == sorted(before[0])
         assert [str(path) for path in Path(table.run_folder).glob("compact-*/*/*")] == []
-        assert list(findings(table, audit(table, FROZEN)[1])) == []
+        assert list(findings(table, FROZEN, audit(table, FROZEN)[1])) == []
         assert compact(table, lease.run_id) == {"captions": (1, 1), "failures": (0, 0)}
         assert rows(table) == before
 
@@ -233,3 +237,22 @@ def test_a_byte_that_changes_anywhere_in_a_part_is_found(place: int, flip: int) 
         found = audited(table)
         assert not found.is_whole
         assert [*found.torn_parts, *found.foreign_parts] == [str(part)]
+
+
+@given(writes, st.integers(1, 9), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_a_repair_that_dies_anywhere_and_one_after_it_drop_the_failures_of_no_row_and_no_other_row(
+    calls: list[tuple[str, list[int], dict[int, str], int]], at: int, is_after: bool
+) -> None:
+    strays = [row_key(1, NUM_ROWS), row_key(1, NUM_ROWS + 5), row_key(2, 0)]  # behind an end, and of no unit
+    with made(calls) as table:
+        captions, failures = rows(table)
+        for of_part in ([*strays, row_key(0, 0)], strays):
+            table.write(captioned([], dict.fromkeys(of_part, "fetch_failed"), 9), Stamp(RUNS[1], table.digest))
+        assert audited(table).alien == audited(table).alien_failures == len(strays)
+        for run in (at, 1000):
+            with killed(table, run, is_after=is_after):
+                repaired(table)
+        found = audited(table)
+        assert (found.alien, found.duplicated, found.torn_parts, found.strangers) == (0, 0, [], [])
+        assert is_each_once(table, set(captions), set(failures) | {(row_key(0, 0), 9)})

@@ -102,6 +102,27 @@ def test_a_repair_makes_the_table_whole_and_puts_aside_what_it_takes(table: Capt
     assert verify(VerifyConfig(table=table.url, repair=True))["ok"]
 
 
+def test_a_failure_of_no_row_of_the_input_is_put_aside_by_a_repair_that_says_so(
+    table: CaptionTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_part(table, [failure_row(NUM_IMAGES, "a tar's end", "fetch_failed")], run_id="run-2")
+    proof = verify(VerifyConfig(table=table.url))
+    assert (proof["ok"], proof["alien"], proof["alien_failures"]) == (False, 1, 1)
+    assert f"next: python jobs/verify.py {table.url} --repair" in capsys.readouterr().err
+    proof = verify(VerifyConfig(table=table.url, repair=True))
+    assert "1 of its 1 rows are failures of no row of the input" in capsys.readouterr().err
+    assert (proof["ok"], proof["repairs"], proof["dropped"], proof["failed"]) == (True, 1, 1, 1)
+    assert len(list(Path(table.run_folder, "removed").rglob("*.parquet"))) == 1
+
+
+def test_a_caption_of_no_row_of_the_input_is_told_and_left_where_it_is(table: CaptionTable) -> None:
+    add_part(table, [caption_row(NUM_IMAGES, "alien.jpg", "x")], run_id="run-2")
+    before = files(table)
+    proof = verify(VerifyConfig(table=table.url, repair=True))
+    assert (proof["ok"], proof["alien"], proof["alien_failures"]) == (False, 1, 0)
+    assert {name: data for name, data in files(table).items() if name in before} == before
+
+
 def test_a_compaction_keeps_the_proof_and_makes_one_sorted_part(table: CaptionTable) -> None:
     before = pq.read_table(f"{table.url}/captions").sort_by("key")
     proof = verify(VerifyConfig(table=table.url, compact=True))
