@@ -44,6 +44,7 @@ from captioner.summary import facts, farewell, planned, predicted, summarize
 from captioner.tables import PartSummary, Stamp, mend_late
 from captioner.telemetry import METRICS
 from captioner.tracebacks import error_in
+from captioner.vigil import vigil
 
 if TYPE_CHECKING:
     from captioner.plan import Plan
@@ -76,6 +77,7 @@ _INIT_RETRIES = 1  # of a load that raised, in its process: Ray would not restar
 # A spot node takes its workers with it, as often as it likes; `guarded` ends what dies by itself. Until Ray knows that
 # a node is gone, every try of its tasks fails at once: a small number of tries is used up before.
 RETRIES: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
+_VITAL = ("raylet", "gcs_server")
 _STAGE_LABEL = "captioner-stage"
 # Ray keeps as many processes as there are CPUs: on a small machine each write task would start a Python of its own.
 _LOCAL_CONFIG = {"num_workers_soft_limit": num_cpus() + 8}
@@ -373,9 +375,17 @@ def joined_cluster() -> Iterator[Cluster]:
     context.actor_init_retry_on_errors, context.actor_init_max_retries = True, _INIT_RETRIES
     context.execution_no_progress_timeout_s = -1  # a job may wait for a GPU as long as it takes
     try:
-        yield cluster_of(ray.nodes(), _has_autoscaler())  # type: ignore[no-untyped-call]
+        with vigil(_lost_process):
+            yield cluster_of(ray.nodes(), _has_autoscaler())  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()
+
+
+def _lost_process() -> str | None:
+    """Name a process of our own local Ray that is gone, and that Ray itself would end this one for, a minute later."""
+    node = ray._private.worker._global_node
+    dead: list[str] = [] if node is None else [kind for kind, _ in node.dead_processes()]
+    return next((f"the {kind} of the local Ray" for kind in dead if kind in _VITAL), None)
 
 
 def cluster_of(nodes: Iterable[Mapping[str, Any]], can_grow: bool) -> Cluster:

@@ -65,6 +65,28 @@ def test_a_table_is_finished_after_its_driver_and_then_all_of_its_ray_are_killed
     verified(str(output))
 
 
+@pytest.mark.parametrize("kind", ["raylet", "gcs"])
+def test_a_job_whose_own_ray_loses_its_heart_ends_soon_with_the_reason_and_a_rerun_does_the_rest(
+    start: Start, images: Path, unbroken: pd.DataFrame, tmp_path: Path, kind: str
+) -> None:
+    output = tmp_path / "table"
+    first = start(images, output)
+    wait_for_parts(first, output)
+    time.sleep(random.Random(kind).uniform(0, 0.5))
+    first.kill(kind)
+    code, _, log = first.end(timeout_s=60)
+    assert code == 1, "the job ended before it was told"
+    last = log.strip().splitlines()[-1]
+    assert last.startswith(f"error: the {kind}"), log
+    assert last.endswith("The same command continues")
+    assert_only_parts(output)
+    summary = start(images, output).summary()
+    assert summary["skipped_done"] > 0
+    assert summary["read"] > 0, "the injector came too late to do anything"
+    assert_same(table(output), unbroken)
+    verified(str(output))
+
+
 _CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
