@@ -47,6 +47,7 @@ class RejectReason(StrEnum):
     MISSING = "missing"  # the store says there is no such object
     FORBIDDEN = "forbidden"  # the store refuses our credentials for it
     FETCH_FAILED = "fetch_failed"  # the store did not deliver, after every retry
+    UNREACHABLE = "unreachable"  # no such host, a certificate that does not hold, a request its server never takes
     CHANGED = "changed"  # its tar or Parquet file is not the one that was frozen
     UNSAFE_URI = "unsafe_uri"  # a URI that a list may not point to: local files in a remote list, link-local hosts
     EMPTY = "empty"  # a null, or zero bytes

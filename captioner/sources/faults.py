@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from botocore import exceptions as botocore  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
@@ -26,6 +27,7 @@ _MAX_DETAIL = 300
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 529})
 _FORBIDDEN_STATUS = frozenset({401, 402, 403, 407, 451})
 _MISSING_STATUS = frozenset({404, 410})
+_BAD_REQUEST_STATUS = frozenset(range(400, 500)) - _TRANSIENT_STATUS - _FORBIDDEN_STATUS - _MISSING_STATUS
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed", "TokenRefreshRequired"})
 _SLOW = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"})
 _TRANSIENT_ERRNO = frozenset(
@@ -99,6 +101,8 @@ def diagnose(error: BaseException) -> Fault:
         return Fault(RejectReason.UNSAFE_URI, detail)
     if (code := _code(error)) in _EXPIRED | _SLOW:
         return Fault(RejectReason.FETCH_FAILED, f"{code}: {detail}"[:_MAX_DETAIL], is_transient=True)
+    if _is_hopeless(error):
+        return Fault(RejectReason.UNREACHABLE, detail)
     if status := _status(error):
         fault = _by_status(status, detail, _retry_after_s(error))
         return replace(fault, is_of_bucket=code == "NoSuchBucket")
@@ -135,11 +139,23 @@ def _code(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> int | None:
-    if isinstance(error, aiohttp.ClientError):  # a body cut short carries a code too, its parser's 400
+    if any(isinstance(cause, HttpProcessingError) for cause in _causes(error)):
+        return None  # no answer that could be read; the code that it carries, 400, is its parser's
+    if isinstance(error, aiohttp.ClientError):  # as does a body that was cut short
         return getattr(error, "status", None)
     status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
     found = [status, *(getattr(cause, name, None) for cause in _causes(error) for name in ("status_code", "code"))]
     return next((value for value in found if isinstance(value, int) and 300 <= value < 600), None)
+
+
+def _is_hopeless(error: BaseException) -> bool:
+    """Say whether a web server is not there, is not who it says, or will not take this request: not now, not later."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.TooManyRedirects):
+        return True
+    if isinstance(error, aiohttp.ClientConnectorError):  # the name server knows for certain that there is no such host
+        return any(isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME for cause in _causes(error))
+    status = _status(error) if isinstance(error, aiohttp.ClientResponseError) else None
+    return status in _BAD_REQUEST_STATUS
 
 
 def _by_status(status: int, detail: str, retry_after_s: float) -> Fault:
@@ -165,7 +181,7 @@ def _by_type(error: BaseException, detail: str) -> Fault:
 def _may_pass(error: BaseException, number: int | None) -> bool:
     if any(isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME for cause in _causes(error)):
         return False  # the name server knows for certain that there is no such host
-    if isinstance(error, aiohttp.ClientSSLError | aiohttp.TooManyRedirects):
+    if isinstance(error, aiohttp.ClientSSLError):
         return False
     passing = (TimeoutError, asyncio.TimeoutError, ConnectionError, EOFError, aiohttp.ClientError)
     stores = (botocore.HTTPClientError, botocore.ConnectionError, ResponseParserError)

@@ -22,7 +22,7 @@ from captioner.errors import InputError
 from captioner.rows import Reject, RejectReason
 from captioner.sources import hosts, urls
 from captioner.sources.arrivals import Arrival, Arrivals
-from captioner.sources.faults import diagnose
+from captioner.sources.faults import Fault, diagnose
 from captioner.sources.readers import HttpReader, LocalReader, Reader, S3Reader, StoreReader, read_files
 from captioner.sources.store import pause_s
 
@@ -36,6 +36,7 @@ _LISTED_FROM = 100  # objects of a folder from which on its listing is tried
 _HELD_BYTES = 64 << 20  # fetched, and not yet decoded
 _ROWS_AT_ONCE = 64
 _SCHEMES_OF_HOSTS = frozenset({"http", "https", "hdfs"})
+_WEB = frozenset({"http", "https"})
 _SECRETS = frozenset({"headers", "auth", "cookies", "cookie_jar"})
 _LIST_SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https", "hf", "oss", "oci", "hdfs", "memory"})
 
@@ -52,6 +53,7 @@ class Fetcher:
     def _connect(self) -> None:
         self._stores: dict[str, Reader] = {}
         self._threads = ThreadPoolExecutor(self._image.fetch_concurrency, "fetch")
+        self._is_online = False  # whether a web server gave anything; else one that is not there may be our network
         self._slots = asyncio.Semaphore(self._image.fetch_concurrency)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,19 +176,32 @@ class Fetcher:
     async def _retrying(self, uri: str, access: Access[T], seen: list[str]) -> T | Reject:
         for attempt in range(self._image.fetch_retries + 1):
             try:
-                return await access(uri)
+                found = await access(uri)
+                self._is_online |= urls.scheme(uri) in _WEB
+                return found
             except InputError as error:  # the store's package is not installed
                 return Reject(RejectReason.FETCH_FAILED, str(error))
             except Exception as error:  # each store raises its own kinds; diagnose() keeps type and text
                 fault = diagnose(error)
-            if fault.is_of_bucket or (fault.reason == RejectReason.MISSING and _is_folder_away(uri)):
-                return Reject(RejectReason.FETCH_FAILED, fault.detail)  # which says nothing of the image
-            if not fault.is_transient:
-                return fault.reject
+            if settled := self._settled(uri, fault):
+                return settled
             seen.append(fault.detail)
             if attempt < self._image.fetch_retries:
                 await asyncio.sleep(pause_s(attempt, fault.retry_after_s))
         return Reject(fault.reason, f"{fault.detail} (tried {self._image.fetch_retries + 1} times)")
+
+    def _settled(self, uri: str, fault: Fault) -> Reject | None:
+        """Return what a single try tells for certain; None where another one may go well."""
+        if self._says_nothing_of(uri, fault):
+            return Reject(RejectReason.FETCH_FAILED, fault.detail)
+        return None if fault.is_transient else fault.reject
+
+    def _says_nothing_of(self, uri: str, fault: Fault) -> bool:
+        """Say whether the fault is of what an image lies in: its bucket, its disk, our own network."""
+        if fault.reason == RejectReason.MISSING:
+            return fault.is_of_bucket or _is_folder_away(uri)
+        is_known_to_work = self._is_online and urls.scheme(uri) in _WEB
+        return fault.reason == RejectReason.UNREACHABLE and not is_known_to_work
 
     def _objection(self, uri: str) -> str | None:
         """Return why a list that lies in a remote store may not point here, if so."""

@@ -18,7 +18,7 @@ __all__ = ["Refusals"]
 
 _MOST_IN_A_ROW = 256
 _FEWEST_PLACES = 8  # web servers or input files that fail together before the network is to blame
-_ACCESS = frozenset({RejectReason.FORBIDDEN, RejectReason.FETCH_FAILED})
+_ACCESS = frozenset({RejectReason.FORBIDDEN, RejectReason.FETCH_FAILED, RejectReason.UNREACHABLE})
 
 
 class Refusals:

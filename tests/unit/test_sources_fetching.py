@@ -1,6 +1,8 @@
+import datetime
 import os
 import pickle
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -8,9 +10,14 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from captioner.config import ImageConfig, InputConfig
-from captioner.rows import Reject, RejectReason
+from captioner.rows import TRANSIENT_REASONS, Reject, RejectReason
 from captioner.sources import Fetcher
 
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
@@ -92,6 +99,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _moved(self, number, count):
         self._send(302, b"", {"Location": f"http://127.0.0.3:{self.server.server_port}/ok"})
 
+    def _noise(self, number, count):
+        self.wfile.write(b"\0\1 no protocol at all\r\n\r\n")
+        self.close_connection = True
+
     def _loop(self, number, count):
         self._send(302, b"", {"Location": "/loop"})
 
@@ -137,6 +148,29 @@ def server(running, monkeypatch):
     running.seen, running.poured = Counter(), 0
     running.url = f"http://127.0.0.1:{running.server_port}"
     return running
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory):
+    """The address of a server with a certificate that nobody vouches for."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nobody")])
+    now = datetime.datetime.now(datetime.UTC)
+    built = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+    (folder / "cert.pem").write_bytes(built.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "key.pem").write_bytes(secret)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.seen, server.poured = Counter(), 0
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"https://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 def _fetch(uris, input_path="/a/local/list.txt", access=InputConfig(), **image):  # noqa: B008
@@ -236,6 +270,35 @@ def test_what_is_no_address_at_all_is_a_reject(server):
     outcomes = _fetch(uris, fetch_retries=0)
     assert [isinstance(outcome, Reject) for outcome in outcomes] == [True] * len(uris)
     assert [outcome.reason for outcome in outcomes[4:6]] == ["missing", "missing"]
+
+
+NEVER = ["status-400", "status-405", "status-414", "loop", "http://no.such.host.invalid/x", "{tls}/ok"]
+
+
+@pytest.mark.parametrize("never", NEVER)
+def test_what_the_web_will_never_give_is_unreachable_once_some_server_gave_something(server, tls, never):
+    uri = never.format(tls=tls) if "/" in never else f"{server.url}/{never}"
+    fetcher = Fetcher("/a/local/list.txt", InputConfig(), ImageConfig(fetch_retries=3))
+    assert _reason(fetcher.fetch([uri])[0]) == "fetch_failed"  # as it would be of a network that is down
+    num_asked = server.seen[never]
+    assert fetcher.fetch([f"{server.url}/ok"]) == [b"body of /ok"]
+    assert _reason(fetcher.fetch([uri])[0]) == "unreachable"
+    assert RejectReason.UNREACHABLE not in TRANSIENT_REASONS
+    assert server.seen[never] == 2 * num_asked
+    assert num_asked == never.startswith("status") or never == "loop"  # there is no second try
+
+
+def test_an_answer_that_is_no_http_is_asked_for_again(server):
+    fetcher = Fetcher("/a/local/list.txt", InputConfig(), ImageConfig(fetch_retries=2))
+    [_, outcome] = fetcher.fetch([f"{server.url}/ok", f"{server.url}/noise"])
+    assert outcome.reason == "fetch_failed"
+    assert server.seen["noise"] == 3
+
+
+def test_a_request_that_s3_does_not_take_may_be_for_our_settings(server):
+    _fetch([f"{server.url}/ok"])
+    [outcome] = _fetch(["s3://bucket/status-400"], access=_s3(server))
+    assert (outcome.reason, server.seen["status-400"]) == ("fetch_failed", 1)
 
 
 # -- S3
