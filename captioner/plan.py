@@ -19,7 +19,18 @@ from captioner.failure_limit import FailureLimit
 from captioner.model.bundle import BundleDescription, describe
 from captioner.rows import TRANSIENT_REASONS, RejectReason, split_key
 from captioner.slices import Slice, SliceReader, cut, listing_rows
-from captioner.sources import Columns, Frozen, Refreshed, Unit, count_images, freeze, load_frozen, refresh, save_count
+from captioner.sources import (
+    Columns,
+    Frozen,
+    Refreshed,
+    Unit,
+    count_images,
+    freeze,
+    load_frozen,
+    refresh,
+    revisit,
+    save_count,
+)
 from captioner.sources.urls import absolute, redact, scheme
 from captioner.stopping import StopFile
 from captioner.tables import CaptionTable, Done, Lease, holder, mend
@@ -224,6 +235,8 @@ def _frozen(
     """
     options, path = output_options(config), config.input_path
     earlier = load_frozen(table.run_folder, options) if table.identity() else None
+    if earlier:
+        earlier = revisit(config.input, earlier, None if config.dry_run else table.run_folder, options)
     if earlier and not config.refresh:
         return earlier, None, None
     with tempfile.TemporaryDirectory() as folder:

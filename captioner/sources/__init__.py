@@ -15,7 +15,7 @@ from captioner.sources.fetching import Fetcher
 from captioner.sources.freezing import freeze
 from captioner.sources.listing import ROWS_PER_LISTING, listed_ids
 from captioner.sources.reading import count_images, read_unit
-from captioner.sources.refreshing import Refreshed, refresh
+from captioner.sources.refreshing import Refreshed, refresh, revisit
 from captioner.sources.refusals import Refusals
 from captioner.sources.selection import describe
 from captioner.sources.store import Entry, Store, open_store
@@ -46,5 +46,6 @@ __all__ = [
     "read_unit",
     "redact",
     "refresh",
+    "revisit",
     "save_count",
 ]

@@ -22,7 +22,7 @@ from captioner.sources.faults import StoreError
 from captioner.sources.listing import ListingWriter, write_uri_list
 from captioner.sources.parquet import open_parquet
 from captioner.sources.selection import Census, Selection, describe, select
-from captioner.sources.store import Entry
+from captioner.sources.store import Entry, Store
 from captioner.sources.units import Columns, Frozen, Unit, save_frozen
 from captioner.sources.webdataset import check_tar
 
@@ -124,7 +124,7 @@ def _tables(
     columns: Columns | None = None
     first = ""
     with ThreadPoolExecutor(_THREADS) as threads:
-        for table in threads.map(lambda entry: look_at(selection, entry), entries):
+        for table in threads.map(lambda entry: look_at(selection.store, entry), entries):
             name = selection.name(table.entry.url)
             if table.schema is not None and columns is None:
                 columns, first = choose(table.schema, config, urls.shown(table.entry.url)), name
@@ -137,10 +137,10 @@ def _tables(
     return tuple(units), columns
 
 
-def look_at(selection: Selection, entry: Entry) -> TableFile:
+def look_at(store: Store, entry: Entry) -> TableFile:
     """Return what a file's footer says, or why it cannot be read. Raises StoreError where another try may help."""
     try:
-        file, size_bytes = open_parquet(selection.store, entry.url)
+        file, size_bytes = open_parquet(store, entry.url)
     except StoreError as error:
         if error.fault.is_transient:
             raise

@@ -3,8 +3,9 @@
     frozen, refreshed = refresh(input_path, config, frozen, run_folder)
 
 New images become new units behind the others, so no key ever changes. What changed or vanished since is counted, and
-what is there of it stays. The units are written down last, at one moment: an interrupted refresh leaves the earlier
-input as it was. Memory holds 48 bytes for each image of a listing, and a page.
+what is there of it stays. `revisit` gives a Parquet file that was out of reach its rows once it is not. The units are
+written down last, at one moment: an interrupted refresh leaves the earlier input as it was. Memory holds 48 bytes for
+each image of a listing, and a page.
 """
 
 import hashlib
@@ -21,15 +22,16 @@ import pyarrow.parquet as pq
 
 from captioner.config import InputConfig
 from captioner.errors import InputError, JobError
+from captioner.rows import TRANSIENT_REASONS, Reject, RejectReason
 from captioner.sources import urls
 from captioner.sources.faults import StoreError
-from captioner.sources.freezing import checked, look_at, table_unit, tar_unit, widened
+from captioner.sources.freezing import TableFile, checked, look_at, table_unit, tar_unit, widened
 from captioner.sources.listing import ListingWriter, write_uri_list
 from captioner.sources.selection import Census, Selection, select
 from captioner.sources.store import Entry, Store, open_store
-from captioner.sources.units import Frozen, Unit, save_frozen
+from captioner.sources.units import Columns, Frozen, Unit, save_frozen
 
-__all__ = ["Refreshed", "refresh"]
+__all__ = ["Refreshed", "refresh", "revisit"]
 
 _THREADS = 16
 _NUM_NAMED = 3  # of the images that changed or vanished
@@ -90,6 +92,50 @@ def refresh(
     if new and scratch is None:
         save_frozen(grown, run_folder, output_options)
     return grown, refreshed
+
+
+def revisit(
+    config: InputConfig, frozen: Frozen, run_folder: str | None, output_options: Mapping[str, Any] | None = None
+) -> Frozen:
+    """Return the input with the rows of each Parquet file that was out of reach and is not any more; write it down.
+
+    Such a file was frozen as one row that says why; that row's key becomes its first row's, and no other key changes.
+    run_folder: None to write nothing.
+    """
+    away = [unit for unit in frozen.units if unit.problem and unit.problem.reason in TRANSIENT_REASONS]
+    if not away:
+        return frozen
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = {unit.ordinal: unit for unit in threads.map(lambda unit: _seen_again(unit, frozen, config), away)}
+    again = replace(frozen, units=tuple(found.get(unit.ordinal, unit) for unit in frozen.units))
+    if again != frozen and run_folder is not None:
+        save_frozen(again, run_folder, output_options)
+    return again
+
+
+def _seen_again(unit: Unit, frozen: Frozen, config: InputConfig) -> Unit:
+    try:
+        table = look_at(open_store(unit.path, config.storage_options), Entry(unit.path, unit.size_bytes))
+    except StoreError:
+        return unit
+    if table.problem is not None:
+        return unit if table.problem.reason != RejectReason.CORRUPT else replace(unit, problem=table.problem)
+    return table_unit(unit.ordinal, _fitting(table, frozen.columns, unit.name), unit.name)
+
+
+def _fitting(table: TableFile, columns: Columns, name: str) -> TableFile:
+    """Return a table that gives one row at least, which one stands for already: its own, or one that says why not."""
+    assert table.schema is not None
+    if not table.num_rows:
+        return TableFile(table.entry, problem=Reject(RejectReason.EMPTY, "a table without rows"))
+    try:
+        is_fitting = widened(columns, table.schema, ("the table", name)) == columns
+    except InputError:
+        is_fitting = False
+    if not is_fitting:
+        detail = "kept columns of types that the table's do not hold"
+        return TableFile(table.entry, problem=Reject(RejectReason.UNSUPPORTED, detail))
+    return checked(table, columns)
 
 
 @dataclass(frozen=True)
@@ -228,7 +274,7 @@ def _made(selection: Selection, frozen: Frozen, new: Sequence[Entry]) -> list[Un
         return [tar_unit(first + index, entry, selection) for index, entry in enumerate(new)]
     units = []
     with ThreadPoolExecutor(_THREADS) as threads:
-        for index, table in enumerate(threads.map(lambda entry: look_at(selection, entry), new)):
+        for index, table in enumerate(threads.map(lambda entry: look_at(selection.store, entry), new)):
             name = selection.name(table.entry.url)
             if table.schema is not None:
                 if widened(frozen.columns, table.schema, ("the table", name)) != frozen.columns:

@@ -19,6 +19,8 @@ from captioner.rows import RejectReason, captioned_schema, row_key
 from captioner.slices import BLOCK_ROWS, cut, listing_rows
 from captioner.sources import Unit
 from captioner.sources.faults import Fault, StoreError
+from captioner.sources.parquet import open_parquet
+from captioner.sources.store import LocalStore
 from captioner.tables import CaptionTable, Stamp, audit
 from tests.bundles import save_tiny_bundle
 
@@ -422,3 +424,89 @@ def test_a_refresh_captions_what_is_new_and_says_so(config: CaptionJobConfig) ->
     assert "refresh   1 new images" in list(plan.lines())
     assert left(plan) == [row_key(1, 0)]
     assert left(plan_job(config)) == [row_key(1, 0)]
+
+
+def rows_of(path: Path, num_rows: int) -> None:
+    pq.write_table(pa.table({"image": [b"x"] * num_rows}), path)
+
+
+@pytest.mark.parametrize("is_refreshed", [False, True])
+def test_a_parquet_file_that_was_forbidden_gives_its_rows_once_it_is_allowed(
+    config: CaptionJobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_refreshed: bool
+) -> None:
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    for name, num_rows in (("a", 3), ("b", 4), ("c", 0), ("d", 2)):
+        rows_of(tables / f"{name}.parquet", num_rows)
+    config = replace(config, input_path=str(tables), input=InputConfig(image_column="image"))
+    read = LocalStore._reader
+    forbidden = {"b.parquet", "c.parquet"}
+
+    def reader(store: LocalStore, url: str) -> Any:
+        if Path(url).name in forbidden:
+            raise PermissionError(13, "Permission denied", url)
+        return read(store, url)
+
+    monkeypatch.setattr(LocalStore, "_reader", reader)
+    first = plan_job(config)
+    assert left(first) == [0, 1, 2, row_key(1, 0), row_key(2, 0), row_key(3, 0), row_key(3, 1)]
+    first.table.record("run-1", {})
+    finish(first, range(3))
+    finish(first, range(row_key(3, 0), row_key(3, 2)))
+    for unit in (1, 2):
+        finish(first, range(row_key(unit, 0), row_key(unit, 1)), "forbidden")
+    assert left(plan_job(config)) == [row_key(1, 0), row_key(2, 0)], "what is still forbidden is tried again"
+
+    forbidden.clear()
+    assert plan_job(replace(config, dry_run=True)).num_left == 5
+    second = plan_job(replace(config, refresh=is_refreshed))
+    assert left(second) == [*range(row_key(1, 0), row_key(1, 4)), row_key(2, 0)]
+    [table, empty] = [table for piece in second.slices for table in second.reader.read(piece)]
+    assert table.column("attempt").to_pylist() == [2, 1, 1, 1]
+    assert (empty.column("attempt").to_pylist(), empty.column("reason").to_pylist()) == ([2], ["empty"])
+    second.table.record("run-2", {})
+    finish(second, range(row_key(1, 0), row_key(1, 4)), attempt=2)
+    finish(second, range(row_key(2, 0), row_key(2, 1)), "empty", attempt=2)
+    third = plan_job(config)
+    assert (third.num_left, third.frozen.num_images) == (0, 10)
+    proof, _ = audit(third.table, third.frozen)
+    assert (proof.is_whole, proof.captioned, proof.failed_by_reason) == (True, 9, {"empty": 1})
+
+
+@pytest.mark.parametrize(
+    ("later", "reason"),
+    [
+        (pa.table({"image": [b"x"], "note": [1]}), "unsupported"),
+        (pa.table({"photo": [b"x"], "note": ["one"]}), "unsupported"),
+        (b"no Parquet", "corrupt"),
+    ],
+)
+def test_a_file_that_is_allowed_at_last_and_does_not_fit_stays_one_row_with_the_reason(
+    config: CaptionJobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: pa.Table | bytes, reason: str
+) -> None:
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    pq.write_table(pa.table({"image": [b"x"], "note": ["one"]}), tables / "a.parquet")
+    (tables / "b.parquet").touch()
+    config = replace(config, input_path=str(tables), input=InputConfig(image_column="image", keep_columns=("note",)))
+    with monkeypatch.context() as patched:
+        patched.setattr("captioner.sources.freezing.open_parquet", _refuse_second(open_parquet))
+        first = plan_job(config)
+    finish(first, range(row_key(1, 0), row_key(1, 1)), "forbidden")
+    if isinstance(later, bytes):
+        (tables / "b.parquet").write_bytes(later)
+    else:
+        pq.write_table(later, tables / "b.parquet")
+    second = plan_job(config)
+    read = [table for piece in second.slices for table in second.reader.read(piece)]
+    assert [reason for table in read for reason in table.column("reason").to_pylist()] == [None, reason]
+    assert left(second) == [0, row_key(1, 0)]
+
+
+def _refuse_second(open_parquet: Any) -> Any:
+    def refuse(store: Any, url: str) -> Any:
+        if url.endswith("b.parquet"):
+            raise StoreError(Fault(RejectReason.FORBIDDEN, "HTTP 403"))
+        return open_parquet(store, url)
+
+    return refuse
