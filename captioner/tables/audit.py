@@ -130,7 +130,7 @@ class _Reader:
         if not schema.remove_metadata().equals(self._schemas[folder]):
             # Whole as it is, perhaps of another release: a repair must not put it aside.
             return _Part(Problem("foreign", url, f"its columns are not those of {folder}"))
-        if why := self._is_wrong(url, rows):
+        if why := self._is_wrong(url, rows, footer(metadata).run_id):
             return _Part(Problem("torn", url, why))
         columns = ["key"] if folder == "captions" else FAILURE_COLUMNS
         return _Part(None, rows.select(columns), self._num_misnamed(rows))
@@ -143,10 +143,12 @@ class _Reader:
             return f"run {said.run_id} stands in its footer, and _run/runs/ knows no such run"
         return ""
 
-    def _is_wrong(self, url: str, rows: pa.Table) -> str:
+    def _is_wrong(self, url: str, rows: pa.Table, run_id: str) -> str:
         said = PartName.parse(name(url))
         if said is None:
             return "its name is not one that a part has"
+        if said.run_id != run_id:
+            return f"its name says run {said.run_id}, and its footer run {run_id}"
         keys = rows.column("key").to_numpy()
         if (said.num_rows, said.keys) != (len(keys), digest_of_keys(keys)):
             return "it holds other rows than its name says"

@@ -76,6 +76,15 @@ def test_a_part_under_a_name_that_lies_is_noticed(table: CaptionTable) -> None:
     assert len(verify(VerifyConfig(table=table.url))["torn_parts"]) == 1
 
 
+def test_a_part_whose_footer_names_another_run_than_its_name_is_noticed(
+    table: CaptionTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = Path(table.parts("captions")[0])
+    part.rename(part.with_name(part.name.replace("run-1", "run-2")))
+    assert len(verify(VerifyConfig(table=table.url))["torn_parts"]) == 1
+    assert "its name says run run-2, and its footer run run-1" in capsys.readouterr().err
+
+
 def test_a_dry_repair_says_what_and_why_and_changes_nothing(
     table: CaptionTable, capsys: pytest.CaptureFixture[str]
 ) -> None:
