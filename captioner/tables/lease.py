@@ -4,9 +4,9 @@
         ...                                                      # its run is lease.run_id
 
 `_run/lease/` holds numbered files; the highest number is the lease. A number is taken by a write that fails where the
-name is taken (S3: `If-None-Match: *`; local: a hard link), so of several jobs that want the same one gets it; other
-stores do it as well as their fsspec package. The holder writes its file anew every BEAT_S seconds and removes it at the
-end. It is taken over
+name is taken (S3: `If-None-Match: *`; local: a hard link, or exclusive creation where the disk has none), so of several
+jobs that want the same one gets it; other stores do it as well as their fsspec package. The holder writes its file anew
+every BEAT_S seconds and removes it at the end. It is taken over
 
 - at once, when its process was on this machine and is no more;
 - when its last heartbeat is older than EXPIRY_S, and for WATCH_S seconds no other one came, so that clocks that differ

@@ -1,5 +1,6 @@
 """The lease of a table: one job at a time, and nothing stuck after a crash."""
 
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from captioner.tables import CaptionTable, Stamp, holder, lease
 from tests.conftest import Bucket
 from tests.unit.test_tables import IDENTITY, captioned
 
-KINDS = ["local", "s3", "memory"]
+KINDS = ["local", "local without links", "s3", "memory"]
 
 
 @pytest.fixture(params=KINDS)
@@ -28,8 +29,16 @@ def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CaptionTab
     if request.param == "s3":
         bucket: Bucket = request.getfixturevalue("s3")
         yield CaptionTable(f"{bucket.url}/out", bucket.storage_options)
+    elif request.param == "memory":
+        yield CaptionTable(f"memory://{tmp_path}/out")
     else:
-        yield CaptionTable(str(tmp_path / "out") if request.param == "local" else f"memory://{tmp_path}/out")
+        if request.param == "local without links":
+            request.getfixturevalue("monkeypatch").setattr(Path, "hardlink_to", _refuse_to_link)
+        yield CaptionTable(str(tmp_path / "out"))
+
+
+def _refuse_to_link(path: Path, target: Path) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted", str(path))  # as FUSE and SMB answer
 
 
 @pytest.fixture

@@ -2,12 +2,13 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from captioner.sources import urls
 from captioner.sources.faults import StoreError, diagnose
@@ -15,6 +16,7 @@ from captioner.sources.store.fsspec_store import Entry, Store, file_or_folder, i
 
 __all__ = ["LocalStore"]
 
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL})
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and stdio.h
 
 
@@ -64,7 +66,11 @@ class LocalStore(Store):
                 temporary.unlink()
 
     def _create_once(self, url: str, data: bytes) -> bool:
-        """As Store.create: a whole file under a hidden name, then linked, which fails where the name is taken."""
+        """As Store.create: a whole file under a hidden name, then linked, which fails where the name is taken.
+
+        Where a disk has no hard links, as some of FUSE and SMB, the file is made under its name and filled then: of two
+        that make it one does, and for a moment it is empty.
+        """
         target = Path(self.path(url))
         temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.tmp")
         try:
@@ -72,6 +78,10 @@ class LocalStore(Store):
             target.hardlink_to(temporary)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_in_place(target, data)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -94,9 +104,20 @@ class LocalStore(Store):
         Path(self.path(url)).unlink(missing_ok=True)
 
 
-def _write_through(path: Path, data: bytes) -> None:
+def _create_in_place(target: Path, data: bytes) -> bool:
+    try:
+        _write_through(target, data, mode="xb")
+    except FileExistsError:
+        return False
+    except OSError:
+        target.unlink()  # ours, and not whole
+        raise
+    return True
+
+
+def _write_through(path: Path, data: bytes, mode: Literal["wb", "xb"] = "wb") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with path.open(mode) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
