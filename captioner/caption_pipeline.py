@@ -162,6 +162,7 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
             "kept": kept,
             "num_threads": allocation.torch_threads,
             "recorder": RayRecorder(),
+            "stop": plan.stop_file,
         },
         batch_size=BLOCK_ROWS,  # not None: Ray refuses that for GPUs
         batch_format="pyarrow",

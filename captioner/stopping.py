@@ -1,7 +1,7 @@
-"""The first Ctrl-C or SIGTERM of a job: nothing more is fetched, and what was is captioned and written.
+"""The first Ctrl-C or SIGTERM of a job: nothing more is begun, and what was is captioned and written.
 
-A file in the run folder tells those who read and fetch, wherever they run. The second signal ends the job at once, and
-so does the first after DRAIN_S. Knows signals and one file; no Ray.
+A file in the run folder tells those who read, fetch and caption, wherever they run. The second signal ends the job at
+once, and so does the first after DRAIN_S. Knows signals and one file; no Ray.
 """
 
 import logging
@@ -81,7 +81,7 @@ def stopping(file: StopFile, is_lost: Callable[[], bool]) -> Iterator[Stop]:
         if is_lost():
             raise KeyboardInterrupt
         stop.is_asked = True
-        log.info("ending=after_what_is_fetched for_s=%g reason=%s", DRAIN_S, "a signal; another one ends it at once")
+        log.info("ending=after_what_is_begun for_s=%g reason=%s", DRAIN_S, "a signal; another one ends it at once")
         threading.Thread(target=file.write, daemon=True).start()
         deadline.start()
 

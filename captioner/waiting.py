@@ -56,6 +56,11 @@ class ModelClock:
                 if not self._num_busy:
                     self._idle_since = self.now()
 
+    @property
+    def is_busy(self) -> bool:
+        """True while an image is with the model."""
+        return self._num_busy > 0
+
     def read(self) -> Reading:
         """Return what it says now."""
         with self._lock:

@@ -32,6 +32,7 @@ from captioner.model.image_encoder import ImageEncoder
 from captioner.model.recording import recorder_for
 from captioner.repetition import is_repetitive
 from captioner.rows import Reject, RejectReason, build_table, captioned_schema
+from captioner.stopping import StopFile
 from captioner.telemetry import Pulse, Recorder, Silent
 from captioner.waiting import ModelClock
 
@@ -243,7 +244,10 @@ def image_seed(seed: int, image_id: str) -> int:
 
 
 class CaptionWorker:
-    """Captions on one device. `kept` are the user's columns, `num_threads` the CPU threads that torch may use."""
+    """Captions on one device. `kept` are the user's columns, `num_threads` the CPU threads that torch may use.
+
+    stop: says when the job is to end: from then on rows that come while the model is busy are left to the next run.
+    """
 
     def __init__(
         self,
@@ -251,7 +255,9 @@ class CaptionWorker:
         kept: Sequence[pa.Field] = (),
         num_threads: int | None = None,
         recorder: Recorder | None = None,
+        stop: StopFile | None = None,
     ) -> None:
+        self._stop = stop
         if num_threads:
             torch.set_num_threads(num_threads)
         _keep_to_share(config.resources.gpus_per_worker)
@@ -278,6 +284,8 @@ class CaptionWorker:
 
         Raises EngineError when the engine has stopped.
         """
+        if self._stop and self._clock.is_busy and self._stop.is_there():
+            rows = rows.slice(0, 0)
         is_image = pc.is_null(rows.column("reason"))
         images = rows.filter(is_image)
         captions: Iterator[Caption] = iter(())

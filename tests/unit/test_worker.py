@@ -94,6 +94,34 @@ def test_rows_that_were_read_before_a_job_is_to_stop_are_left_to_the_next_run(tm
     assert worker(rows).schema == decoded_schema(32, KEPT)
 
 
+def test_rows_that_wait_for_a_busy_model_when_a_job_is_to_stop_are_left_to_the_next_run(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, stop = job(tmp_path, bundle), StopFile(str(tmp_path / "_run"), "run-1")
+    decoded = DecodeWorker(config, describe(bundle).preprocessing, KEPT)(source([{"data": encoded("JPEG")}] * 2))
+    worker, has_begun, may_end = CaptionWorker(config, KEPT, stop=stop), threading.Event(), threading.Event()
+    caption_pixels = worker.captioner.caption_pixels
+
+    def slow(*arguments: object) -> list[Caption]:
+        has_begun.set()
+        may_end.wait(30)
+        return caption_pixels(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker.captioner, "caption_pixels", slow)
+    begun: list[pa.Table] = []
+    thread = threading.Thread(target=lambda: begun.append(worker(decoded)))
+    thread.start()
+    assert has_begun.wait(30)
+    stop.write()
+    waiting = worker(decoded)
+    assert (waiting.num_rows, waiting.schema) == (0, captioned_schema(KEPT))
+    may_end.set()
+    thread.join()
+    assert begun[0].column("caption").null_count == 0
+    assert worker(decoded).column("caption").null_count == 0, "an idle model takes what comes"
+    worker.captioner.close()
+
+
 def test_rejects_pass_the_model_and_every_other_row_gets_its_caption(
     tmp_path: Path, bundle: str, captioner: Captioner
 ) -> None:
