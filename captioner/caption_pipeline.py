@@ -32,7 +32,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from captioner.config import CaptionJobConfig
 from captioner.decode_worker import DecodeWorker
-from captioner.errors import ConfigError
+from captioner.errors import ConfigError, JobError
 from captioner.machine import num_cpus
 from captioner.progress import progress
 from captioner.resources import Allocation, Cluster, allocate, missing
@@ -364,8 +364,7 @@ def joined_cluster() -> Iterator[Cluster]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of an error, `job_errors` says in a line
     on_terminate = signal.getsignal(signal.SIGTERM)
-    own: dict[str, Any] = {} if address else {"include_dashboard": False, "_system_config": _LOCAL_CONFIG}
-    ray.init(address=address or "local", logging_level=logging.ERROR, **own)
+    _begin_ray(address)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own exits at once, and says nothing
     context = DataContext.get_current()
@@ -380,6 +379,17 @@ def joined_cluster() -> Iterator[Cluster]:
             yield cluster_of(ray.nodes(), _has_autoscaler())  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()
+
+
+def _begin_ray(address: str | None) -> None:
+    """Join a cluster, or start a Ray of our own. Raises JobError where that fails."""
+    own: dict[str, Any] = {} if address else {"include_dashboard": False, "_system_config": _LOCAL_CONFIG}
+    try:
+        ray.init(address=address or "local", logging_level=logging.ERROR, **own)
+    except Exception as error:  # of a timeout Ray makes just that
+        where = f"the cluster of RAY_ADDRESS, {address}, was not joined" if address else "no local Ray could be started"
+        wanted = "a head that runs there" if address else "a machine with CPU and memory to spare"
+        raise JobError(f"{where}: {' '.join(str(error).split())[:300]}; expected {wanted}") from error
 
 
 def _lost_process() -> str | None:

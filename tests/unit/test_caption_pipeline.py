@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pyarrow as pa
 import pytest
 
-from captioner.caption_pipeline import caption_images, check_device, cluster_of, one_table
+from captioner.caption_pipeline import caption_images, check_device, cluster_of, joined_cluster, one_table
 from captioner.config import CaptionJobConfig, ResourceConfig, VerifyConfig
 from captioner.errors import ConfigError, JobError, OutputError
 from captioner.resources import Cluster, allocate
@@ -49,6 +49,22 @@ def test_the_wrapper_that_ray_puts_around_a_stage_does_not_hide_the_cause() -> N
     cause = "pyarrow.lib.ArrowNotImplementedError: no kernel\n\nThe above exception was the direct cause of this:\n\n"
     error = error_in(TRACEBACK + cause + "ray.exceptions.UserCodeException: UDF failed to process a data block.")
     assert str(error) == "the job stopped: pyarrow.lib.ArrowNotImplementedError: no kernel"
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("", "no local Ray could be started: timed out during startup; expected a machine with CPU and memory"),
+        ("127.0.0.1:1", "the cluster of RAY_ADDRESS, 127.0.0.1:1, was not joined: timed out .*; expected a head"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_an_error_of_ours_that_says_what_was_tried(
+    monkeypatch: pytest.MonkeyPatch, address: str, expected: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.init", Mock(side_effect=Exception("timed out\nduring startup")))
+    with pytest.raises(JobError, match=expected), joined_cluster():
+        pass
 
 
 def test_a_device_that_no_worker_gets_is_refused_before_a_worker_starts() -> None:
