@@ -1,5 +1,8 @@
-"""What the tests of faults share: images good and bad in a slow store, a bundle, and the table of an unbroken run."""
+"""What the tests of faults share: images good and bad, in a slow store, in tars and in tables; a bundle; and the tables
+of unbroken runs."""
 
+import io
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.bundles import save_tiny_bundle
@@ -16,6 +21,8 @@ from tests.pictures import BROKEN, encoded
 
 NUM_IMAGES = 1500
 _LATENCY_S = 0.02
+NUM_PACKED = 1440  # images that take a while to decode, so that a job over local files, too, can be killed in
+_PER_FILE = 240
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +108,55 @@ def unbroken(images: Path, bundle: str, tmp_path_factory: pytest.TempPathFactory
     summary = Job([str(images), str(output), *flags(bundle)]).summary()
     assert summary["read"] == NUM_IMAGES
     return table(output)
+
+
+def packed_images() -> list[bytes]:
+    """Images of 1200x900 pixels, one in fifty damaged."""
+    bad = [BROKEN[name] for name in ("empty", "not_an_image", "corrupt")]
+    good = [encoded(seed=seed, size=(1200, 900)) for seed in range(61)]
+    return [bad[place // 50 % len(bad)] if place % 50 == 49 else good[place % len(good)] for place in range(NUM_PACKED)]
+
+
+def tar_of(bodies: list[bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number, body in enumerate(bodies):
+            info = tarfile.TarInfo(f"{number:04d}.jpg")
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    return buffer.getvalue()
+
+
+def table_of(bodies: list[bytes]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": bodies}), buffer, row_group_size=20, compression="none")
+    return buffer.getvalue()
+
+
+_ENCODE = {"tar": tar_of, "parquet": table_of}
+
+
+def pack(folder: Path, ending: str) -> Path:
+    """Write those images into files of a kind, and return their folder."""
+    images = packed_images()
+    for start in range(0, NUM_PACKED, _PER_FILE):
+        (folder / f"{start:04d}.{ending}").write_bytes(_ENCODE[ending](images[start : start + _PER_FILE]))
+    return folder
+
+
+@pytest.fixture(scope="session", params=["tar", "parquet"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tars, then one of tables with the images in them."""
+    return pack(tmp_path_factory.mktemp("packed"), request.param)
+
+
+def unbroken_run(images: Path, bundle: str, output: Path) -> pd.DataFrame:
+    summary = Job([str(images), str(output), *flags(bundle)]).summary()
+    assert summary["read"] == NUM_PACKED
+    return table(output)
+
+
+@pytest.fixture(scope="session")
+def unbroken_packed(packed: Path, bundle: str, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The table of a run over `packed` that nothing interrupted."""
+    return unbroken_run(packed, bundle, tmp_path_factory.mktemp("unbroken"))

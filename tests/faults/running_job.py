@@ -66,22 +66,27 @@ class Job:
     def summary(self, timeout_s: float = 240) -> dict[str, Any]:
         """Wait for it to succeed and return the last line of its stdout."""
         code, out, log = self.end(timeout_s)
-        assert code == 0, log
+        assert code == 0, f"exit code {code}: {log}"
         return dict(json.loads(out.splitlines()[-1]))
 
     def pids(self, kind: str | None = None) -> list[int]:
         """The processes of this job that live: all, or those of a kind."""
         return [pid for pid, command in marked(self.mark) if kind is None or KINDS[kind] in command]
 
-    def kill(self, kind: str, timeout_s: float = 60) -> int:
-        """kill -9 one process of a kind, once there is one; return its pid. Fails if the job ends before."""
+    def wait_for(self, kind: str, timeout_s: float = 180) -> int:
+        """Return the pid of a process of a kind, once there is one. Fails if the job ends before."""
         give_up = time.monotonic() + timeout_s
         while not (found := self.pids(kind)):
-            assert self.process.poll() is None, f"the job ended before its {kind} could be killed: {self.end()}"
-            assert time.monotonic() < give_up, f"no {kind} to kill among {list(marked(self.mark))}"
+            assert self.process.poll() is None, f"the job ended before there was a {kind}: {self.end()}"
+            assert time.monotonic() < give_up, f"no {kind} among {list(marked(self.mark))}"
             time.sleep(0.02)
-        os.kill(found[0], signal.SIGKILL)
         return found[0]
+
+    def kill(self, kind: str, timeout_s: float = 180) -> int:
+        """kill -9 one process of a kind, once there is one; return its pid. Fails if the job ends before."""
+        pid = self.wait_for(kind, timeout_s)
+        os.kill(pid, signal.SIGKILL)
+        return pid
 
     def kill_driver(self) -> None:
         """kill -9 the driver alone; the rest of its Ray finds out by itself."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.faults.conftest import NUM_IMAGES, SlowStore
-from tests.faults.running_job import Job, table, verified, wait_for_parts
+from tests.faults.conftest import NUM_IMAGES, NUM_PACKED, SlowStore
+from tests.faults.running_job import Job, assert_same, table, verified, wait_for_parts
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +42,23 @@ def test_a_driver_that_is_ended_midway_leaves_whole_parts_and_a_rerun_does_the_r
     verified(str(output))
 
 
+def test_a_spot_notice_amid_tars_or_tables_commits_what_was_fetched_and_a_rerun_does_the_rest(
+    start: Callable[..., Job], packed: Path, tmp_path: Path, unbroken_packed: pd.DataFrame
+) -> None:
+    output = tmp_path / "captions"
+    first = start(packed, output, "--rows-per-part", "32")
+    first.wait_for("decode child")  # which works on the first images, while most wait for a decoder
+    first.process.terminate()
+    code, _, log = first.end(timeout_s=60)
+    assert (code, "the same command continues" in log) == (1, True), log
+    finished = finished_rows(output)
+    assert 0 < finished < NUM_PACKED, "the injector came too late to do anything"
+    summary = start(packed, output).summary()
+    assert (summary["skipped_done"], summary["read"]) == (finished, NUM_PACKED - finished)
+    assert_same(table(output), unbroken_packed)
+    verified(str(output))
+
+
 def wait_for_served(job: Job, store: SlowStore, num: int, timeout_s: float = 180) -> None:
     give_up = time.monotonic() + timeout_s
     while store.num_served < num:
@@ -59,7 +76,7 @@ def test_a_spot_notice_before_the_first_part_is_full_still_leaves_what_was_capti
     assert not list(output.glob("captions/*.parquet"))
     job.process.terminate()
     code, _, log = job.end(timeout_s=60)
-    assert "ending=after_what_is_fetched" in log
+    assert "ending=after_what_is_begun" in log
     assert (code, "the same command continues" in log) == (1, True), log
     assert 0 < finished_rows(output) < NUM_IMAGES, log
     assert start(images, output).summary()["skipped_done"] > 0
