@@ -32,11 +32,9 @@ def test_the_second_block_installs_what_tests_need_and_runs_them() -> None:
     assert shell_blocks()[1].strip() == "pip install -c constraints.txt '.[test]' && pytest"
 
 
-@pytest.fixture(scope="module")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    folder = tmp_path_factory.mktemp("first-run")
+def first_command(folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, ROOT / "jobs" / "caption.py"],
         cwd=folder,
         env={**environment, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
@@ -45,7 +43,12 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
         timeout=240,
         check=False,
     )
-    return folder, done
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("first-run")
+    return folder, first_command(folder)
 
 
 def test_the_first_run_captions_every_demo_image(
@@ -67,6 +70,27 @@ def test_the_first_run_shows_five_captions_beside_their_names_and_says_what_is_n
     shown = re.findall(r"^  (scene-\S+)\s+(\w.*)$", done.stderr, re.MULTILINE)
     assert len(shown) == 5
     assert "next      python jobs/verify.py" in done.stderr
+
+
+def test_the_first_command_given_again_says_that_nothing_was_left_and_changes_no_file(
+    demo_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, first = demo_run
+    before = files(folder)
+    assert any("/captions/part-" in name for name in before)
+    again = first_command(folder)
+    assert again.returncode == 0, again.stderr
+    num_images = json.loads(first.stdout.splitlines()[-1])["read"]
+    assert f"nothing was left to do: {num_images} images were done already, and no part was changed" in again.stderr
+    summary = json.loads(again.stdout.splitlines()[-1])
+    assert (summary["read"], summary["skipped_done"]) == (0, num_images)
+    assert files(folder) == before
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Name, time of the last change and bytes of each file."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
 def test_the_table_of_the_first_run_is_proven_whole(
