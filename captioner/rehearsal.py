@@ -238,20 +238,14 @@ def _fetched(job: CaptionJobConfig, rows: pa.Table) -> pa.Table:
 
 
 def _encode_s(worker: CaptionWorker, images: pa.Table) -> float:
-    """Return the seconds that CLIP and the projector take for one image."""
-    captioner = worker.captioner
-    pixels = pixel_tensor(images.column("pixels"), captioner.model.image_size)
-    batch = pixels[:1].expand(captioner.encode_rows, *pixels.shape[1:]).contiguous()
-    num_batches = max(2, len(pixels) // captioner.encode_rows)
-
-    def encode(times: int) -> None:
-        for _ in range(times):
-            last = captioner.model.encode(batch)
-        last.cpu()  # waits for the device
-
-    encode(1)
-    _, seconds, _ = _timed(lambda: encode(num_batches))
-    return seconds / (num_batches * captioner.encode_rows)
+    """Return the seconds that CLIP and the projector take for one image, by the path that a job takes."""
+    encoder = worker.captioner.encoder
+    pixels = pixel_tensor(images.column("pixels"), worker.captioner.model.image_size)
+    batch = pixels[:1].expand(encoder.num_rows, *pixels.shape[1:]).contiguous()
+    num_batches = max(2, len(pixels) // encoder.num_rows)
+    encoder(batch)
+    _, seconds, _ = _timed(lambda: [encoder(batch) for _ in range(num_batches)])
+    return seconds / (num_batches * encoder.num_rows)
 
 
 def _model_s(worker: CaptionWorker, images: pa.Table) -> tuple[float, float]:

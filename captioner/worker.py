@@ -81,7 +81,7 @@ class Captioner:
         self.decoding = decoding or DecodingConfig()
         self.scoring = scoring or ScoringConfig()
         self._decoder = Decoder(Preprocessing.from_config(model.preprocessing), image or ImageConfig())
-        self._encoder = ImageEncoder(  # before the engine, which takes what memory is left
+        self.encoder = ImageEncoder(  # before the engine, which takes what memory is left
             model,
             num_rows=ENCODE_ROWS.get(model.device.type, 8),
             is_scored=self.scoring.needs_text_tower,
@@ -90,11 +90,6 @@ class Captioner:
         engine = _engine(model, self.decoding, slots)
         self.num_slots = engine.num_slots
         self._engine = EngineThread(engine)
-
-    @property
-    def encode_rows(self) -> int:
-        """Images that CLIP sees at a time."""
-        return self._encoder.num_rows
 
     @classmethod
     def from_bundle(
@@ -157,9 +152,9 @@ class Captioner:
         """Return the captions of uint8[B, 3, S, S], in order. Raises EngineError when the engine has stopped."""
         futures: list[Future[Generation]] = []
         seen: list[torch.Tensor] = []
-        for start in range(0, len(pixels), self.encode_rows):
-            ids = image_ids[start : start + self.encode_rows]
-            embeds, joint = self._encoder(pixels[start : start + self.encode_rows])
+        for start in range(0, len(pixels), self.encoder.num_rows):
+            ids = image_ids[start : start + self.encoder.num_rows]
+            embeds, joint = self.encoder(pixels[start : start + self.encoder.num_rows])
             seen.append(joint)
             seeds = [image_seed(self.decoding.seed, image_id) for image_id in ids]
             requests = [Request(id=image_id, prefix=embeds[row], seed=seeds[row]) for row, image_id in enumerate(ids)]

@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import tarfile
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from captioner import demo, rehearsal
 from captioner.config import (
@@ -22,6 +24,7 @@ from captioner.config import (
     ScoringConfig,
 )
 from captioner.errors import ConfigError, InputError, OutputError
+from captioner.model.image_encoder import ImageEncoder
 from captioner.plan import plan_job
 from captioner.prediction import (
     Costs,
@@ -236,6 +239,18 @@ def test_a_card_holds_the_model_once_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(rehearsal, "CaptionWorker", lambda *given: order.append("the model here") or load(*given))
     rehearse(PlanConfig(sample=1))
     assert order == ["the job of its own", "the model here"]
+
+
+def test_encoding_is_timed_through_what_a_job_encodes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_LONG_S", 0.0)
+    encode = ImageEncoder.__call__
+
+    def slowly(encoder: ImageEncoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(0.01 * encoder.num_rows)
+        return encode(encoder, pixels)
+
+    monkeypatch.setattr(ImageEncoder, "__call__", slowly)
+    assert rehearsed(monkeypatch)["encode_ms"] > 10
 
 
 def test_a_slow_sample_that_leaves_slots_empty_is_said(
