@@ -113,6 +113,8 @@ def farewell(plan: "Plan", summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"nothing was left to do: {plan.num_skipped:,} images were done already, and no part was changed"
     if summary.get("first_caption_s") is not None:
         yield f"took      {summary['seconds']:g} s, the first captions {summary['first_caption_s']:g} s after the start"
+    if summary.get("predicted"):
+        yield f"planned   {summary['predicted']['seconds']:g} s, by jobs/plan.py"
     for row in plan.table.sample(5):
         yield _visible(f"  {row['image_id'].rpartition('/')[2]:24} {row['caption']}")
     yield f"table     {output}/captions (read it with pandas.read_parquet), failures beside it"

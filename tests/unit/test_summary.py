@@ -53,6 +53,13 @@ def test_a_person_is_told_how_long_the_start_took(plan: Any) -> None:
     assert not any("first" in line for line in farewell(plan, {"read": 1, "seconds": 1, "first_caption_s": None}))
 
 
+def test_a_person_is_told_what_was_predicted_beside_what_it_took(plan: Any) -> None:
+    plan.table.sample = lambda _: []
+    summary = {"read": 1, "seconds": 20.5, "first_caption_s": 12.25, "predicted": {"seconds": 18.2}}
+    assert list(farewell(plan, summary))[1] == "planned   18.2 s, by jobs/plan.py"
+    assert not any("planned" in line for line in farewell(plan, summary | {"predicted": None}))
+
+
 def test_a_name_that_would_command_the_terminal_is_shown_without_its_commands(plan: Any) -> None:
     plan.table.sample = lambda _: [{"image_id": "s3://b/\x1b]0;owned\x07a\nb.jpg", "caption": "a\x1b[2Jdog"}]
     plan.config = SimpleNamespace(model=SimpleNamespace(model="m"))
