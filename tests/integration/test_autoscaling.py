@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +26,162 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 3000
-NODE_TYPES = {
-    "decode": node_type(max_workers=1, CPU=2, labels={"captioner-stage": "decode"}),
-    "model": node_type(max_workers=2, CPU=2, GPU=1, labels={"captioner-stage": "model"}),
-}
+LATENCY_S = 0.5  # 40 s of fetching, by five decode workers of eight fetches each
+
+
+def node_types(*, num_decode: int, num_model: int) -> dict[str, Any]:
+    """What the autoscaler may add."""
+    return {
+        "decode": node_type(max_workers=num_decode, CPU=2, labels={"captioner-stage": "decode"}),
+        "model": node_type(max_workers=num_model, CPU=2, GPU=1, labels={"captioner-stage": "model"}),
+    }
+
+
+@dataclass
+class Sight:
+    """What ran where at one moment."""
+
+    num_gpu_nodes: int
+    model_nodes: list[str]
+    """The node of each model worker."""
+
+    decode_nodes: list[str]
 
 
 @dataclass
 class History:
     """What was seen of one job and its cluster, from outside."""
 
-    num_gpu_nodes: list[int] = field(default_factory=list)
-    num_model_workers: list[int] = field(default_factory=list)
+    sights: list[Sight] = field(default_factory=list)
     stages_of_decoders: set[str] = field(default_factory=set)
     killed: str = ""
+    num_sights_at_kill: int = 0
     num_written_at_kill: int = 0
     exit_code: int | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     log: str = ""
     output: Path = Path()
 
-    def note(self, cluster: LocalCluster) -> list[str]:
-        """Note what runs where; return the nodes that have a model worker."""
+    @property
+    def num_gpu_nodes(self) -> list[int]:
+        """GPU nodes at each moment."""
+        return [sight.num_gpu_nodes for sight in self.sights]
+
+    def note(self, cluster: LocalCluster) -> Sight:
+        """Note what runs where."""
         seen = cluster.look()
         stages = {node["NodeID"]: node["Labels"].get("captioner-stage", "") for node in seen["nodes"]}
         places = [(actor["ActorClassName"], actor["Address"]["NodeID"]) for actor in seen["actors"]]
-        self.num_gpu_nodes.append(sum(bool(node["Resources"].get("GPU")) for node in seen["nodes"]))
-        self.stages_of_decoders |= {stages[node] for name, node in places if "Decode" in name and node in stages}
-        models = [node for name, node in places if "Caption" in name]
-        self.num_model_workers.append(len(models))
-        return models
+        sight = Sight(
+            sum(bool(node["Resources"].get("GPU")) for node in seen["nodes"]),
+            [node for name, node in places if "Caption" in name and node in stages],
+            [node for name, node in places if "Decode" in name and node in stages],
+        )
+        self.stages_of_decoders |= {stages[node] for node in sight.decode_nodes}
+        self.sights.append(sight)
+        return sight
+
+    def kill(self, cluster: LocalCluster, node: str) -> None:
+        """Take a node away, as a spot market does."""
+        self.killed, self.num_sights_at_kill = node, len(self.sights)
+        self.num_written_at_kill = _num_written(self.output)
+        cluster.kill_node({"NodeID": node})
+
+
+Victim = Callable[[Sight], str | None]
+
+
+def run(folder: Path, images: Path, types: Mapping[str, Any], victim: Victim, *flags: str) -> History:
+    """One job from its first node to its last; one node is killed once some images are written."""
+    history = History(output=folder / "captions")
+    with autoscaling_cluster(types) as cluster:
+        job = _start_job(cluster, images, history.output, save_tiny_bundle(folder / "bundle"), *flags)
+        while job.poll() is None:
+            node = victim(history.note(cluster))
+            if node and not history.killed and _num_written(history.output):
+                history.kill(cluster, node)
+            time.sleep(0.3)
+        stdout, _ = job.communicate()
+        history.log = (history.output.parent / "log").read_text()
+        history.exit_code = job.returncode
+        history.summary = json.loads(stdout.splitlines()[-1]) if stdout.strip() else {}
+        wait_until(lambda: history.note(cluster).num_gpu_nodes == 0, 90)
+    return history
 
 
 @pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
-    """One job of 3,000 images from the first GPU node to the last, one of them killed on the way."""
-    images, output = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("out") / "captions"
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 3,000 images."""
+    folder = tmp_path_factory.mktemp("images")
     for seed in range(NUM_IMAGES):
-        (images / f"{seed:04d}.jpg").write_bytes(encoded(seed=seed))
-    bundle = save_tiny_bundle(tmp_path_factory.mktemp("bundle"))
-    with autoscaling_cluster(NODE_TYPES) as cluster:
-        history = History(output=output)
-        job = _start_job(cluster, images, output, bundle)
-        while job.poll() is None:
-            model_nodes = history.note(cluster)
-            num_written = _num_written(output)
-            if not history.killed and len(model_nodes) == 2 and num_written > 0:
-                history.killed, history.num_written_at_kill = model_nodes[0], num_written
-                cluster.kill_node({"NodeID": model_nodes[0]})
-            time.sleep(0.3)
-        stdout, _ = job.communicate()
-        history.log = (output.parent / "log").read_text()
-        history.exit_code = job.returncode
-        history.summary = json.loads(stdout.splitlines()[-1]) if stdout.strip() else {}
-        wait_until(lambda: history.note(cluster) == [] and history.num_gpu_nodes[-1] == 0, 90)
-        yield history
+        (folder / f"{seed:04d}.jpg").write_bytes(encoded(seed=seed))
+    return folder
 
 
-def _start_job(cluster: LocalCluster, images: Path, output: Path, bundle: str) -> "subprocess.Popen[str]":
+class _SlowAnswer(SimpleHTTPRequestHandler):
+    """Serves a folder, each file after a while: so that decoding lasts longer than a node takes to come."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        time.sleep(LATENCY_S)
+        super().do_GET()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class _SlowStore(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: those who ask are killed in the middle."""
+
+
+@pytest.fixture(scope="module")
+def slow_images(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A list of the same images in a slow store."""
+    server = _SlowStore(("127.0.0.1", 0), partial(_SlowAnswer, directory=str(images)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    listed = tmp_path_factory.mktemp("list") / "images.txt"
+    url = f"http://127.0.0.1:{server.server_port}"
+    listed.write_text("".join(f"{url}/{path.name}\n" for path in sorted(images.iterdir())))
+    yield listed
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def history(images: Path, tmp_path_factory: pytest.TempPathFactory) -> History:
+    """A job of which one of two GPU nodes is killed."""
+    return run(
+        tmp_path_factory.mktemp("gpu"),
+        images,
+        node_types(num_decode=1, num_model=2),
+        lambda seen: seen.model_nodes[0] if len(seen.model_nodes) == 2 else None,
+        "--workers=1:2",
+    )
+
+
+@pytest.fixture(scope="module")
+def decode_history(slow_images: Path, tmp_path_factory: pytest.TempPathFactory) -> History:
+    """A job of which one of three nodes that fetch and decode is killed."""
+    return run(
+        tmp_path_factory.mktemp("decode"),
+        slow_images,
+        node_types(num_decode=3, num_model=1),
+        lambda seen: seen.decode_nodes[0] if len(set(seen.decode_nodes)) == 3 else None,
+        "--workers=1",
+        "--cpu-workers=5",  # two fit on a node
+        "--fetch-concurrency=8",
+    )
+
+
+def _start_job(cluster: LocalCluster, images: Path, output: Path, bundle: str, *flags: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-W", "ignore", str(ROOT / "jobs" / "caption.py"), str(images), str(output)]
-    command += ["--model", bundle, "--workers", "1:2", "--gpus-per-worker", "1", "--device", "cpu"]
+    command += ["--model", bundle, "--gpus-per-worker", "1", "--device", "cpu", *flags]
     command += ["--max-new-tokens", "24", "--rows-per-part", "128", "--slots", "8"]
     quick = {"RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2"}
     environment = {**os.environ, **cluster.environment, **quick, "PYTHONPATH": str(ROOT)}
@@ -92,6 +191,16 @@ def _start_job(cluster: LocalCluster, images: Path, output: Path, bundle: str) -
 
 def _num_written(output: Path) -> int:
     return sum(int(part.stem.split("-")[-2]) for part in output.glob("captions/part-*.parquet"))
+
+
+def assert_whole(history: History) -> None:
+    """Assert that the job went well though a node was killed, and that each image has one caption."""
+    assert history.killed, "the injector came too late to do anything"
+    assert history.exit_code == 0, history.log
+    assert (history.summary["read"], history.summary["captioned"]) == (NUM_IMAGES, NUM_IMAGES)
+    captions = pd.read_parquet(history.output / "captions")
+    assert len(captions) == captions["key"].nunique() == NUM_IMAGES
+    assert verify(VerifyConfig(table=str(history.output)))["ok"]
 
 
 def test_the_job_waits_for_gpus_and_says_so(history: History) -> None:
@@ -105,24 +214,30 @@ def test_all_gpu_nodes_come_while_there_is_work_and_go_when_there_is_none(histor
 
 
 def test_both_gpu_nodes_are_at_work_before_the_first_could_have_done_it_alone(history: History) -> None:
-    assert max(history.num_model_workers) == 2
+    assert max(len(sight.model_nodes) for sight in history.sights) == 2
     assert history.num_written_at_kill < NUM_IMAGES / 2
 
 
-def test_decoding_never_takes_a_gpu_node(history: History) -> None:
-    assert history.stages_of_decoders == {"decode"}
+def test_decoding_never_takes_a_gpu_node(history: History, decode_history: History) -> None:
+    assert history.stages_of_decoders == decode_history.stages_of_decoders == {"decode"}
 
 
 def test_a_killed_gpu_node_costs_no_row_and_doubles_none(history: History) -> None:
-    assert history.killed, "the injector came too late to do anything"
-    assert history.exit_code == 0, history.log
-    assert (history.summary["read"], history.summary["captioned"]) == (NUM_IMAGES, NUM_IMAGES)
-    captions = pd.read_parquet(history.output / "captions")
-    assert len(captions) == captions["key"].nunique() == NUM_IMAGES
-    assert verify(VerifyConfig(table=str(history.output)))["ok"]
+    assert_whole(history)
 
 
 def test_a_killed_gpu_node_is_replaced(history: History) -> None:
     after = history.num_gpu_nodes[history.num_gpu_nodes.index(2) :]
     fallen = after.index(1)
     assert 2 in after[fallen:]
+
+
+def test_a_killed_decode_node_costs_no_row_and_doubles_none(decode_history: History) -> None:
+    assert_whole(decode_history)
+
+
+def test_a_killed_decode_node_is_replaced(decode_history: History) -> None:
+    before = decode_history.sights[: decode_history.num_sights_at_kill]
+    known = {node for sight in before for node in sight.decode_nodes}
+    assert decode_history.num_written_at_kill < NUM_IMAGES
+    assert any(set(sight.decode_nodes) - known for sight in decode_history.sights)
