@@ -84,6 +84,10 @@ def test_nodes_install_what_the_tests_ran_with_and_keep_weights_on_their_disk() 
     assert "CAPTIONER_CACHE=" in commands
 
 
+def test_no_node_is_shut_out_by_a_token_that_a_local_ray_has_left_on_the_head() -> None:
+    assert all("RAY_AUTH_MODE=disabled" in line for line in filled(TEXT)["setup_commands"] if ".bashrc" in line)
+
+
 def test_what_git_ignores_is_not_copied_to_every_node() -> None:
     ignored = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
     patterns = filled(TEXT)["rsync_exclude"]
