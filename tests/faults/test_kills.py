@@ -131,9 +131,6 @@ def test_a_job_outlives_the_death_of_a_node(
     job = start(images, tmp_path / "table", "--workers", "2", RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
     wait_for_parts(job, tmp_path / "table")
     assert kill(raylet), "the node was gone before it was killed"
-    code, _, log = job.end()
-    if code:  # what the node alone held may be lost with it; then the same command does the rest
-        assert "error: " in log
-        start(images, tmp_path / "table", RAY_ADDRESS=address, RAY_AUTH_MODE="disabled").summary()
+    assert job.summary()["read"] == len(unbroken)
     assert_same(table(tmp_path / "table"), unbroken)
     verified(str(tmp_path / "table"))
