@@ -45,20 +45,16 @@ class _Layout:
     row_index: np.ndarray
     """int64[N]: its place in that part."""
 
-    rows_per_part: int
+    chunks: list[slice]
+    """The rows of each new part."""
+
     is_sorted: bool
     """True if no two parts overlap."""
 
     @property
-    def chunks(self) -> Iterator[slice]:
-        """The rows of each new part."""
-        for start in range(0, len(self.row_part), self.rows_per_part):
-            yield slice(start, start + self.rows_per_part)
-
-    @property
     def is_compact(self) -> bool:
         """True if new parts would be neither fewer nor in better order."""
-        return self.is_sorted and len(self.parts) <= len(list(self.chunks))
+        return self.is_sorted and len(self.parts) <= len(self.chunks)
 
 
 def compact(table: CaptionTable, run_id: str, target_bytes: int = _TARGET_BYTES) -> dict[str, tuple[int, int]]:
@@ -91,13 +87,24 @@ def _layout(table: CaptionTable, folder: str, target_bytes: int) -> _Layout:
     order = np.lexsort([rows.column(column).to_numpy() for column in reversed(columns)])
     row_part = np.repeat(np.arange(len(parts), dtype=np.int32), counts)[order]
     size_bytes = sum(entry.size_bytes or 0 for entry in table.store.entries(join(table.url, folder)))
+    rows_per_part = max(1, target_bytes * len(order) // max(1, size_bytes))
     return _Layout(
         parts=parts,
         row_part=row_part,
         row_index=order - np.cumsum([0, *counts])[row_part],
-        rows_per_part=max(1, target_bytes * len(order) // max(1, size_bytes)),
+        chunks=list(_chunks(rows.column("key").to_numpy()[order], rows_per_part)),
         is_sorted=int((row_part[1:] != row_part[:-1]).sum()) < max(1, len(parts)),
     )
+
+
+def _chunks(keys: np.ndarray, num_rows: int) -> Iterator[slice]:
+    """Yield some `num_rows` of sorted keys at a time, equal ones together: a part is named by its keys."""
+    ends = np.append(np.flatnonzero(keys[1:] != keys[:-1]) + 1, len(keys))
+    start = 0
+    while start < len(keys):
+        end = int(ends[np.searchsorted(ends, min(start + num_rows, len(keys)))])
+        yield slice(start, end)
+        start = end
 
 
 def _whole(part: pa.Table | None, url: str) -> pa.Table:

@@ -223,6 +223,16 @@ def test_a_whole_compaction_makes_few_sorted_parts_and_leaves_nothing_behind(exc
         assert rows(table) == before
 
 
+def test_two_attempts_of_an_image_never_become_two_parts_of_one_name() -> None:
+    """A part is named by its keys: where one image's attempts filled several parts, all but one would be lost."""
+    calls = [(RUNS[attempt - 1], list[int](), {1: "corrupt", 2: "corrupt"}, attempt) for attempt in (1, 2)]
+    with made(calls) as table, table.take_lease("compact") as lease:
+        before = rows(table)
+        table.record(lease.run_id, {})
+        assert compact(table, lease.run_id, target_bytes=1) == {"captions": (0, 0), "failures": (2, 2)}
+        assert rows(table) == before
+
+
 @given(st.integers(0), st.integers(1, 255))
 @settings(max_examples=30, deadline=None)
 def test_a_byte_that_changes_anywhere_in_a_part_is_found(place: int, flip: int) -> None:
