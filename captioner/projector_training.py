@@ -8,6 +8,8 @@ Ray's: that one counts only once the controller has seen it, and lies where fssp
 """
 
 import logging
+import os
+import socket
 import sys
 import threading
 import time
@@ -157,6 +159,8 @@ def _watch(plan: FitPlan, trainer: TorchTrainer, rows: Any) -> None:
     with FitProgress(plan.num_steps, plan.tensorboard_folder) as progress, job_errors():
         while thread.is_alive():
             thread.join(_POLL_S)
+            for line in ray.get(rows.take_workers.remote()):
+                log.info(line)
             for row in ray.get(rows.take.remote()):
                 progress.show(row)
         problem = ray.get(rows.problem.remote())
@@ -176,11 +180,19 @@ def fit_worker(config: dict[str, Any]) -> None:
     def on_row(row: Row) -> None:
         rows.add.remote(row)
 
+    rows.join.remote(_who())
     try:
         take_part(config["task"], str(get_device()), on_row)
     except CaptionerError as error:
         if not _is_everyones(f"captioner.errors.{type(error).__name__}: {error}", rows):
             raise
+
+
+def _who() -> str:
+    """Say which worker this is and where: every start is a line of the log, and a lost worker is found by its pid."""
+    context = _TRAIN.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    return f"fit worker={rank} of={size} pid={os.getpid()} node={socket.gethostname()}"
 
 
 def _is_everyones(problem: str, rows: Any) -> bool:
@@ -198,8 +210,18 @@ class _Rows:
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
+        self._workers: list[str] = []
         self._ranks: dict[str, set[int]] = {}
         self._problem = ""
+
+    def join(self, line: str) -> None:
+        """Note that a worker has started."""
+        self._workers.append(line)
+
+    def take_workers(self) -> list[str]:
+        """Return a line for each worker that has started since the last call."""
+        lines, self._workers = self._workers, []
+        return lines
 
     def add(self, row: Row) -> None:
         self._rows.append(row)

@@ -3,11 +3,11 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from captioner.fitting.state import FitState
 from tests.labelled_scenes import write_labels
 from tests.unit import tiny_models
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS, NUM_KILLS = 400, 2
@@ -34,7 +34,7 @@ def command(tmp_path_factory) -> list[str]:
         str(tiny_models.save_llama(folder / "l")),
     ]
     training = ["--batch-size", "8", "--max-steps", str(NUM_STEPS), "--eval-every", "100", "--checkpoint-every", "20"]
-    few = ["--num-scored-images", "4", "--max-caption-tokens", "8", "--workers", "1", "--max-failures", "9"]
+    few = ["--num-scored-images", "4", "--max-caption-tokens", "8", "--max-failures", "9"]
     return [
         sys.executable,
         "-W",
@@ -52,58 +52,50 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def start(command: list[str], output: Path, features: Path) -> subprocess.Popen[str]:
-    whole = [*command[:5], str(output), *command[5:], "--features", str(features)]
-    return subprocess.Popen(
-        whole, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+class Fit:
+    """A running fit, which says on `log` what happens to it."""
 
+    def __init__(self, command: list[str], output: Path, features: Path, *, workers: int = 1) -> None:
+        whole = [*command[:5], str(output), *command[5:], "--features", str(features), "--workers", str(workers)]
+        self.output, self.log = output, output.with_suffix(".log")
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                whole, env=environment(), stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+            )
 
-def descendants(pid: int) -> Iterator[int]:
-    for child in Path(f"/proc/{pid}/task").glob("*/children"):
-        for found in child.read_text().split():
-            yield int(found)
-            yield from descendants(int(found))
-
-
-def fit_workers(pid: int) -> list[int]:
-    """The processes of this job, and of no other, in which Ray Train runs its workers."""
-    found = []
-    for child in descendants(pid):
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint, 0 for none."""
         try:
-            name = Path(f"/proc/{child}/cmdline").read_bytes().decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if name.startswith("ray::RayTrainWorker"):
-            found.append(child)
-    return found
+            return FitState.result((self.output / "_run" / "checkpoint.pt").read_bytes()).step
+        except FileNotFoundError:
+            return 0
 
+    def wait_for_step(self, step: int) -> None:
+        give_up = time.monotonic() + 200
+        while self.step < step:
+            assert self.process.poll() is None, f"the job ended before step {step}: {self.log.read_text()}"
+            if time.monotonic() > give_up:
+                self.process.kill()
+                raise AssertionError(f"step {step} never came: {self.log.read_text()}")
+            time.sleep(0.02)
 
-def step_of(output: Path) -> int:
-    try:
-        return FitState.result((output / "_run" / "checkpoint.pt").read_bytes()).step
-    except FileNotFoundError:
-        return 0
+    def kill_worker(self, rank: int) -> None:
+        """Kill the process of the worker that has this rank now."""
+        said = re.findall(rf"fit worker={rank} of=\d+ pid=(\d+)", self.log.read_text())
+        assert said, f"no worker of rank {rank} was found to kill: {self.log.read_text()}"
+        name = Path(f"/proc/{said[-1]}/cmdline").read_bytes()
+        assert name.startswith(b"ray::RayTrainWorker"), f"{said[-1]} is {name!r}"
+        os.kill(int(said[-1]), signal.SIGKILL)
 
-
-def wait_for_step(step: int, output: Path, job: subprocess.Popen[str]) -> None:
-    give_up = time.monotonic() + 200
-    while step_of(output) < step:
-        assert job.poll() is None, f"the job ended before step {step}: {job.communicate()[1]}"
-        if time.monotonic() > give_up:
-            job.kill()
-            raise AssertionError(f"step {step} never came: {job.communicate()[1]}")
-        time.sleep(0.02)
-
-
-def end(job: subprocess.Popen[str]) -> None:
-    try:
-        _, log = job.communicate(timeout=280)
-    except subprocess.TimeoutExpired:
-        job.kill()
-        job.communicate()
-        raise
-    assert job.returncode == 0, log
+    def end(self) -> None:
+        try:
+            self.process.wait(timeout=280)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        assert self.process.returncode == 0, self.log.read_text()
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -114,7 +106,14 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def unbroken(command, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("unbroken") / "bundle"
-    end(start(command, output, output.parent / "features"))
+    Fit(command, output, output.parent / "features").end()
+    return output
+
+
+@pytest.fixture(scope="module")
+def unbroken_of_two(command, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("two") / "bundle"
+    Fit(command, output, output.parent / "features", workers=2).end()
     return output
 
 
@@ -133,31 +132,41 @@ def assert_same(output: Path, unbroken: Path) -> None:
 def test_a_fit_whose_workers_are_killed_at_random_steps_ends_with_the_weights_of_an_unbroken_one(
     command, unbroken, tmp_path
 ):
-    output = tmp_path / "bundle"
-    job = start(command, output, unbroken.parent / "features")
+    fit = Fit(command, tmp_path / "bundle", unbroken.parent / "features")
     lots = random.Random(time.time_ns())
     killed_at = []
     for kill in range(NUM_KILLS):
-        wait_for_step(20 + kill * 180 + lots.randrange(100), output, job)
+        fit.wait_for_step(20 + kill * 180 + lots.randrange(100))
         time.sleep(lots.random() * 0.2)
-        workers = fit_workers(job.pid)
-        assert workers, "no worker was found to kill"
-        os.kill(workers[0], signal.SIGKILL)
-        killed_at.append(step_of(output))
-    end(job)
+        fit.kill_worker(0)
+        killed_at.append(fit.step)
+    fit.end()
     assert all(step < NUM_STEPS for step in killed_at), f"the injector came too late: {killed_at}"
-    assert_same(output, unbroken)
+    assert_same(fit.output, unbroken)
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_fit_of_two_workers_of_which_one_is_killed_ends_with_the_weights_of_an_unbroken_one(
+    command, unbroken_of_two, tmp_path, rank
+):
+    fit = Fit(command, tmp_path / "bundle", unbroken_of_two.parent / "features", workers=2)
+    fit.wait_for_step(120)
+    fit.kill_worker(rank)
+    killed_at = fit.step
+    fit.end()
+    assert killed_at < NUM_STEPS, "the injector came too late to do anything"
+    assert len(re.findall("fit worker=1 of=2", fit.log.read_text())) == 2, "both workers are started again"
+    assert_same(fit.output, unbroken_of_two)
 
 
 def test_a_fit_whose_driver_is_killed_is_continued_by_the_same_command(command, unbroken, tmp_path):
-    output = tmp_path / "bundle"
-    job = start(command, output, unbroken.parent / "features")
-    wait_for_step(100, output, job)
-    os.kill(job.pid, signal.SIGKILL)
-    killed_at = step_of(output)
-    job.communicate()
+    fit = Fit(command, tmp_path / "bundle", unbroken.parent / "features")
+    fit.wait_for_step(100)
+    os.kill(fit.process.pid, signal.SIGKILL)
+    killed_at = fit.step
+    fit.process.wait()
     time.sleep(5)  # its workers notice that it is gone
     assert killed_at < NUM_STEPS, "the injector came too late to do anything"
-    assert not (output / "bundle.json").exists()
-    end(start(command, output, unbroken.parent / "features"))
-    assert_same(output, unbroken)
+    assert not (fit.output / "bundle.json").exists()
+    Fit(command, fit.output, unbroken.parent / "features").end()
+    assert_same(fit.output, unbroken)

@@ -34,6 +34,7 @@ from captioner.fitting.team import Team
 from captioner.model.bundle import describe
 from captioner.projector_training import _train, _workers, fit_projector
 from tests.labelled_scenes import write_labels
+from tests.tensorboard_events import scalars
 from tests.unit import tiny_models
 
 pytestmark = [
@@ -60,7 +61,18 @@ def command(parts, tmp_path_factory):
     labels = write_labels(tmp_path_factory.mktemp("labels"), NUM_IMAGES)
     output = tmp_path_factory.mktemp("fit") / "bundle"
     models = ["--clip", str(parts[0]), "--llama", str(parts[1]), "--template", "<|begin_of_text|>Look: {image}"]
-    return [str(labels), str(output), *models, *TRAINING, *SMALL, "--workers", "2", "--image-tokens", "2"]
+    return [
+        str(labels),
+        str(output),
+        *models,
+        *TRAINING,
+        *SMALL,
+        "--workers",
+        "2",
+        "--image-tokens",
+        "2",
+        "--tensorboard",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +114,11 @@ def test_every_step_is_a_row_and_the_loss_falls(fitted):
     assert [row["step"] for row in found] == list(range(1, 13))
     assert found[-1]["loss"] < found[0]["loss"]
     assert [row["step"] for row in found if "val_loss" in row] == [4, 8, 12]
+
+
+def test_tensorboard_is_told_every_figure_of_every_row(fitted):
+    found = scalars(fitted[0] / "_run" / "tensorboard")
+    assert found == {int(row["step"]): pytest.approx(row, rel=1e-6) for row in rows(fitted[0])}
 
 
 def test_the_run_folder_shows_curves_and_images_beside_their_captions(fitted):
