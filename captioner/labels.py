@@ -10,9 +10,11 @@ used is counted by its reason; too many of them are an error. Knows no pixels, n
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -26,6 +28,10 @@ from captioner.sources.urls import shown
 from captioner.splits import SPLITS, Split, draw_split, split_called
 
 __all__ = ["LABELS", "Count", "Labels", "read_labels"]
+
+log = logging.getLogger("captioner")
+
+_TELL_S = 15.0  # seconds between two lines while rows are read
 
 LABELS = pa.schema(
     [
@@ -105,7 +111,7 @@ def read_labels(config: LabelsConfig, run_folder: str, output_options: Mapping[s
     """
     files = read_rows(config, run_folder, output_options)
     images = _Images()
-    for row in files.rows:
+    for row in _telling(files.rows, _shown(config)):
         images.add(row)
     if config.split_column and not images.has_splits:
         raise InputError(
@@ -127,6 +133,17 @@ def read_labels(config: LabelsConfig, run_folder: str, output_options: Mapping[s
     if not labels.counts()["train"].num_images:
         raise InputError(f"{_shown(config)} has no image of the split train; expected images with captions to fit on")
     return labels
+
+
+def _telling(rows: Iterator[LabelRow], where: str) -> Iterator[LabelRow]:
+    """Yield the rows, and log how many have come whenever some time has passed."""
+    began_at = told_at = monotonic()
+    for number, row in enumerate(rows, 1):
+        yield row
+        now = monotonic()
+        if now - told_at >= _TELL_S:
+            log.info("labels=%s rows=%d rows_per_s=%.0f", where, number, number / (now - began_at))
+            told_at = now
 
 
 def _check_share(config: LabelsConfig, failed: Mapping[str, int], total: int, example: str) -> None:

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
+import logging
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -301,6 +303,20 @@ def test_a_train_split_without_a_validation_split_gives_some_of_its_images(tmp_p
     counts = read(jsonl(tmp_path, rows), tmp_path, validation_share=0.3).counts()
     assert counts["test"].num_images == 10
     assert 10 < counts["validation"].num_images < 50
+
+
+def test_a_long_file_says_every_fifteen_seconds_how_many_rows_were_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"image": f"{n}.jpg", "caption": "x", "split": ("train", "val")[n % 2]} for n in range(10)]
+    seconds = itertools.count(step=4)  # a row takes as long
+    monkeypatch.setattr("captioner.labels.monotonic", lambda: next(seconds))
+    caplog.set_level(logging.INFO, "captioner")
+    read(path := jsonl(tmp_path, rows), tmp_path)
+    assert [record.getMessage() for record in caplog.records if "rows=" in record.getMessage()] == [
+        f"labels={path} rows=4 rows_per_s=0",
+        f"labels={path} rows=8 rows_per_s=0",
+    ]
 
 
 def test_a_limit_takes_the_first_images_of_each_split(tmp_path: Path) -> None:
