@@ -4,7 +4,8 @@
     scores.figures()["cider_d"], scores.intervals()["cider_d"]
 
 Captions are held as word numbers laid end to end, four bytes a word, and n-grams are counted by numpy: 100,000 images
-with five references each took 23 s of one core and 534 MiB. Knows captions and arrays; no file, no image id, no model.
+with five references each took 51 s of one core and some 400 MiB in all; a test holds the bytes an image. Knows
+captions and arrays; no file, no image id, no model.
 """
 
 import re
@@ -47,7 +48,9 @@ _BLEU_TINY, _BLEU_SMALL = 1e-15, 1e-9  # coco-caption's guards against 0 / 0
 _CLIP_WEIGHT = 2.5
 _IMAGES_A_CHUNK = 2048
 _BOOTSTRAP_GROUPS = 10_000
-_MERGE_KEYS = 1 << 20
+_CAPTIONS_A_COPY = 1 << 16
+_GRAMS_A_PASS = 1 << 20
+_MOST_PASSES = 16
 
 # Columns of ImageScores.statistics
 _MATCHES, _TOTALS = slice(0, _MAX_ORDER), slice(_MAX_ORDER, 2 * _MAX_ORDER)
@@ -94,10 +97,13 @@ class EncodedCaptions:
 
     def take(self, chosen: IntArray) -> "EncodedCaptions":
         """Return some of the captions, in the order of `chosen`."""
-        lengths = self.lengths[chosen]
-        starts = _starts(lengths)
-        places = np.arange(starts[-1]) + np.repeat(self.starts[chosen] - starts[:-1], lengths)
-        return EncodedCaptions(self.words[places], starts)
+        starts = _starts(self.starts[chosen + 1] - self.starts[chosen])  # not of all captions: there may be millions
+        words = np.empty(starts[-1], np.int32)
+        for first in range(0, len(chosen), _CAPTIONS_A_COPY):
+            own = starts[first : first + _CAPTIONS_A_COPY + 1]
+            shift = self.starts[chosen[first : first + _CAPTIONS_A_COPY]] - own[:-1]
+            words[own[0] : own[-1]] = self.words[np.arange(own[0], own[-1]) + np.repeat(shift, np.diff(own))]
+        return EncodedCaptions(words, starts)
 
     def to_lists(self) -> list[list[int]]:
         """Return each caption as a list."""
@@ -124,7 +130,7 @@ class CaptionEncoder:
         for caption in captions:
             words.extend([number(word, len(self._numbers)) for word in tokenize(caption)])
             starts.append(len(words))
-        return EncodedCaptions(np.array(words, np.int32), np.array(starts, np.int64))
+        return EncodedCaptions(np.frombuffer(words, np.int32), np.frombuffer(starts, np.int64))
 
 
 def _starts(lengths: IntArray) -> IntArray:
@@ -184,9 +190,8 @@ class ImageScores:
 
     def _random_groups(self, rng: np.random.Generator) -> FloatArray:
         num_groups = min(len(self), _BOOTSTRAP_GROUPS)
-        firsts = np.arange(num_groups) * len(self) // num_groups
-        groups: FloatArray = np.add.reduceat(self.statistics[rng.permutation(len(self))], firsts)
-        return groups
+        group = rng.permutation(len(self)) * num_groups // len(self)
+        return np.stack([np.bincount(group, column, num_groups) for column in self.statistics.T], axis=1)
 
 
 def _figures(sums: FloatArray) -> FloatArray:
@@ -220,11 +225,12 @@ def score_encoded(captions: EncodedCaptions, references: EncodedCaptions, owner:
     used = used[np.argsort(owner[used], kind="stable")]
     _check_references(len(captions), owner[used])
     chunks = _Chunks(captions, references, used, owner[used])
-    frequencies = _DocumentFrequencies()
-    for chunk in chunks:
-        frequencies.add(_count_grams(chunk.references, chunk.owner))
-    statistics = [chunk.statistics(frequencies, len(captions)) for chunk in chunks]
-    return ImageScores(np.concatenate(statistics))
+    frequencies = _DocumentFrequencies.of_references(chunks)
+    statistics = np.empty((len(captions), _IMAGES + 1))
+    for number, chunk in enumerate(chunks):
+        first = number * _IMAGES_A_CHUNK
+        statistics[first : first + len(chunk.captions)] = chunk.statistics(frequencies, len(captions))
+    return ImageScores(statistics)
 
 
 def _check_references(num_captions: int, owner: IntArray) -> None:
@@ -252,7 +258,7 @@ class _Chunk:
         both = EncodedCaptions.concat([self.captions, self.references])
         grams = _count_grams(both, np.arange(len(both)))
         overlap = _overlap(grams, num, self.owner)
-        idf = np.log(num_images) - np.log(np.maximum(1, frequencies.of(grams.keys)))
+        idf = np.log(num_images) - np.log(frequencies.of(grams.keys))
         statistics = np.ones((num, _IMAGES + 1))
         statistics[:, _MATCHES] = _clipped_matches(grams, overlap, num)
         statistics[:, _TOTALS] = np.maximum(0, self.captions.lengths[:, None] - np.arange(_MAX_ORDER))
@@ -260,6 +266,18 @@ class _Chunk:
         statistics[:, _ROUGE_L] = self._rouge_l()
         statistics[:, _CIDER_D] = self._cider_d(grams, overlap, idf)
         return statistics
+
+    def documents(self, part: int, bits: int) -> KeyArray:
+        """Return the n-grams of the references whose key begins with the `bits` of `part`, each once an image."""
+        shift = np.uint64(64 - bits)
+        grams = [(keys, self.owner[caption]) for keys, caption in _gram_keys(self.references)]
+        keys, owner = (np.concatenate(column) for column in zip(*grams, strict=True))
+        wanted = np.flatnonzero(keys >> shift == part) if bits else np.arange(len(keys))
+        wanted = wanted[np.lexsort((owner[wanted], keys[wanted]))]
+        keys, owner = keys[wanted], owner[wanted]
+        is_first = np.ones(len(keys), bool)
+        is_first[1:] = (keys[1:] != keys[:-1]) | (owner[1:] != owner[:-1])
+        return keys[is_first]
 
     def _closest_lengths(self) -> IntArray:
         """Return the length of each image's reference that is nearest to the caption's, the shorter of two."""
@@ -298,6 +316,11 @@ class _Chunks:
     references: EncodedCaptions
     used: IntArray
     owner: IntArray
+
+    @property
+    def num_reference_words(self) -> int:
+        """Words of all references that are used."""
+        return int((self.references.starts[self.used + 1] - self.references.starts[self.used]).sum())
 
     def __iter__(self) -> Iterator[_Chunk]:
         for first in range(0, len(self.captions), _IMAGES_A_CHUNK):
@@ -360,20 +383,25 @@ class _Overlap(NamedTuple):
 
 def _count_grams(captions: EncodedCaptions, owner: IntArray) -> _Grams:
     """Return the n-grams of 1 to 4 words. owner: int64[C], to which each caption's count."""
+    by_order = [
+        (keys, caption, np.full(len(keys), order)) for order, (keys, caption) in enumerate(_gram_keys(captions))
+    ]
+    keys, caption, order_of = (np.concatenate(column) for column in zip(*by_order, strict=True))
+    distinct, first, gram = np.unique(keys, return_index=True, return_inverse=True)
+    cell, count = np.unique(owner[caption] * len(distinct) + gram, return_counts=True)
+    owners, grams = np.divmod(cell, max(1, len(distinct)))
+    return _Grams(distinct, owners, grams, order_of[first][grams], count)
+
+
+def _gram_keys(captions: EncodedCaptions) -> Iterator[tuple[KeyArray, IntArray]]:
+    """Yield the keys of all n-grams of 1, 2, 3 and 4 words, and the caption of each."""
     caption = np.repeat(np.arange(len(captions)), captions.lengths)
     num_left = captions.starts[1:][caption] - np.arange(len(caption))  # words from here to the caption's end
     key = np.zeros(len(caption), np.uint64)
-    keys, places = [], []
     for order in range(_MAX_ORDER):
         place = np.flatnonzero(num_left > order)
         key[place] = _mix(key[place], captions.words[place + order])
-        keys.append(key[place])
-        places.append(place)
-    distinct, first, gram = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
-    orders = np.repeat(np.arange(_MAX_ORDER), [len(place) for place in places])[first]
-    cell, count = np.unique(owner[caption[np.concatenate(places)]] * len(distinct) + gram, return_counts=True)
-    owners, grams = np.divmod(cell, max(1, len(distinct)))
-    return _Grams(distinct, owners, grams, orders[grams], count)
+        yield key[place], caption[place]
 
 
 def _mix(keys: KeyArray, words: npt.NDArray[np.int32]) -> KeyArray:
@@ -405,32 +433,40 @@ def _clipped_matches(grams: _Grams, overlap: _Overlap, num_captions: int) -> Flo
     return _summed(cells, np.minimum(most, grams.count)[met].astype(np.float64), (num_captions, _MAX_ORDER))
 
 
+@dataclass(frozen=True)
 class _DocumentFrequencies:
-    """In the references of how many images each n-gram stands: 16 bytes a distinct n-gram."""
+    """In the references of how many images an n-gram stands, of those that stand in several.
 
-    def __init__(self) -> None:
-        self._keys = np.zeros(0, np.uint64)
-        self._counts = np.zeros(0, np.int64)
-        self._waiting: list[tuple[KeyArray, IntArray]] = []
+    Most stand in one alone, which weighs as in none. keys: uint64[K], sorted; counts: int32[K]."""
 
-    def add(self, grams: _Grams) -> None:
-        """Count images that were not counted before; each owner is one."""
-        self._waiting.append((grams.keys, np.bincount(grams.gram, minlength=len(grams.keys))))
-        if sum(len(keys) for keys, _ in self._waiting) > max(_MERGE_KEYS, len(self._keys)):
-            self._merge()
+    keys: KeyArray
+    counts: npt.NDArray[np.int32]
+
+    @classmethod
+    def of_references(cls, chunks: _Chunks) -> "_DocumentFrequencies":
+        """Count in passes, each over its share of all n-grams: those that stand in one image are held that long."""
+        num_grams = _MAX_ORDER * chunks.num_reference_words
+        bits = min(_MOST_PASSES, max(1, num_grams // _GRAMS_A_PASS)).bit_length() - 1
+        passes = [_several([chunk.documents(part, bits) for chunk in chunks]) for part in range(1 << bits)]
+        keys, counts = zip(*passes, strict=True)
+        return cls(np.concatenate(keys), np.concatenate(counts))
 
     def of(self, keys: KeyArray) -> IntArray:
-        """Return the number of images of each key, 0 for one that was never met."""
-        if self._waiting:
-            self._merge()
-        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[place] == keys, self._counts[place], 0)
+        """Return the number of images of each key, 1 for one that no two have."""
+        place = np.searchsorted(self.keys, keys)
+        is_known = np.append(self.keys, np.uint64(0))[place] == keys
+        return np.where(is_known, np.append(self.counts, 1)[place], 1)
 
-    def _merge(self) -> None:
-        keys, counts = zip((self._keys, self._counts), *self._waiting, strict=True)
-        self._keys, place = np.unique(np.concatenate(keys), return_inverse=True)
-        self._counts = np.bincount(place, np.concatenate(counts)).astype(np.int64)
-        self._waiting = []
+
+def _several(documents: list[KeyArray]) -> tuple[KeyArray, npt.NDArray[np.int32]]:
+    """Return what comes more than once, sorted, and how often."""
+    met = np.concatenate(documents)
+    documents.clear()
+    met.sort()
+    firsts = np.flatnonzero(np.append(True, met[1:] != met[:-1])[: len(met)])
+    counts = np.diff(np.append(firsts, len(met)))
+    several = np.flatnonzero(counts > 1)
+    return met[firsts[several]], counts[several].astype(np.int32)
 
 
 # CLIPScore

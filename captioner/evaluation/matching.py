@@ -54,19 +54,25 @@ class Captions:
     def read(rows: Iterator[CaptionRow], encoder: CaptionEncoder, wanted: Sequence[str] = ()) -> "Captions":
         """Return all rows, read a batch at a time. wanted: columns of `rows`."""
         schema = pa.schema([(name, _ROW_TYPES[name]) for name in wanted])
-        ids, texts, file_names, kept = [], [], {}, [schema.empty_table()]
-        while batch := list(islice(rows, _ROWS_A_BATCH)):
-            ids.append(pa.array([row.image_id for row in batch], pa.large_string()))
-            texts.append(encoder.encode(row.caption for row in batch))
-            file_names.update({row.image_id: row.file_name for row in batch if row.file_name})
-            kept.append(pa.table([[getattr(row, name) for row in batch] for name in wanted], schema))
+        ids, file_names, kept = [], dict[str, str](), [schema.empty_table()]
+
+        def captions() -> Iterator[str]:
+            while batch := list(islice(rows, _ROWS_A_BATCH)):
+                ids.append(pa.array([row.image_id for row in batch], pa.large_string()))
+                file_names.update({row.image_id: row.file_name for row in batch if row.file_name})
+                kept.append(pa.table([[getattr(row, name) for row in batch] for name in wanted], schema))
+                yield from (row.caption for row in batch)
+
+        texts = encoder.encode(captions())
         coded = pa.chunked_array(ids, pa.large_string()).combine_chunks().dictionary_encode()
         image = coded.indices.to_numpy().astype(np.int64)
-        return Captions(coded.dictionary, image, EncodedCaptions.concat(texts), file_names, pa.concat_tables(kept))
+        return Captions(coded.dictionary, image, texts, file_names, pa.concat_tables(kept))
 
     def spoken(self) -> "Captions":
         """Return the captions that have a word in them, and their images."""
         kept = np.flatnonzero(self.texts.lengths)
+        if len(kept) == len(self.image):
+            return self
         present, image = np.unique(self.image[kept], return_inverse=True)
         rows = self.rows.take(pa.array(kept))
         return Captions(self.image_ids.take(pa.array(present)), image, self.texts.take(kept), self.file_names, rows)

@@ -2,22 +2,24 @@
 
 import csv
 import json
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from captioner import demo
+from captioner import demo, metrics
 from captioner.caption_files import CaptionRow, read_captions
 from captioner.command_line import parse, run
 from captioner.config import EvaluateConfig
 from captioner.demo.scenes import scene_at
 from captioner.errors import ConfigError, InputError
-from captioner.evaluation import Captions, evaluate, match
+from captioner.evaluation import Captions, evaluate, match, matching
 from captioner.metrics import METRICS, CaptionEncoder, score_captions
 
 CAPTIONS = {"7": ["a dog on a wall"], "8": ["two red cars"], "9": ["a cat sleeps on the mat"]}
@@ -374,3 +376,46 @@ def test_a_config_file_may_name_both_sides(tmp_path: Path) -> None:
     file.write_text("references: labels.csv\ncaptions: out\nmin-cider: 0.9\n")
     config = parse(EvaluateConfig, ["--config", str(file)])
     assert (config.captions, config.references, config.min_cider) == ("out", "labels.csv", 0.9)
+
+
+# Memory
+
+
+def peak_bytes(folder: Path, num_images: int) -> int:
+    """What an evaluation of so many images, with five references each of ten words, holds at most."""
+    lots = np.random.default_rng(0)
+    chances = 1 / np.arange(1, 5001)  # as words have them
+    words = np.array([f"w{number}" for number in range(5000)])
+
+    def captions(number: int) -> list[str]:
+        drawn = lots.choice(5000, size=(number, 10), p=chances / chances.sum())
+        return [" ".join(words[row]) for row in drawn]
+
+    names = [f"{number:09}.jpg" for number in range(num_images)]
+    write_parquet(folder, "c.parquet", {"image_id": [f"s3://b/{n}" for n in names], "caption": captions(num_images)})
+    references = {"image_id": names * 5, "caption": captions(5 * num_images)}
+    write_parquet(folder, "r.parquet", references)
+    config = EvaluateConfig(
+        captions=str(folder / "c.parquet"), references=str(folder / "r.parquet"), match_by="name", num_resamples=1
+    )
+    tracemalloc.start()
+    evaluate(config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_an_image_with_five_references_costs_less_than_800_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, size in (  # what is held at once of all images, small enough not to be seen in so few
+        (metrics, "_IMAGES_A_CHUNK", 64),
+        (metrics, "_GRAMS_A_PASS", 4096),
+        (metrics, "_CAPTIONS_A_COPY", 256),
+        (metrics, "_BOOTSTRAP_GROUPS", 100),
+        (matching, "_ROWS_A_BATCH", 256),
+    ):
+        monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr("captioner.caption_files._ROWS_A_BATCH", 256)
+    fewer, more = (peak_bytes(tmp_path, num_images) for num_images in (1500, 4500))
+    assert (more - fewer) / 3000 < 800

@@ -193,12 +193,12 @@ def test_an_image_without_a_reference_is_an_error_that_says_which() -> None:
         score_captions([], [])
 
 
-def test_document_frequencies_merged_on_the_way_are_those_merged_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_document_frequencies_counted_in_passes_are_those_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     captions = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("dog", "cat", "car")]
     references = [[caption, f"the {caption}"] for caption in captions[::-1]]
     expected = score_captions(captions, references).figures()
     monkeypatch.setattr(metrics, "_IMAGES_A_CHUNK", 1)
-    monkeypatch.setattr(metrics, "_MERGE_KEYS", 1)
+    monkeypatch.setattr(metrics, "_GRAMS_A_PASS", 1)
     assert score_captions(captions, references).figures() == pytest.approx(expected)
 
 
