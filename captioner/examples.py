@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from captioner.config import TrainingConfig
 from captioner.errors import JobError
 from captioner.feature_plan import FeaturePlan, count_reasons
 from captioner.features import FeatureCache, FeatureIndex, Positions
@@ -32,9 +33,10 @@ from captioner.model.mirror import cache_folder
 from captioner.sources.store import open_store
 from captioner.sources.urls import absolute, join, shown
 
-__all__ = ["Examples", "FeatureSet", "gather"]
+__all__ = ["Examples", "FeatureSet", "gather", "local_copy"]
 
 _KEPT_S = 30 * 86_400
+_PLACE = ("part", "row")
 
 
 @dataclass(frozen=True)
@@ -84,43 +86,63 @@ class FeatureSet:
 
     def load(self, split: str) -> Examples:
         """Return the examples of `train`, `validation` or `test`; raises JobError where a part is damaged."""
+        rows = self._rows(split, ["image_id", "captions", *_PLACE])
+        return Examples(rows["image_id"].to_pylist(), self._features(rows), rows["captions"].to_pylist())
+
+    def features_of(self, split: str) -> npt.NDArray[np.float16]:
+        """Return the features of `load` alone: of a million captions as texts, a process holds hundreds of MiB."""
+        return self._features(self._rows(split, _PLACE))
+
+    def measured(self, training: TrainingConfig) -> Examples:
+        """Return the validation images that a fit is measured on."""
+        return self.load("validation").drawn(training.num_measured_images)
+
+    def _rows(self, split: str, columns: Sequence[str]) -> pa.Table:
         store = open_store(self.url, self.storage_options)
         with pq.ParquetFile(store.open(self.url)) as file:
-            table, parts = file.read(), file.schema_arrow.metadata[b"captioner.parts"].decode().split("\n")
-        rows = table.filter(pc.equal(table["split"], split))
-        return Examples(rows["image_id"].to_pylist(), self._features(rows, parts), rows["captions"].to_pylist())
+            table = file.read(["split", *columns])
+        return table.filter(pc.equal(table["split"], split))
 
-    def _features(self, rows: pa.Table, parts: list[str]) -> npt.NDArray[np.float16]:
+    def _features(self, rows: pa.Table) -> npt.NDArray[np.float16]:
         if not rows.num_rows:
             return np.empty((0, self.num_features), np.float16)  # nothing cannot be mapped
+        parts = rows.schema.metadata[b"captioner.parts"].decode().split("\n")
         numbers, places = rows["part"].to_numpy(), rows["row"].to_numpy()
         named = hashlib.blake2b(f"{self.cache.url}\n{parts}".encode(), digest_size=12)
         named.update(numbers.tobytes() + places.tobytes())
-        target = cache_folder() / "features" / f"{named.hexdigest()}.npy"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not target.exists():
-                _forget_old(target.parent)
-                self._assemble(target, parts, numbers, places)
-            os.utime(target)
-        found: npt.NDArray[np.float16] = np.load(target, mmap_mode="r")
+        copy = local_copy(
+            "features", f"{named.hexdigest()}.npy", lambda arriving: self._assemble(arriving, parts, numbers, places)
+        )
+        found: npt.NDArray[np.float16] = np.load(copy, mmap_mode="r")
         return found
 
     def _assemble(self, target: Path, parts: list[str], numbers: Positions, places: Positions) -> None:
-        """Write float16[N, F], part by part; it appears whole or not at all."""
-        arriving = target.with_suffix(".arriving.npy")
-        values = np.lib.format.open_memmap(arriving, "w+", np.float16, (len(numbers), self.num_features))
+        """Write float16[N, F], part by part."""
+        values = np.lib.format.open_memmap(target, "w+", np.float16, (len(numbers), self.num_features))
         for number in sorted(set(numbers.tolist())):
             here = np.flatnonzero(numbers == number)
             values[here] = self.cache.read_features(parts[number], places[here])
         values.flush()
-        del values
-        arriving.rename(target)
 
 
-def _forget_old(folder: Path) -> None:
-    """Remove the files that no fit has opened for a month: they are made again from the parts when they are needed."""
-    for file in folder.glob("*.npy"):
+def local_copy(kind: str, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a file of the local cache folder, made once a machine by `make` at the path that it is given; it appears
+    whole or not at all."""
+    target = cache_folder() / kind / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            _forget_old(target.parent, target.suffix)
+            arriving = target.with_suffix(f".arriving{target.suffix}")
+            make(arriving)
+            arriving.rename(target)
+        os.utime(target)
+    return target
+
+
+def _forget_old(folder: Path, suffix: str) -> None:
+    """Remove the files that no fit has opened for a month: they are made again when they are needed."""
+    for file in folder.glob(f"*{suffix}"):
         if time.time() - file.stat().st_mtime > _KEPT_S:
             file.unlink(missing_ok=True)  # a fit that maps it keeps what it maps
 

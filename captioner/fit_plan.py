@@ -20,12 +20,12 @@ from captioner.labels import Labels, read_labels
 from captioner.model.bundle import BundleDescription, describe, save_bundle
 from captioner.model.clip import read_clip
 from captioner.model.folder import Folder, open_folder
-from captioner.model.llama import read_llama
+from captioner.model.llama import LlamaSource, read_llama
 from captioner.model.projector import ProjectorConfig, build_projector
 from captioner.model.template import DEFAULT_TEMPLATE
 from captioner.sources.urls import absolute, join, local_path, redact, scheme
 
-__all__ = ["FitPlan", "model_options", "open_output", "plan_fit", "save_start"]
+__all__ = ["FitPlan", "llama_of", "model_options", "open_output", "plan_fit", "save_start"]
 
 _KINDS = {"linear": "linear", "mlp": "pooled_mlp"}
 _NOT_SHAPING = ("log_every", "checkpoint_every", "gradient_checkpointing")
@@ -179,6 +179,11 @@ def save_start(config: FitConfig, folder: str, options: Mapping[str, Any] | None
     return save_bundle(
         folder, weights, projector, clip=clip, llama=llama, template=template, storage_options=dict(options or {})
     )
+
+
+def llama_of(plan: FitPlan) -> LlamaSource:
+    """Return the LLaMA that a fit is for, not loaded."""
+    return read_llama(_folder(plan.start.llama, plan.config), template=plan.start.template)
 
 
 def _folder(part: str, config: FitConfig) -> Folder:

@@ -39,7 +39,7 @@ def save_result(plan: FitPlan, features: FeatureSet, state: FitState) -> None:
     """Write the page of validation images, then the bundle with the best weights: it appears when all is done."""
     best = state.best
     assert best is not None, "a fit ends with an evaluation"
-    _write_page(plan, features.load("validation").drawn(plan.config.training.num_measured_images), best)
+    _write_page(plan, features.measured(plan.config.training), best)
     projector = build_projector(plan.start.projector)
     projector.load_state_dict(best.weights)
     save_bundle(

@@ -12,20 +12,19 @@ from typing import Any
 
 import torch
 
+from captioner.caption_tokens import CaptionTokens
 from captioner.config import TrainingConfig
-from captioner.examples import Examples, FeatureSet
-from captioner.fitting.batches import TokenizedSplit
+from captioner.examples import FeatureSet
 from captioner.fitting.curves import curves_svg
 from captioner.fitting.loop import Listener, fit_projector
 from captioner.fitting.output import FitOutput
-from captioner.fitting.projector import ProjectorFit, end_token_id
+from captioner.fitting.projector import ProjectorFit
 from captioner.fitting.state import FitState, Row
 from captioner.fitting.team import Team
 from captioner.fitting.validation import Validation
 from captioner.model.bundle import load
-from captioner.model.caption_model import CaptionModel
 
-__all__ = ["FitTask", "take_part", "validation_of"]
+__all__ = ["FitTask", "take_part"]
 
 _METRICS_S = 5.0  # seconds between two writes of metrics.jsonl: a store takes the file as a whole
 
@@ -36,6 +35,7 @@ class FitTask:
 
     output: FitOutput
     features: FeatureSet
+    tokens: CaptionTokens
     training: TrainingConfig
     dtype: str
     device: str
@@ -57,8 +57,8 @@ def take_part(task: FitTask, device: str, on_row: Callable[[Row], None]) -> FitS
     team = Team.of_process_group()
     return fit_projector(
         model,
-        _tokenized(task.features.load("train"), model, task.training),
-        validation_of(task.features.load("validation").drawn(task.training.num_measured_images), model, task.training),
+        task.tokens.load("train", task.features.features_of("train")),
+        _validation(task),
         task.training,
         team=team,
         examples=task.features.fingerprint,
@@ -67,21 +67,13 @@ def take_part(task: FitTask, device: str, on_row: Callable[[Row], None]) -> FitS
     )
 
 
-def validation_of(examples: Examples, model: CaptionModel, training: TrainingConfig) -> Validation | None:
+def _validation(task: FitTask) -> Validation | None:
     """Return what a fit is measured on; None where there are no validation images."""
+    examples = task.features.measured(task.training)
     if not len(examples):
         return None
-    return Validation(_tokenized(examples, model, training), examples.captions[: training.num_scored_images])
-
-
-def _tokenized(examples: Examples, model: CaptionModel, training: TrainingConfig) -> TokenizedSplit:
-    return TokenizedSplit.tokenize(
-        examples.features,
-        examples.captions,
-        model.tokenizer,
-        end_token_id=end_token_id(model),
-        max_tokens=training.max_caption_tokens,
-    )
+    scored = examples.captions[: task.training.num_scored_images]
+    return Validation(task.tokens.load("validation", examples.features), scored)
 
 
 @dataclass

@@ -25,11 +25,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from captioner.caption_pipeline import job_errors, joined_cluster
+from captioner.caption_tokens import tokenize_examples
 from captioner.config import FitConfig, FitResourceConfig, worker_range
 from captioner.errors import CaptionerError, ResourceError
 from captioner.examples import FeatureSet
 from captioner.feature_pipeline import compute_features
-from captioner.fit_plan import FitPlan, open_output, plan_fit, save_start
+from captioner.fit_plan import FitPlan, llama_of, open_output, plan_fit, save_start
 from captioner.fit_report import farewell, planned, save_result, summarize
 from captioner.fit_worker import FitTask, take_part
 from captioner.fitting.output import FitOutput
@@ -114,8 +115,9 @@ class _Workers:
 def _train(plan: FitPlan, features: FeatureSet, workers: _Workers) -> None:
     """Run the workers until the last step; those that are lost are started again from the checkpoint."""
     model, num_threads = plan.config.model, max(1, int(workers.cpus))
-    options = plan.model_options
-    task = FitTask(plan.output, features, plan.config.training, model.dtype, model.device, num_threads, options)
+    options, training = plan.model_options, plan.config.training
+    tokens = tokenize_examples(features, llama_of(plan), plan.start.template, training, plan.output)
+    task = FitTask(plan.output, features, tokens, training, model.dtype, model.device, num_threads, options)
     rows = _told_here()
     is_shared = 0 < workers.gpus < 1  # NCCL cannot have two workers on one card
     with TemporaryDirectory(prefix="captioner-fit-") as scratch:

@@ -5,7 +5,7 @@ and every caption token and the end token is learned from what stands before it 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from captioner.config import TrainingConfig
 from captioner.fitting.batches import Batch
@@ -151,9 +152,9 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, num_steps: int) 
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def end_token_id(model: CaptionModel) -> int:
+def end_token_id(tokenizer: PreTrainedTokenizerFast, template: str, eos_token_ids: Sequence[int]) -> int:
     """Return the token that a caption is taught to end with: the end of turn in a template of turns, else of text."""
-    if _END_OF_TURN in model.template.text:
-        return model.tokenizer.get_added_vocab()[_END_OF_TURN]
-    own = model.tokenizer.eos_token_id
-    return int(own) if own in model.eos_token_ids else model.eos_token_ids[0]
+    if _END_OF_TURN in template:
+        return int(tokenizer.get_added_vocab()[_END_OF_TURN])
+    own = tokenizer.eos_token_id
+    return int(own) if own in eos_token_ids else eos_token_ids[0]

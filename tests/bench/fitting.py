@@ -68,7 +68,11 @@ def examples(loaded) -> TokenizedSplit:
     captions = [letters[i : i + CAPTIONS_AN_IMAGE] for i in range(0, len(letters), CAPTIONS_AN_IMAGE)]
     features = lots.normal(size=(NUM_IMAGES, CLIP_WIDTH)).astype(np.float16)
     return TokenizedSplit.tokenize(
-        features, captions, loaded.tokenizer, end_token_id=end_token_id(loaded), max_tokens=64
+        features,
+        captions,
+        loaded.tokenizer,
+        end_token_id=end_token_id(loaded.tokenizer, loaded.template.text, loaded.eos_token_ids),
+        max_tokens=64,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 from ray import cloudpickle
 
 from captioner.caption_pipeline import caption_images, joined_cluster
+from captioner.caption_tokens import tokenize_examples
 from captioner.command_line import run
 from captioner.config import (
     CaptionJobConfig,
@@ -26,7 +27,7 @@ from captioner.config import (
 from captioner.demo import scenes
 from captioner.errors import JobError
 from captioner.examples import gather
-from captioner.fit_plan import open_output, plan_fit
+from captioner.fit_plan import llama_of, open_output, plan_fit
 from captioner.fit_worker import FitTask, take_part
 from captioner.fitting.output import FitOutput
 from captioner.fitting.state import FitState
@@ -138,7 +139,9 @@ def test_two_workers_and_one_give_the_same_losses(fitted, command, tmp_path):
     features = features_of(command)
     alone = FitOutput(str(tmp_path / "alone"))
     copy_start(output, alone)
-    state = take_part(FitTask(alone, features, config, "auto", "cpu", 1), "cpu", lambda _row: None)
+    plan = plan_of(command)
+    tokens = tokenize_examples(features, llama_of(plan), plan.start.template, config, alone)
+    state = take_part(FitTask(alone, features, tokens, config, "auto", "cpu", 1), "cpu", lambda _row: None)
     for row, expected in zip(state.history, rows(output), strict=True):
         for name in (
             "loss",
@@ -211,7 +214,7 @@ def models_of(command):
     return FitModelConfig(clip=command[3], llama=command[5], template=command[7])
 
 
-def features_of(command):
+def plan_of(command):
     config = FitConfig(
         labels=LabelsConfig(labels_path=command[0]),
         target=FitTargetConfig(output=command[1]),
@@ -219,7 +222,11 @@ def features_of(command):
         training=TrainingConfig(**describe(command[1]).provenance["config"]["training"]),
     )
     output = open_output(config)
-    plan = plan_fit(config, output, output.run_folder)
+    return plan_fit(config, output, output.run_folder)
+
+
+def features_of(command):
+    plan = plan_of(command)
     assert len(plan.features.missing) == 0, "features were computed once and are found again"
     return gather(plan.features, plan.start.projector.num_features)
 

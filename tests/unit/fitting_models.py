@@ -55,7 +55,7 @@ def split(model: CaptionModel, num_images: int, *, seed: int, max_tokens: int = 
         features(num_images, seed=seed),
         captions(num_images, seed=seed),
         model.tokenizer,
-        end_token_id=end_token_id(model),
+        end_token_id=end_token_id(model.tokenizer, model.template.text, model.eos_token_ids),
         max_tokens=max_tokens,
     )
 

@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from captioner.caption_tokens import tokenize_examples
 from captioner.command_line import parse
 from captioner.config import FitConfig
 from captioner.errors import BundleError
 from captioner.examples import Examples
-from captioner.fit_plan import open_output, plan_fit, save_start
+from captioner.fit_plan import llama_of, open_output, plan_fit, save_start
 from captioner.fit_report import farewell, save_result, summarize
-from captioner.fit_worker import FitTask, _Keeper, take_part, validation_of
+from captioner.fit_worker import FitTask, _Keeper, take_part
+from captioner.fitting.batches import TokenizedSplit
 from captioner.fitting.progress import FitProgress
-from captioner.fitting.projector import ProjectorFit
+from captioner.fitting.projector import ProjectorFit, end_token_id
 from captioner.fitting.state import FitState
 from captioner.fitting.team import Team
+from captioner.fitting.validation import Validation
 from captioner.model.bundle import describe, load
 from captioner.worker import Captioner
 from tests.labelled_scenes import write_labels
@@ -34,6 +37,12 @@ class RandomFeatures:
     def __init__(self, labels):
         self.labels, self.counts, self.failed = labels, labels.counts(), {}
         self.fingerprint = "fingerprint of random features"
+
+    def features_of(self, split):
+        return self.load(split).features
+
+    def measured(self, training):
+        return self.load("validation").drawn(training.num_measured_images)
 
     def load(self, split):
         rows = self.labels.split(split)
@@ -68,7 +77,10 @@ class Fit:
         save_start(config, output.start_url)
         self.features = RandomFeatures(self.plan.labels)
         self.rows = []
-        task = FitTask(output, self.features, config.training, "auto", "auto", 1)
+        tokens = tokenize_examples(
+            self.features, llama_of(self.plan), self.plan.start.template, config.training, output
+        )
+        task = FitTask(output, self.features, tokens, config.training, "auto", "auto", 1)
         self.state = take_part(task, "cpu", self.rows.append)
         save_result(self.plan, self.features, self.state)
 
@@ -132,19 +144,22 @@ def test_validation_images_are_drawn_by_lot_and_stay_the_same():
     assert sorted(all_of_them.image_ids) == sorted(examples.image_ids)
 
 
+def loss_of(examples, model, fit):
+    end = end_token_id(model.tokenizer, model.template.text, model.eos_token_ids)
+    settings = {"end_token_id": end, "max_tokens": fit.config.max_caption_tokens}
+    tokenized = TokenizedSplit.tokenize(examples.features, examples.captions, model.tokenizer, **settings)
+    return Validation(tokenized, []).measure(fit).figures["val_loss"]
+
+
 def test_the_loss_is_that_of_so_many_validation_images(tmp_path):
     few = Fit(tmp_path, "--num-measured-images", "4")
     page = (few.output / "_run" / "validation.html").read_text()
     images = few.plan.labels.split("validation")["image_id"].to_pylist()
     assert sum(image in page for image in images) == 4
     [last] = [row["val_loss"] for row in few.rows if row["step"] == 9]
-    everything = few.features.load("validation")
     model = load(str(few.output), device="cpu")
     fit = ProjectorFit(model, few.plan.config.training, num_steps=9, team=Team())
-    losses = [
-        validation_of(examples, model, few.plan.config.training).measure(fit).figures["val_loss"]
-        for examples in (everything.drawn(4), everything)
-    ]
+    losses = [loss_of(few.features.load("validation").drawn(most), model, fit) for most in (4, 99)]
     if few.state.best.step == 9:
         assert losses[0] == pytest.approx(last, rel=1e-5)
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)

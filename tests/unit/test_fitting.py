@@ -99,7 +99,7 @@ def test_padding_changes_no_loss(model):
 
 def test_every_caption_ends_with_the_end_token_and_one_that_is_cut_does_not(model):
     whole, cut = (toys.split(model, 20, seed=1, max_tokens=most) for most in (64, 5))
-    end = end_token_id(model)
+    end = end_token_id(model.tokenizer, model.template.text, model.eos_token_ids)
     assert set(whole.tokens[whole.starts[1:] - 1]) == {end}
     assert cut.lengths.max() == 5
     is_cut = whole.lengths > 5
@@ -110,7 +110,10 @@ def test_every_caption_ends_with_the_end_token_and_one_that_is_cut_does_not(mode
 def test_a_template_of_turns_teaches_the_end_of_a_turn(tmp_path):
     template = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>{image}<|eot_id|>"
     model = toys.fresh(toys.save_model(tmp_path, template=template))
-    assert model.tokenizer.convert_ids_to_tokens(end_token_id(model)) == "<|eot_id|>"
+    assert (
+        model.tokenizer.convert_ids_to_tokens(end_token_id(model.tokenizer, model.template.text, model.eos_token_ids))
+        == "<|eot_id|>"
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "pooled_mlp"])

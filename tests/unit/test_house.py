@@ -27,6 +27,7 @@ ORDER = [
     {"fitting", "gallery", "plan", "worker", "labels", "features"},
     {"progress", "rehearsal", "summary", "feature_plan"},
     {"examples", "feature_worker", "fit_plan", "query"},
+    {"caption_tokens"},
     {"fit_report", "fit_worker", "gallery_job"},
     {"caption_pipeline"},
     {"feature_pipeline"},
