@@ -34,6 +34,7 @@ from captioner.fitting.state import FitState
 from captioner.fitting.team import Team
 from captioner.model.bundle import describe
 from captioner.projector_training import _train, _workers, fit_projector
+from captioner.resources import Cluster
 from tests.labelled_scenes import write_labels
 from tests.tensorboard_events import scalars
 from tests.unit import tiny_models
@@ -208,6 +209,13 @@ def test_an_error_that_all_workers_meet_ends_the_fit_at_once(command, tmp_path):
     with pytest.raises(JobError, match="nobody can read it"):
         trained(command, features_of(command), output)
     assert Path(f"{output.url}-calls").read_text().split() == ["checkpoint.pt"] * 2
+
+
+@pytest.mark.parametrize(("workers", "asked"), [("1:2", (1, 2)), ("2", 2)])
+def test_a_range_of_workers_is_one_for_ray_train_too(workers, asked):
+    found = _workers(FitResourceConfig(workers=workers), Cluster(cpus=2, gpus=0)).scaling()
+    assert (found.num_workers, found.resources_per_worker) == (asked, {"CPU": 1.0})
+    assert found.elasticity_enabled == (workers == "1:2")
 
 
 def models_of(command):
