@@ -55,9 +55,14 @@ class StopFile:
 
 @dataclass
 class Stop:
-    """Whether a signal came."""
+    """Whether a signal came, and which."""
 
-    is_asked: bool = False
+    number: int = 0
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the job is to end."""
+        return self.number != 0
 
 
 @contextmanager
@@ -68,7 +73,8 @@ def stopping(file: StopFile, is_lost: Callable[[], bool]) -> Iterator[Stop]:
     so that there is nothing to finish.
     """
     stop = Stop()
-    deadline = threading.Timer(DRAIN_S, os.kill, (os.getpid(), signal.SIGINT))
+    # by the signal that came: the other one may be ignored, as Ctrl-C is behind `nohup ... &`
+    deadline = threading.Timer(DRAIN_S, lambda: os.kill(os.getpid(), stop.number))
     deadline.daemon = True
     taken = [number for number in _SIGNALS if signal.getsignal(number) is signal.default_int_handler]
 
@@ -76,11 +82,11 @@ def stopping(file: StopFile, is_lost: Callable[[], bool]) -> Iterator[Stop]:
         for number in taken:
             signal.signal(number, signal.default_int_handler)
 
-    def ask(*_: object) -> None:
+    def ask(number: int, _: object) -> None:
         give_back()
         if is_lost():
             raise KeyboardInterrupt
-        stop.is_asked = True
+        stop.number = number
         log.info("ending=after_what_is_begun for_s=%g reason=%s", DRAIN_S, "a signal; another one ends it at once")
         threading.Thread(target=file.write, daemon=True).start()
         deadline.start()

@@ -62,6 +62,15 @@ def test_a_job_that_does_not_end_in_time_is_ended(file: StopFile, monkeypatch: p
         be_told_once(file)
 
 
+def test_a_job_that_ignores_ctrl_c_is_ended_in_time_too(file: StopFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one behind `nohup ... &` in a script: only SIGTERM reaches it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(stopping_module, "DRAIN_S", 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        be_told_once(file)
+    assert not file.is_there()
+
+
 def test_a_job_without_a_signal_leaves_nothing_behind(file: StopFile) -> None:
     with stopping(file, lambda: False) as stop:
         pass
