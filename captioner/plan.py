@@ -204,12 +204,8 @@ def _check_context(config: CaptionJobConfig, model: BundleDescription) -> None:
 
 
 def _check_scoring(config: CaptionJobConfig, model: BundleDescription) -> None:
-    if config.scoring.needs_text_tower and not model.has_text_tower:
-        flag = "--clip-score" if config.scoring.clip_score else "--rerank clip-score"
-        raise ConfigError(
-            f"{flag} compares captions with images by CLIP's text tower, and {model.clip} has none; expected a bundle"
-            " over a whole CLIP: text_model and text_projection in its weights, and its tokenizer.json"
-        )
+    if config.scoring.needs_text_tower:
+        model.check_text_tower("--clip-score" if config.scoring.clip_score else "--rerank clip-score")
 
 
 def _retry_rule(text: str) -> Callable[[str], bool]:

@@ -57,12 +57,7 @@ class ClipJudge:
         from captioner.model.bundle import describe
 
         model = describe(config.model, config.storage_options)
-        if not model.has_text_tower:
-            raise ConfigError(
-                f"--model is {config.model}: CLIPScore compares captions with images by CLIP's text tower, and"
-                f" {model.clip} has none; expected a bundle over a whole CLIP: text_model and text_projection in its"
-                " weights, and its tokenizer.json"
-            )
+        model.check_text_tower(f"--model is {config.model}: CLIPScore")
         return cls(config, model)
 
     @property

@@ -94,6 +94,14 @@ class BundleDescription:
         """Whether CLIPScore can be had from it."""
         return self.text_weights is not None
 
+    def check_text_tower(self, asker: str) -> None:
+        """Raise ConfigError where there is no text tower. asker: the flag, or what it asked for."""
+        if not self.has_text_tower:
+            raise ConfigError(
+                f"{asker} compares captions with images by CLIP's text tower, and {self.clip} has none; expected a"
+                " bundle over a whole CLIP: text_model and text_projection in its weights, and its tokenizer.json"
+            )
+
     @property
     def text_fingerprint(self) -> str:
         """Hex digest of what CLIPScore needs beside the vision tower, empty where there is none; shapes no caption."""

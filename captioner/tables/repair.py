@@ -1,8 +1,8 @@
 """What a crash or a late writer may leave in a table, named first, then put aside below `_run/removed/`.
 
 Torn parts, rows that stand in two parts, failures of no row of the input, temporaries, and the leftovers of a
-compaction. Nothing is deleted. What is
-not ours - strangers, parts of another table - is left to whoever put it there. Asks for no lease.
+compaction. Nothing is deleted. What is not ours - strangers, parts of another table - is left to whoever put it there.
+Asks for no lease.
 """
 
 from collections.abc import Iterator, Sequence

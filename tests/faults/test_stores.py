@@ -1,9 +1,7 @@
 """A store that throttles, resets, hangs, cuts its answers short and loses our credentials, behind a real S3 server."""
 
 import contextlib
-import io
 import random
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import InputConfig
 from captioner.sources import freeze, open_store, read_unit
 from captioner.sources.faults import StoreError
 from tests.conftest import Bucket
-from tests.faults.conftest import SlowStore
+from tests.faults.conftest import SlowStore, table_of, tar_of
 from tests.faults.faulting_proxy import KINDS, FaultingProxy, Outage, Weather
 from tests.faults.running_job import Job, assert_same, table, verified
 
@@ -43,22 +39,6 @@ def options(s3: Bucket, proxy: FaultingProxy) -> dict[str, Any]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("captioner.sources.store.fsspec_store.pause_s", lambda *_: 0.02)
-
-
-def tar_of(bodies: list[bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for number, body in enumerate(bodies):
-            info = tarfile.TarInfo(f"{number:04d}.jpg")
-            info.size = len(body)
-            tar.addfile(info, io.BytesIO(body))
-    return buffer.getvalue()
-
-
-def table_of(bodies: list[bytes]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"image": bodies}), buffer, row_group_size=20, compression="none")
-    return buffer.getvalue()
 
 
 @pytest.mark.usefixtures("quick")
