@@ -71,8 +71,26 @@ def head_dim(config: LlamaConfig) -> int:
     return width or config.hidden_size // config.num_attention_heads
 
 
+class TransformersLayers:
+    """The layers of a LLaMA as transformers runs them."""
+
+    def __init__(self, llama: LlamaForCausalLM) -> None:
+        self._llama = llama
+
+    def __call__(self, embeds: Tensor, positions: Tensor, view: SlotView) -> Tensor:
+        """Return the last hidden state of the decode rows, float[R, D], and fill the slots of all rows.
+
+        embeds: float[T, D]. positions: int64[T]."""
+        with _slot_attention(self._llama):
+            states = self._llama.model(
+                inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, slots=view
+            ).last_hidden_state
+        hidden: Tensor = states[0, : len(view.columns)]
+        return hidden
+
+
 @contextmanager
-def slot_attention(llama: LlamaForCausalLM) -> Iterator[None]:
+def _slot_attention(llama: LlamaForCausalLM) -> Iterator[None]:
     """Make the model attend to slots inside the block, and leave it as it was found."""
     config = llama.config
     found = config._attn_implementation
@@ -94,16 +112,18 @@ def attend_to_slots(
     keys[slots.rows, :, slots.columns] = key[0, :, :num_decode].transpose(0, 1)
     values[slots.rows, :, slots.columns] = value[0, :, :num_decode].transpose(0, 1)
     if slots.prompts is None:
-        return _attend_decode(query[0], keys, values, slots.mask, scaling)[None], None
-    q, k, v = (_by_prompt(t[0, :, num_decode:], slots.prompts) for t in (query, key, value))
-    of_prompts = _attend_prompts(q, k, v, keys, values, slots.prompts, scaling)  # the decode rows read what it writes
-    of_slots = _attend_decode(query[0, :, :num_decode], keys, values, slots.mask, scaling)
+        return attend_decode(query[0], keys, values, slots.mask, scaling)[None], None
+    q, k, v = (t[0, :, num_decode:] for t in (query, key, value))
+    of_prompts = attend_prompts(q, k, v, keys, values, slots.prompts, scaling)  # the decode rows read what it writes
+    of_slots = attend_decode(query[0, :, :num_decode], keys, values, slots.mask, scaling)
     return torch.cat([of_slots, of_prompts])[None], None
 
 
-def _attend_decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """float[H, R, d] -> float[R, H, d]. The query heads of one kv head stand where SDPA expects a sequence, so that
-    keys and values are read once and never repeated."""
+def attend_decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Return what decode rows read from their slots, float[R, H, d] of float[H, R, d].
+
+    The query heads of one kv head stand where SDPA expects a sequence, so that keys and values are read once and never
+    repeated."""
     num_heads, num_rows, width = query.shape
     window = mask.shape[-1]
     grouped = query.transpose(0, 1).reshape(num_rows, keys.shape[1], -1, width)
@@ -111,10 +131,13 @@ def _attend_decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sc
     return attended.reshape(num_rows, num_heads, width)
 
 
-def _attend_prompts(
+def attend_prompts(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, prompts: PromptRows, scaling: float
 ) -> Tensor:
-    """float[F, H, P-1, d] and float[F, Hkv, P-1, d] -> float[F * (P-1), H, d]."""
+    """Write the prompt rows into their slots and return what they read, float[F * (P-1), H, d].
+
+    query: float[H, F * (P-1), d], key and value: float[Hkv, F * (P-1), d]."""
+    query, key, value = (_by_prompt(rows, prompts) for rows in (query, key, value))
     where = (prompts.slots[:, :, None], slice(None), prompts.columns)
     keys[where] = key.transpose(1, 2)[:, None]
     values[where] = value.transpose(1, 2)[:, None]

@@ -22,12 +22,13 @@ from transformers import LlamaForCausalLM
 
 from captioner.config import DecodingConfig
 from captioner.decoding.draft import Endings
+from captioner.decoding.fused_llama import layers_of
 from captioner.decoding.memory import auto_slots, out_of_memory_named
 from captioner.decoding.recorded_steps import RecordedSteps, Step
 from captioner.decoding.request import Generation, Hypothesis, Request
 from captioner.decoding.sampling import candidate_seed
 from captioner.decoding.seats import Places, Seats
-from captioner.decoding.step import ROW_BUCKET, SlotLayout, SlotModel, StepShape, group_size, round_up, upload
+from captioner.decoding.step import ROW_BUCKET, Layers, SlotLayout, SlotModel, StepShape, group_size, round_up, upload
 from captioner.decoding.strategy import BeamStrategy, Strategy, TokenStrategy
 from captioner.errors import ConfigError, ShapeError
 from captioner.model.recording import Recorder
@@ -57,13 +58,15 @@ class Engine:
         slots: int | Literal["auto"] = "auto",
         is_stopped: Callable[[Sequence[int]], bool] | None = None,
         recorder: Recorder | None = None,
+        layers: Layers | None = None,
     ) -> None:
         """Make room for the slots and compute the shared prefix.
 
         shared_prefix: float[S, D], the prompt before the image, embedded; S may be 0. prefix_len: tokens P of every
         request's prefix. slots: captions (or beams) written at the same time; `auto`: what the device's memory
         holds. is_stopped: says whether the tokens so far contain a stop string; asked after every token. recorder: what
-        records steps to replay them, all slots in each, for this engine alone; none: steps run as they come. Raises
+        records steps to replay them, all slots in each, for this engine alone; none: steps run as they come. layers:
+        what runs LLaMA's layers; by default what suits its device. Raises
         ConfigError if a caption cannot fit the model's context, or one image's beams or captions the slots, and
         ResourceError if the device's memory cannot hold the slots."""
         _check_context(llama, len(shared_prefix), prefix_len, decoding.max_new_tokens)
@@ -82,7 +85,7 @@ class Engine:
         self._decoding = decoding
         self._is_recorded = recorder is not None
         with out_of_memory_named(slots, decoding.max_new_tokens):
-            self._model = SlotModel(llama, layout_of(slots))
+            self._model = SlotModel(llama, layout_of(slots), layers or layers_of(llama))
             if len(shared_prefix):
                 self._model.share(shared_prefix)
             eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=llama.device)

@@ -6,7 +6,7 @@ idle slot among the first R rows runs along and writes to its own row only, past
 rows write goes to the one row past the last slot.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from captioner.config import DecodingConfig
-from captioner.decoding.attention import PromptRows, SlotView, allocate_slots, slot_attention
+from captioner.decoding.attention import PromptRows, SlotView, allocate_slots
 
 ROW_BUCKET = 16
 WINDOW_BUCKET = 16
@@ -26,6 +26,8 @@ _HEAD_SLICE = 1000
 """Words of a float32 head that a CPU multiplies at once: MKL takes 21.7 ms for 32 rows x 512 x 32,000 in one product
 and 17.2 ms in slices of 1,000, to the same bits."""
 _NEVER = -1.0e9
+Layers = Callable[[Tensor, Tensor, SlotView], Tensor]
+"""A LLaMA's layers: embeddings and positions of all rows to the last hidden state of the decode rows, float[R, D]."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -171,10 +173,11 @@ class SlotBuffers:
 class SlotModel:
     """A `LlamaForCausalLM` over slots: buffers in, logits out."""
 
-    def __init__(self, llama: LlamaForCausalLM, layout: SlotLayout) -> None:
+    def __init__(self, llama: LlamaForCausalLM, layout: SlotLayout, layers: Layers) -> None:
         self.layout = layout
         self.buffers = SlotBuffers(llama, layout)
         self._llama = llama
+        self._layers = layers
         device, dtype = self.buffers.kv.device, self.buffers.kv.dtype
         self._rows = torch.arange(layout.num_slots, device=device)
         self._columns = torch.arange(layout.num_columns, device=device)
@@ -211,11 +214,7 @@ class SlotModel:
             prompts = PromptRows(buffers.prompt_slots[: shape.num_prompts], self._prompt_columns, self._prompt_mask)
         mask = self._mask(columns, shape.window)[:, None, None]
         view = SlotView(buffers.kv, self._rows[:num_rows], columns, mask, prompts)
-        with slot_attention(self._llama):
-            hidden = self._llama.model(
-                inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, slots=view
-            ).last_hidden_state
-        return self._head(hidden[0, :num_rows])
+        return self._head(self._layers(embeds, positions, view))
 
     def newest_logits(self, rows: Tensor) -> Tensor:
         """Return what the step that ran last said of some rows, float32[len(rows), V]."""

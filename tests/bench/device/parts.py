@@ -1,7 +1,7 @@
 """The parts of the benchmark: what each measures, as a function of the rig."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, DynamicCache, LlamaForCausalLM
 
@@ -41,7 +42,7 @@ TARGETS: dict[tuple[str, str], float] = {
 """What is wanted on one H100, by part and figure: at least, or, where negative, at most."""
 
 CASES = (
-    *(Case(name=f"greedy_mean14_{slots}", slots=slots, options={}) for slots in (64, 128, 256)),
+    *(Case(name=f"greedy_mean14_{slots}", slots=slots, is_compiled=True, options={}) for slots in (128, 256, 64)),
     *(Case(name=f"greedy_mean60_{slots}", slots=slots, lengths=LONG, options={}) for slots in (64, 128, 256)),
     Case(name="greedy_mean14_128_prompt9", slots=128, shared_len=9, options={}),
     Case(name="beam4_mean14_128", slots=128, options={"num_beams": 4}),
@@ -64,6 +65,9 @@ def parts(rig: Rig) -> dict[str, Callable[[], Figures]]:
         "pixels_mean14_256": partial(from_pixels, rig),
         "pixels_mean14_256_prompt9": partial(from_pixels, rig, template=NINE_TOKENS),
         "profile": partial(profiled, rig),
+        "profile_256": partial(profiled, rig, slots=256),
+        "profile_clip": partial(profiled_clip, rig),
+        **{f"products_{rows}": partial(products, rig, rows) for rows in (128, 256)},
         **{case.name: partial(against_generate, rig, case) for case in CASES},
         "bundle": partial(bundle, rig),
     }
@@ -96,7 +100,7 @@ def against_generate(rig: Rig, case: Case) -> Figures:
     """Captions a second of the engine, and of `generate` with whichever of its caches is faster here."""
     work = Workload(rig, case)
     ways: dict[str, Callable[[], object]] = {"ours": work.ours, "dynamic": work.generate}
-    if work.decoding.num_beams == 1:
+    if case.is_compiled:
         ways["static"] = partial(work.generate, cache_implementation="static")
     rounds = rig.in_turn(ways)
     medians = {name: statistics.median(seconds[name] for seconds in rounds) for name in ways}
@@ -181,14 +185,27 @@ def logits(rig: Rig) -> Figures:
     return {name: float((found - truth).norm() / truth.norm()) for name, found in errors.items()}
 
 
-def profiled(rig: Rig) -> Figures:
+def profiled(rig: Rig, slots: int = 128) -> Figures:
     """Share of 32 steps' time in which the device works, and the kernels that take most of it."""
-    work = Workload(rig, Case(name="profile", slots=128, lengths=LONG, options={}))
+    work = Workload(rig, Case(name="profile", slots=slots, lengths=LONG, options={}))
     work.fill(48)
+    return _profile(rig, work.engine.step, times=32)
+
+
+def profiled_clip(rig: Rig) -> Figures:
+    """The same of eight calls of the encoder."""
+    encoder = _encoder(rig)
+    pixels = rig.pixels(encoder.num_rows)
+    encoder(pixels)
+    return _profile(rig, lambda: encoder(pixels), times=8)
+
+
+def _profile(rig: Rig, work: Callable[[], object], times: int) -> Figures:
+    """Share of the time in which the device works, and milliseconds a call by kernel."""
     is_cuda = rig.device.type == "cuda"
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as found:
-        wall = rig.seconds(lambda: [work.engine.step() for _ in range(32)])
+        wall = rig.seconds(lambda: [work() for _ in range(times)])
     spans = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in found.events()
@@ -196,9 +213,54 @@ def profiled(rig: Rig) -> Figures:
     ]
     by_name: dict[str, float] = {}
     for start, end, name in spans:
-        by_name[name[:60]] = by_name.get(name[:60], 0.0) + (end - start) / 32e3
-    top = sorted(by_name.items(), key=lambda item: -item[1])[:12]
-    return {"busy_share": _union([span[:2] for span in spans]) / 1e6 / wall, "ms_per_step": dict(top)}
+        by_name[name[:60]] = by_name.get(name[:60], 0.0) + (end - start) / times / 1e3
+    top = sorted(by_name.items(), key=lambda item: -item[1])[:16]
+    busy_s = _union([span[:2] for span in spans]) / 1e6
+    return {
+        "busy_share": busy_s / wall,
+        "ms": wall / times * 1e3,
+        "kernels": len(spans) / times,
+        "by_kernel": dict(top),
+    }
+
+
+@torch.inference_mode()
+def products(rig: Rig, rows: int = 128) -> Figures:
+    """Microseconds of each product of a layer and of the head, and on a card those of its fp8 counterpart."""
+    width, inner = rig.llama_settings["hidden_size"], rig.llama_settings["intermediate_size"]
+    kv = width // rig.llama_settings["num_attention_heads"] * rig.llama_settings["num_key_value_heads"]
+    shapes = {
+        "qkv": (width + 2 * kv, width),
+        "o": (width, width),
+        "gate_up": (2 * inner, width),
+        "down": (width, inner),
+    }
+    shapes["head"] = (rig.llama_settings["vocab_size"], width)
+    found: Figures = {}
+    for name, shape in shapes.items():
+        weights = [torch.randn(shape, device=rig.device).to(rig.dtype) for _ in range(4)]  # more than a cache holds
+        ins = torch.randn(rows, shape[1], device=rig.device).to(rig.dtype)
+        found[f"{name}_us"] = _microseconds(rig, [partial(linear, ins, weight) for weight in weights])
+        found[f"{name}_floor_us"] = weights[0].nbytes / rig.bandwidth * 1e6
+        if rig.device.type == "cuda":
+            scales = torch.ones(rows, 1, device=rig.device), torch.ones(1, shape[0], device=rig.device)
+            small, smalls = ins.to(torch.float8_e4m3fn), [weight.to(torch.float8_e4m3fn).t() for weight in weights]
+            of_fp8 = partial(torch._scaled_mm, out_dtype=rig.dtype, use_fast_accum=True)
+            found[f"{name}_fp8_us"] = _microseconds(rig, [partial(of_fp8, small, one, *scales) for one in smalls])
+    return found
+
+
+def _microseconds(rig: Rig, works: Sequence[Callable[[], object]]) -> float:
+    """Return what one of the works takes when all run one after another eight times, recorded where that pays."""
+    recorder = recorder_for(rig.device)
+
+    def run() -> None:
+        for _ in range(8):
+            for work in works:
+                work()
+
+    replay = recorder(run).replay if recorder else run
+    return rig.median_seconds(replay, 9) / 8 / len(works) * 1e6
 
 
 def bundle(rig: Rig) -> Figures:

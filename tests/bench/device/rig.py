@@ -140,6 +140,9 @@ class Case:
     slots: int
     lengths: tuple[int, int] = SHORT
     shared_len: int = 1
+    is_compiled: bool = False
+    """Whether `generate` also runs compiled, with its static cache: minutes for each case."""
+
     options: dict[str, Any]
 
 
@@ -187,7 +190,7 @@ class Workload:
             self.llama.generate(
                 inputs_embeds=embeds,
                 attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=self.rig.device),
-                max_new_tokens=int(lengths.max()),
+                max_new_tokens=self.decoding.max_new_tokens,  # each batch ends sooner; a static cache keeps its size
                 stopping_criteria=[EndAt(lengths.to(self.rig.device))],
                 do_sample=self.decoding.do_sample,
                 num_beams=self.decoding.num_beams,
