@@ -34,11 +34,11 @@ from tests.bench.device.rig import Rig
 
 
 def measure(rig: Rig, only: str = "", out: Path | None = None, seconds: float = math.inf) -> dict[str, Any]:
-    """Return the report of every part whose name contains one of `only`, printing each as it is known."""
+    """Return the report of every part whose name begins with one of `only`, printing each as it is known."""
     report = {"benchmark": "device", **machine(rig), "parts": {}}
     start = time.monotonic()
     for name, part in parts(rig).items():
-        if any(piece in name for piece in only.split(",")):
+        if name.startswith(tuple(only.split(","))):
             is_late = time.monotonic() - start > seconds
             report["parts"][name] = found = {"left_out": True} if is_late else _timed(name, part)
             print(f"{name:28}", "  ".join(f"{key} {_short(value)}" for key, value in found.items()), flush=True)
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy widths, to run the paths where there is no card")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--price", type=float, default=2.5, help="dollars an hour that the card costs")
-    parser.add_argument("--only", default="", help="parts whose name contains one of these, with commas between")
+    parser.add_argument("--only", default="", help="parts whose name begins with one of these, with commas between")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no part after so long")
     parser.add_argument("--out", type=Path, help="file to keep the report in, written anew after each part")
     args = parser.parse_args()
