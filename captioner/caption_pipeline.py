@@ -9,6 +9,7 @@ One of the modules that import ray. Knows how rows move and what each stage rese
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ from captioner.config import CaptionJobConfig
 from captioner.decode_worker import DecodeWorker
 from captioner.errors import ConfigError, JobError
 from captioner.machine import num_cpus
+from captioner.making_room import Placed, who_yields
 from captioner.progress import progress
 from captioner.resources import Allocation, Cluster, allocate, missing
 from captioner.restarts import Start, next_start
@@ -60,6 +62,7 @@ __all__ = [
     "guarded",
     "job_errors",
     "joined_cluster",
+    "making_room",
     "one_table",
     "shortage",
     "worker_pool",
@@ -77,6 +80,8 @@ _INIT_RETRIES = 1  # of a load that raised, in its process: Ray would not restar
 # A spot node takes its workers with it, as often as it likes; `guarded` ends what dies by itself. Until Ray knows that
 # a node is gone, every try of its tasks fails at once: a small number of tries is used up before.
 RETRIES: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
+_STAGE = re.compile(r"MapWorker\(MapBatches\((\w+)\)\)")  # what Ray calls the workers of one
+_ROOM_EVERY_S = 10.0
 _VITAL = ("raylet", "gcs_server")
 _STAGE_LABEL = "captioner-stage"
 # Ray keeps as many processes as there are CPUs: on a small machine each write task would start a Python of its own.
@@ -122,6 +127,7 @@ def _run(plan: "Plan") -> dict[str, Any]:
         with (
             stopping(plan.stop_file, lambda: plan.lease is not None and plan.lease.is_lost) as stop,
             progress(plan.num_left, count, url, partial(shortage, allocation)),
+            making_room(allocation, cluster),
             job_errors(),
         ):
             write_rows(_captioned(plan, allocation), sink, allocation)
@@ -235,9 +241,8 @@ def guarded(worker: type) -> type:
         context = ray.get_runtime_context()
         key = f"{_start_key(worker.__name__)} {context.get_actor_id()}"
         process = f"{os.getpid()} {context.get_node_id()}"
-        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
         last = Start.parse(internal_kv._internal_kv_get(key))
-        start = next_start(last, process, context.get_node_id(), alive=nodes, now=time.time())
+        start = next_start(last, process, context.get_node_id(), alive=_nodes_alive(), now=time.time())
         internal_kv._internal_kv_put(key, start.dump(), overwrite=True)
         worker.__init__(self, *args, **kwargs)  # type: ignore[misc]
         internal_kv._internal_kv_put(key, replace(start, loaded_at=time.time()).dump(), overwrite=True)
@@ -432,6 +437,54 @@ def _has_begun() -> bool:
     """Say whether a model worker of this job has ever had a place to load in."""
     starts: list[bytes] = internal_kv._internal_kv_list(_start_key(""))
     return any(DecodeWorker.__name__ not in key.decode() for key in starts)
+
+
+@contextmanager
+def making_room(allocation: Allocation, cluster: Cluster) -> Iterator[None]:
+    """End a worker whose place a stage without any needs, where stages share CPUs and a lost node is not replaced."""
+    if not allocation.worker_cpus or cluster.can_grow or len(cluster.node_cpus) < 2:
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        before: Placed | None = None
+        while not ended.wait(_ROOM_EVERY_S):
+            now = who_yields(_workers(), _nodes_alive())
+            if now and now == before:  # Ray has had its time to find a place
+                log.info("a node is gone: one %s gives its place to a stage that has none", now.stage)
+                core: Any = ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
+                core.kill_actor(ray.ActorID.from_hex(now.actor), False)  # it starts again once there is room
+            before = now
+
+    watcher = threading.Thread(target=watch, name="making room", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _workers() -> list[Placed]:
+    """Return the workers of this job's stages that live or are to."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    table: Mapping[str, Mapping[str, Any]] = ray._private.state.actors(job_id=job)
+    kinds = {actor: _STAGE.fullmatch(entry["ActorClassName"]) for actor, entry in table.items()}
+    return [
+        Placed(
+            actor=actor,
+            stage=kind[1],
+            is_alive=table[actor]["State"] == "ALIVE",
+            start=Start.parse(internal_kv._internal_kv_get(f"{_start_key(kind[1])} {actor}")),
+        )
+        for actor, kind in kinds.items()
+        if kind and table[actor]["State"] != "DEAD"
+    ]
+
+
+def _nodes_alive() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 @contextmanager

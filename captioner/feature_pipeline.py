@@ -24,6 +24,7 @@ from captioner.caption_pipeline import (
     decode_slices,
     guarded,
     job_errors,
+    making_room,
     one_table,
     shortage,
     worker_pool,
@@ -81,6 +82,7 @@ def _compute(plan: FeaturePlan, model: "BundleDescription", resources: ResourceC
 
     with (
         progress(len(plan.missing), num_written, plan.cache.url, partial(shortage, allocation)),
+        making_room(allocation, cluster),
         job_errors(),
         redirect_stdout(sys.stderr),
     ):

@@ -17,7 +17,7 @@ ORDER = [
     {"config", "repetition", "rows", "telemetry"},
     {"command_line", "demo", "tracebacks", "waiting"},
     {"keys", "machine", "resources", "restarts", "sources", "images", "model"},
-    {"stopping", "vigil"},
+    {"making_room", "stopping", "vigil"},
     {
         *("decoding", "metrics", "tables", "failure_limit", "slices", "prediction", "decode_worker"),
         *("caption_files", "same_pictures", "splits"),
