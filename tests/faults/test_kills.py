@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from tests.faults.running_job import (
+    KINDS,
     MARK,
     Job,
     assert_only_parts,
@@ -91,19 +92,19 @@ _CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
 
-node = {"num_cpus": 2, "include_dashboard": False}
-cluster = Cluster(initialize_head=True, head_node_args=node)
-raylet = cluster.add_node(num_cpus=2).all_processes["raylet"][0].process.pid
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+for _ in range(2):
+    cluster.add_node(num_cpus=2)
 cluster.wait_for_nodes()
-print("cluster", cluster.address, raylet, flush=True)
+print("cluster", cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
 
 
 @pytest.fixture
-def cluster() -> Iterator[tuple[str, int]]:
-    """A Ray of two nodes: its address, and the pid of the second one's raylet."""
+def cluster() -> Iterator[tuple[str, str]]:
+    """A Ray of two nodes beside its head: its address, and the mark of its processes."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _CLUSTER],
@@ -115,8 +116,7 @@ def cluster() -> Iterator[tuple[str, int]]:
     )
     assert process.stdout is not None
     try:
-        address, raylet = next(line.split()[1:] for line in process.stdout if line.startswith("cluster "))
-        yield address, int(raylet)
+        yield next(line.split()[1] for line in process.stdout if line.startswith("cluster ")), mark
         process.communicate(timeout=60)  # the end of its stdin is its sign to go
     finally:
         for pid, _ in marked(mark):
@@ -124,13 +124,19 @@ def cluster() -> Iterator[tuple[str, int]]:
         process.wait()
 
 
-def test_a_job_outlives_the_death_of_a_node(
-    start: Start, cluster: tuple[str, int], images: Path, unbroken: pd.DataFrame, tmp_path: Path
+def _parent(pid: int) -> int:
+    """The raylet that started a worker."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_job_outlives_the_death_of_the_node_that_decodes(
+    start: Start, cluster: tuple[str, str], images: Path, unbroken: pd.DataFrame, tmp_path: Path
 ) -> None:
-    address, raylet = cluster
+    address, mark = cluster
     job = start(images, tmp_path / "table", "--workers", "2", RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
     wait_for_parts(job, tmp_path / "table")
-    assert kill(raylet), "the node was gone before it was killed"
+    (decoder,) = (pid for pid, line in marked(mark) if KINDS["decoder"] in line)
+    assert kill(_parent(decoder)), "the node was gone before it was killed"
     assert job.summary()["read"] == len(unbroken)
     assert_same(table(tmp_path / "table"), unbroken)
     verified(str(tmp_path / "table"))
