@@ -111,7 +111,8 @@ def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
     """Return the parameters as one tensor of which each is a view from now on; as they lie, if they lie so already."""
     if (found := _neighbours(parameters)) is not None:
         return found
-    with torch.inference_mode(False), torch.no_grad():  # a fit's gradients pass through these weights
+    # A fit's gradients pass through weights that were made outside inference mode; those made inside stay so.
+    with torch.inference_mode(parameters[0].is_inference()), torch.no_grad():
         joined = torch.cat([parameter.detach() for parameter in parameters])
         for parameter, part in zip(parameters, torch.split(joined, [len(one) for one in parameters]), strict=True):
             parameter.data = part

@@ -73,6 +73,17 @@ def test_gradients_still_pass_through_weights_that_an_engine_laid_side_by_side()
     assert embeds.grad.abs().sum() > 0
 
 
+def test_weights_that_were_made_in_inference_mode_are_laid_too():
+    prompt = torch.arange(12)[None]
+    with torch.inference_mode():
+        llama = tiny_llama()
+        before = llama(prompt).logits
+        fused(llama)
+        assert torch.equal(llama(prompt).logits, before)
+    attention = llama.model.layers[0].self_attn
+    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.k_proj.weight.untyped_storage().data_ptr()
+
+
 def test_weights_that_moved_away_are_laid_anew():
     llama = tiny_llama()
     fused(llama)
