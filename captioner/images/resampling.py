@@ -24,6 +24,7 @@ Pixels = npt.NDArray[np.uint8]
 
 _ONE = 1 << 15  # 255 * 1.5 * 2^15 < 2^24; 1.5 is more than the absolute weights of any filter sum to
 _OUTPUTS_PER_BLOCK = 16  # measured at 1024x768 on one core: 2.3 ms; 32 outputs 3.2 ms, 64 outputs 4.6 ms
+_FEW_PIXELS = 96 * 96  # up to here numpy takes colours apart as soon as Pillow is called for each of them
 _LINES_PER_STRIP = 512  # float32 strips that stay in the cache, and a 100-megapixel picture never becomes float32 whole
 
 
@@ -69,6 +70,9 @@ def resample(image: Image.Image, columns: Axis, rows: Axis) -> Pixels:
 
 
 def _planes(image: Image.Image) -> Pixels:
+    if image.width * image.height <= _FEW_PIXELS:
+        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, -1)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
     bands = image.getbands()
     planes = np.empty((len(bands), image.height, image.width), np.uint8)
     for plane, band in zip(planes, bands, strict=True):
@@ -78,7 +82,7 @@ def _planes(image: Image.Image) -> Pixels:
 
 def _round(levels: Floats) -> Floats:
     np.rint(levels, out=levels)
-    return np.clip(levels, 0, 255, out=levels)
+    return levels.clip(0, 255, out=levels)  # np.clip costs small pictures as much again
 
 
 @functools.lru_cache(maxsize=32)  # cameras and crawlers write few sizes

@@ -24,10 +24,10 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -60,37 +60,62 @@ def make_images(folder: Path, num_images: int) -> None:
             os.link(originals[number % NUM_ORIGINALS], below / f"{number:07d}.jpg")
 
 
-class Memory:
-    """The greatest memory of each kind of process below this one, looked at twice a second."""
+class Sample(NamedTuple):
+    """What the processes below this one had taken at a time: each kind's greatest memory, its CPU seconds so far."""
+
+    at: float
+    memory_mib: dict[str, float]
+    cpu_s: dict[str, float]
+
+
+class Watch:
+    """Looks at the processes below this one, by kind, twice a second."""
 
     def __init__(self) -> None:
-        self.most_mib: dict[str, float] = defaultdict(float)
-        self.samples: list[tuple[float, dict[str, float]]] = []
+        self.samples: list[Sample] = []
+        self._cpu_s: dict[int, tuple[str, float]] = {}  # by pid, those that have ended too
 
     def look(self) -> None:
-        now: dict[str, float] = defaultdict(float)
+        memory: dict[str, float] = defaultdict(float)
         for pid in descendants(os.getpid()):
-            kind, own_mib, shared_mib = process(pid)
+            kind, own_mib, shared_mib, cpu_s = process(pid)
             if kind:
-                now[kind] = max(now[kind], own_mib)
-                now["object store"] = max(now["object store"], shared_mib)
-        for kind, mib in now.items():
-            self.most_mib[kind] = max(self.most_mib[kind], mib)
-        self.samples.append((time.monotonic(), dict(now)))
+                self._cpu_s[pid] = kind, cpu_s
+                memory[kind] = max(memory[kind], own_mib)
+                memory["object store"] = max(memory["object store"], shared_mib)
+        cpu: dict[str, float] = defaultdict(float)
+        for kind, cpu_s in self._cpu_s.values():
+            cpu[kind] += cpu_s
+        self.samples.append(Sample(time.time(), dict(memory), dict(cpu)))
+
+    def most_mib(self) -> dict[str, int]:
+        """Return the greatest memory of each kind."""
+        kinds = sorted({kind for sample in self.samples for kind in sample.memory_mib})
+        return {kind: round(max(sample.memory_mib.get(kind, 0) for sample in self.samples)) for kind in kinds}
+
+    def cpu_us_a_row(self, steady: "Steady") -> dict[str, int]:
+        """Return the CPU time that the processes of each kind took for a row of the steady state."""
+        before, after = (
+            max((sample for sample in self.samples if sample.at <= at), default=self.samples[0])
+            for at in (steady.start, steady.stop)
+        )
+        rows = steady.rows_per_s * (after.at - before.at)
+        taken = {kind: after.cpu_s[kind] - before.cpu_s.get(kind, 0.0) for kind in sorted(after.cpu_s)}
+        return {kind: round(1e6 * seconds / rows) for kind, seconds in taken.items()} if rows else {}
 
 
 @contextmanager
-def watched() -> Iterator[Memory]:
-    memory, ended = Memory(), threading.Event()
+def watched() -> Iterator[Watch]:
+    watch, ended = Watch(), threading.Event()
 
-    def watch() -> None:
+    def keep_looking() -> None:
         while not ended.wait(0.5):
-            memory.look()
+            watch.look()
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=keep_looking)
     thread.start()
     try:
-        yield memory
+        yield watch
     finally:
         ended.set()
         thread.join()
@@ -111,15 +136,17 @@ def descendants(root: int) -> list[int]:
     return sorted(found)
 
 
-def process(pid: int) -> tuple[str, float, float]:
-    """Return what kind of process it is, the memory of its own, and how much of shared files in memory, in MiB."""
+def process(pid: int) -> tuple[str, float, float, float]:
+    """Return what kind of process it is, its own memory and what it has of shared files in MiB, its CPU seconds."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
-        return "", 0.0, 0.0
+        return "", 0.0, 0.0, 0.0
     sizes = {name: int(kb) / 1024 for name, kb in re.findall(r"^(Rss\w+):\s+(\d+) kB", status, re.MULTILINE)}
-    return kind_of(pid, command), sizes.get("RssAnon", 0.0), sizes.get("RssShmem", 0.0)
+    cpu_s = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    return kind_of(pid, command), sizes.get("RssAnon", 0.0), sizes.get("RssShmem", 0.0), cpu_s
 
 
 def kind_of(pid: int, command: str) -> str:
@@ -141,49 +168,62 @@ def kind_of(pid: int, command: str) -> str:
 def run(folder: Path, bundle: str, output: Path, num_images: int) -> dict[str, Any]:
     config = CaptionJobConfig(input_path=str(folder), output=str(output), model=ModelConfig(model=bundle))
     start = time.monotonic()
-    with watched() as memory:
+    with watched() as watch:
         summary = run_job(config, NullWorker)
     seconds = time.monotonic() - start
     assert summary["captioned"] == num_images, summary
+    steady = steady_state(output)
     found = {
         "images": num_images,
         "seconds": round(seconds, 1),
         "job_seconds": summary["seconds"],
         "rows_per_s": round(num_images / seconds),
-        "steady_rows_per_s": round(steady_rate(output)),
-        "memory_mib": {kind: round(mib) for kind, mib in sorted(memory.most_mib.items())},
-        "memory_mib_by_fifths": by_fifths(memory),
+        "steady_rows_per_s": round(steady.rows_per_s),
+        "cpu_us_a_row": watch.cpu_us_a_row(steady),
+        "memory_mib": watch.most_mib(),
+        "memory_mib_by_fifths": by_fifths(watch.samples),
     }
     print(
         f"{num_images:>9,} images {seconds:7.1f} s {found['rows_per_s']:>7,} rows/s,"
-        f" steady {found['steady_rows_per_s']:>7,}   MiB: "
-        + ", ".join(f"{kind} {mib}" for kind, mib in found["memory_mib"].items()),
+        f" steady {found['steady_rows_per_s']:>7,}   MiB: {listed(found['memory_mib'])}"
+        f"   CPU us a row: {listed(found['cpu_us_a_row'])}",
         flush=True,
     )
     return found
 
 
-def by_fifths(memory: Memory) -> dict[str, list[int]]:
+def listed(figures: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {figure}" for kind, figure in figures.items())
+
+
+def by_fifths(samples: Sequence[Sample]) -> dict[str, list[int]]:
     """Return the greatest memory of each kind in each fifth of the time: flat, or growing."""
-    start, stop = memory.samples[0][0], memory.samples[-1][0] + 1e-6
+    start, stop = samples[0].at, samples[-1].at + 1e-6
     fifths: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
-    for at, now in memory.samples:
-        fifth = int(5 * (at - start) / (stop - start))
-        for kind, mib in now.items():
+    for sample in samples:
+        fifth = int(5 * (sample.at - start) / (stop - start))
+        for kind, mib in sample.memory_mib.items():
             fifths[kind][fifth] = max(fifths[kind][fifth], mib)
     return {kind: [round(mib) for mib in values] for kind, values in fifths.items()}
 
 
-def steady_rate(output: Path) -> float:
-    """Return rows a second between the parts at 20 % and at 100 % of the rows."""
+class Steady(NamedTuple):
+    """From the part at 20 % of the rows to the one at 100 %: when, and how quick."""
+
+    start: float
+    stop: float
+    rows_per_s: float
+
+
+def steady_state(output: Path) -> Steady:
     parts = sorted((path.stat().st_mtime, int(path.stem.split("-")[-2])) for path in output.glob("captions/*.parquet"))
     total, passed, kept = sum(rows for _, rows in parts), 0, []
     for at, rows in parts:
         passed += rows
         if passed >= 0.2 * total:
             kept.append((at, passed))
-    seconds = kept[-1][0] - kept[0][0]
-    return (kept[-1][1] - kept[0][1]) / seconds if seconds else 0.0
+    (start, before), (stop, after) = kept[0], kept[-1]
+    return Steady(start, stop, (after - before) / (stop - start) if stop > start else 0.0)
 
 
 def resume(folder: Path, bundle: str, output: Path, num_images: int) -> dict[str, Any]:
