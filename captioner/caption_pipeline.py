@@ -25,6 +25,8 @@ import pyarrow as pa
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.operators.input_data_buffer import InputDataBuffer
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 from ray.experimental import internal_kv
@@ -41,7 +43,7 @@ from captioner.resources import Allocation, Cluster, allocate, missing
 from captioner.restarts import Start, next_start
 from captioner.slices import BLOCK_ROWS, Slice
 from captioner.sources.faults import output_errors
-from captioner.stopping import stopping
+from captioner.stopping import Stop, stopping
 from captioner.summary import facts, farewell, planned, predicted, summarize
 from captioner.tables import PartSummary, Stamp, mend_late
 from captioner.telemetry import METRICS
@@ -130,7 +132,9 @@ def _run(plan: "Plan") -> dict[str, Any]:
             making_room(allocation, cluster),
             job_errors(),
         ):
-            write_rows(_captioned(plan, allocation), sink, allocation)
+            rows = _captioned(plan, allocation)
+            rows.context.custom_execution_callback_classes = [_end_of_reading(stop)]
+            write_rows(rows, sink, allocation)
         mend_late(plan.table, plan.done.parts.union(*(part.parts for part in sink.parts)), run_id)
         seconds = time.monotonic() - start
         num_read = sum(part.captioned + part.failed for part in sink.parts)
@@ -179,6 +183,20 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
         **RETRIES,
     )
     return captioned
+
+
+def _end_of_reading(stop: Stop) -> type[ExecutionCallback]:
+    """Return what takes back, once the job is to stop, the read tasks that Ray has not begun: to begin each only for it
+    to see that there is nothing to do takes longer than all the rest."""
+
+    class EndOfReading(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            if stop.is_asked:
+                for operator, state in executor._topology.items():
+                    if isinstance(operator, InputDataBuffer):
+                        state.output_queue.clear()
+
+    return EndOfReading
 
 
 def decode_slices(source: "ReadSlices", decoder: Mapping[str, Any], allocation: Allocation) -> Dataset:

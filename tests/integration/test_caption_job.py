@@ -1,8 +1,11 @@
 """The whole job on a real Ray: rows in = rows out, whatever the input holds and however often it is run."""
 
 import json
+import signal
 import tarfile
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
-from captioner.caption_pipeline import caption_images
+from captioner.caption_pipeline import ReadSlices, _end_of_reading, caption_images, joined_cluster
 from captioner.config import (
     CaptionJobConfig,
     DecodingConfig,
@@ -24,6 +28,9 @@ from captioner.config import (
 )
 from captioner.errors import JobError, OutputError
 from captioner.rows import CAPTIONS
+from captioner.slices import Slice
+from captioner.sources import Unit
+from captioner.stopping import Stop
 from captioner.verification import verify
 from tests.conftest import Bucket
 from tests.pictures import BROKEN, encoded
@@ -222,3 +229,29 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, output: str, bundle: str, caps
     assert (summary["images"], summary["units"], summary["left"]) == (3, 1, 3)
     assert "images    3 in 1 units" in capsys.readouterr().out
     assert not Path(output).exists()
+
+
+def test_a_job_that_is_to_stop_takes_back_the_read_tasks_that_were_not_begun(tmp_path: Path) -> None:
+    stop, num_slices = Stop(), 300
+
+    class Noting:  # here: Ray's workers cannot import this module
+        def read(self, piece: Slice) -> Iterator[pa.Table]:
+            (tmp_path / str(piece.start)).touch()
+            time.sleep(0.01)
+            yield pa.table({"start": [piece.start]})
+
+    def ask_soon() -> None:
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.01)
+        stop.number = signal.SIGINT
+
+    unit = Unit(ordinal=0, kind="listing", path="", name="", num_rows=num_slices, size_bytes=None)
+    slices = [Slice(unit=unit, start=number, stop=number + 1, attempts={}) for number in range(num_slices)]
+    with joined_cluster():
+        rows = ray.data.read_datasource(ReadSlices(Noting(), slices), override_num_blocks=num_slices)
+        rows.context.custom_execution_callback_classes = [_end_of_reading(stop)]
+        threading.Thread(target=ask_soon, daemon=True).start()
+        came = {start for block in ray.get(rows.materialize().to_arrow_refs()) for start in block["start"].to_pylist()}
+    begun = {int(file.name) for file in tmp_path.iterdir()}
+    assert came == begun, "what was read comes through"
+    assert 0 < len(begun) < num_slices / 2
