@@ -282,7 +282,7 @@ class CaptionWorker:
         if self._stop and self._clock.is_busy and self._stop.is_there():
             rows = rows.slice(0, 0)
         is_image = pc.is_null(rows.column("reason"))
-        images = rows.filter(is_image)
+        images = rows if pc.all(is_image).as_py() else rows.filter(is_image)  # which copies every pixel
         captions: Iterator[Caption] = iter(())
         if images.num_rows:
             pixels = pixel_tensor(images.column("pixels"), self._captioner.model.image_size)

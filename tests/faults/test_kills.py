@@ -44,28 +44,6 @@ def test_a_job_outlives_the_death_of_any_of_its_workers(
     assert verified(str(tmp_path / "table"))["captioned"] == summary["captioned"]
 
 
-def test_a_table_is_finished_after_its_driver_and_then_all_of_its_ray_are_killed(
-    start: Start, images: Path, unbroken: pd.DataFrame, tmp_path: Path
-) -> None:
-    moments = random.Random(6)
-    output = tmp_path / "table"
-    first = start(images, output)
-    wait_for_parts(first, output)
-    time.sleep(moments.uniform(0, 0.5))
-    first.kill_driver()
-    assert_only_parts(output)
-    second = start(images, output)  # while the workers of the first may still be writing
-    second.kill("captioner")  # it is there before any row is done
-    time.sleep(moments.uniform(0, 5))
-    assert second.process.poll() is None, "the second job ended before it could be killed"
-    assert second.kill_everything() > 5
-    assert_only_parts(output)
-    third = start(images, output)
-    assert third.summary()["skipped_done"] > 0
-    assert_same(table(output), unbroken)
-    verified(str(output))
-
-
 @pytest.mark.parametrize("kind", ["raylet", "gcs"])
 def test_a_job_whose_own_ray_loses_its_heart_ends_soon_with_the_reason_and_a_rerun_does_the_rest(
     start: Start, images: Path, unbroken: pd.DataFrame, tmp_path: Path, kind: str

@@ -35,6 +35,7 @@ def test_a_table_outlives_twenty_random_kills(
         assert_only_parts(output)
     store.latency_s = 0
     assert len(killed) >= 5, f"the injector was not impartial: {killed}"
+    assert {"driver", "everything"} <= set(killed)
     start(images, output).summary()
     assert_same(table(output), unbroken)
     verified(str(output))
