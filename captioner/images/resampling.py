@@ -24,7 +24,7 @@ Pixels = npt.NDArray[np.uint8]
 
 _ONE = 1 << 15  # 255 * 1.5 * 2^15 < 2^24; 1.5 is more than the absolute weights of any filter sum to
 _OUTPUTS_PER_BLOCK = 16  # measured at 1024x768 on one core: 2.3 ms; 32 outputs 3.2 ms, 64 outputs 4.6 ms
-_FEW_PIXELS = 96 * 96  # up to here numpy takes colours apart as soon as Pillow is called for each of them
+_FEW_PIXELS = 96 * 96  # up to here numpy takes the colours apart in less time than a call of Pillow for each
 _LINES_PER_STRIP = 512  # float32 strips that stay in the cache, and a 100-megapixel picture never becomes float32 whole
 
 

@@ -26,6 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ class Watch:
     def cpu_us_a_row(self, steady: "Steady") -> dict[str, int]:
         """Return the CPU time that the processes of each kind took for a row of the steady state."""
         before, after = (
-            max((sample for sample in self.samples if sample.at <= at), default=self.samples[0])
+            max((sample for sample in self.samples if sample.at <= at), key=attrgetter("at"), default=self.samples[0])
             for at in (steady.start, steady.stop)
         )
         rows = steady.rows_per_s * (after.at - before.at)

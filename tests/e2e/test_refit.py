@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from captioner.demo import scenes
-from captioner.worker import Caption, Captioner
+from captioner.worker import Captioner
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -48,20 +48,18 @@ def captions_of_job(folder: Path, model: str) -> dict[str, str]:
     return {Path(name).name: caption for name, caption in zip(rows["image_id"], rows["caption"], strict=True)}
 
 
-def captions_of_shipped(folder: Path) -> dict[str, str]:
+def captions_of_shipped() -> dict[str, str]:
     """Return what the shipped bundle says of them, without a job."""
-    images = sorted(path for path in (folder / "held-out").iterdir() if path.suffix != ".jsonl")
+    held_out = list(scenes.examples("test", NUM_HELD_OUT))
     captioner = Captioner.from_bundle("demo")
-    try:
-        captions = captioner.caption(images)
-    finally:
-        captioner.close()
-    return {path.name: one.caption for path, one in zip(images, captions, strict=True) if isinstance(one, Caption)}
+    said = captioner.caption([example.image for example in held_out])
+    captioner.close()
+    return {example.image_id: str(getattr(one, "caption", one)) for example, one in zip(held_out, said, strict=True)}
 
 
 def test_a_projector_fitted_from_random_is_nearly_as_good_as_the_shipped_one(tmp_path: Path) -> None:
     scenes.write_folder(tmp_path / "held-out", "test", NUM_HELD_OUT)
     assert run("fit_projector.py", *SMALL, cwd=tmp_path)["steps"] == 60
-    shipped = share_right(captions_of_shipped(tmp_path))
+    shipped = share_right(captions_of_shipped())
     assert shipped > 0.9
     assert share_right(captions_of_job(tmp_path, "./demo-refit")) >= 0.95 * shipped
