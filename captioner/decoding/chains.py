@@ -1,12 +1,16 @@
 """The captions that grow token by token, greedily or by drawing: those of all seats side by side, since a step of 256
 of them must not cost the host 256 calls."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
 from captioner.decoding.draft import Draft, Endings
 from captioner.decoding.request import Hypothesis
 from captioner.decoding.seats import Places
+from captioner.rows import FinishReason
 
 
 class Chains:
@@ -21,10 +25,10 @@ class Chains:
         self._min_logprobs = np.zeros(num_seats)
         self._arrays = (self._token_ids, self._num_tokens, self._limits, self._sum_logprobs, self._min_logprobs)
 
-    def begin(self, seat: int, max_new_tokens: int) -> None:
-        """Begin a caption of at most `max_new_tokens`, that are at least 1."""
-        self._num_tokens[seat] = self._sum_logprobs[seat] = self._min_logprobs[seat] = 0
-        self._limits[seat] = max_new_tokens
+    def begin(self, seats: Places, limits: NDArray[np.int64]) -> None:
+        """Begin captions of at most so many tokens, each at least 1."""
+        self._num_tokens[seats] = self._sum_logprobs[seats] = self._min_logprobs[seats] = 0
+        self._limits[seats] = limits
 
     def move(self, sources: Places, targets: Places) -> None:
         """Let the captions of some seats go on in others."""
@@ -33,20 +37,31 @@ class Chains:
 
     def advance(
         self, seats: Places, token_ids: NDArray[np.int64], logprobs: NDArray[np.float64]
-    ) -> dict[int, tuple[Hypothesis, ...]]:
-        """Take one step's token of each seat; return the captions that end with it, by seat."""
+    ) -> dict[int, Callable[[], tuple[Hypothesis, ...]]]:
+        """Take one step's token of each seat; return, by seat, what puts together the captions that end with it."""
         num_before = self._num_tokens[seats]
         self._token_ids[seats, num_before] = token_ids
         self._num_tokens[seats] += 1
         self._sum_logprobs[seats] += logprobs
         self._min_logprobs[seats] = np.minimum(self._min_logprobs[seats], logprobs)
-        may_end = self._endings.may_be(token_ids) | (num_before + 1 >= self._limits[seats])
-        found = ((seat, self._ended(seat)) for seat in seats[may_end].tolist())
-        return {seat: ended for seat, ended in found if ended}
+        is_stopped = self._endings.are_ends(token_ids)
+        if self._endings.is_stopped is not None:
+            written = (self._token_ids[seat, : self._num_tokens[seat]] for seat in seats.tolist())
+            is_stopped |= [self._endings.is_stopped(tokens.tolist()) for tokens in written]
+        is_ended = is_stopped | (num_before + 1 >= self._limits[seats])
+        ended = seats[is_ended]
+        states = [is_stopped[is_ended], *(array[ended] for array in self._arrays)]  # copies: the seats are soon others'
+        return {seat: partial(self._caption, *state) for seat, *state in zip(ended.tolist(), *states, strict=True)}
 
-    def _ended(self, seat: int) -> tuple[Hypothesis, ...]:
-        """Return the seat's caption if it is one, else nothing."""
-        token_ids = self._token_ids[seat, : self._num_tokens[seat]].tolist()
-        draft = Draft(tuple(token_ids), float(self._sum_logprobs[seat]), float(self._min_logprobs[seat]))
-        reason = self._endings.reason(draft, int(self._limits[seat]))
-        return () if reason is None else (self._endings.hypothesis(draft, reason),)
+    def _caption(
+        self,
+        is_stopped: np.bool_,
+        token_ids: NDArray[np.int64],
+        num_tokens: np.int64,
+        _limit: np.int64,
+        sum_logprob: np.float64,
+        min_logprob: np.float64,
+    ) -> tuple[Hypothesis, ...]:
+        """Return the one caption of a seat from its row of each array."""
+        draft = Draft(tuple(token_ids[:num_tokens].tolist()), float(sum_logprob), float(min_logprob))
+        return (self._endings.hypothesis(draft, FinishReason.STOP if is_stopped else FinishReason.LENGTH),)

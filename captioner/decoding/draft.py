@@ -27,19 +27,20 @@ class Endings:
 
     def __init__(self, eos_token_ids: Sequence[int], is_stopped: Callable[[Sequence[int]], bool] | None = None) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._is_stopped = is_stopped
+        self._end_tokens = np.array(list(eos_token_ids), np.int64)
+        self.is_stopped = is_stopped
+        """Says whether a draft contains a stop string; None where there are none."""
 
-    def may_be(self, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return where a newest token may end its draft, limits apart: everywhere, if drafts are asked for stops."""
-        if self._is_stopped is not None:
-            return np.ones(len(token_ids), bool)
-        return np.isin(token_ids, list(self._eos_token_ids))
+    def are_ends(self, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return where a newest token is an end token."""
+        found: NDArray[np.bool_] = (token_ids[:, None] == self._end_tokens).any(1)
+        return found
 
     def reason(self, draft: Draft, max_new_tokens: int) -> FinishReason | None:
         """Return why the draft ends with its newest token, or None if it goes on."""
         if draft.token_ids[-1] in self._eos_token_ids:
             return FinishReason.STOP
-        if self._is_stopped is not None and self._is_stopped(draft.token_ids):
+        if self.is_stopped is not None and self.is_stopped(draft.token_ids):
             return FinishReason.STOP
         return FinishReason.LENGTH if len(draft.token_ids) >= max_new_tokens else None
 

@@ -8,7 +8,7 @@ ids and embeddings: no text, no tokenizer, no files, no Ray.
     for generation in engine.generate(requests): ...
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -40,11 +40,19 @@ class _Job:
 
     request: Request
     missing: int
-    hypotheses: list[Hypothesis] = field(default_factory=list)
+    found: list[Callable[[], tuple[Hypothesis, ...]]] = field(default_factory=list)
+
+    def generation(self) -> Generation:
+        """Put together what was found, when nothing is missing."""
+        hypotheses = [hypothesis for of_seat in self.found for hypothesis in of_seat()]
+        return Generation(self.request.id, tuple(sorted(hypotheses, key=attrgetter("score"), reverse=True)))
 
 
 class Engine:
-    """Decodes requests of one prefix length over a fixed number of slots."""
+    """Decodes requests of one prefix length over a fixed number of slots.
+
+    A step may be taken in two halves: `begin_step` hands it to the device, which works while the host does other
+    things, and `end_step` waits for it."""
 
     @torch.inference_mode()
     def __init__(
@@ -96,7 +104,9 @@ class Engine:
                 self._propose = RecordedSteps(self._propose, self._model.layout.full_shapes(), recorder)
         self._seats: Seats[_Job] = Seats(slots // self._strategy.slots_per_seat)
         self._seats_per_request = group_size(decoding) // self._strategy.slots_per_seat
-        self._fresh: list[tuple[Request, list[int]]] = []
+        self._fresh: list[tuple[Request, Places]] = []
+        self._begun: tuple[Tensor, int] | None = None
+        """What a step that has begun proposes, and its window."""
 
     @property
     def num_free(self) -> int:
@@ -118,8 +128,7 @@ class Engine:
         """Yield what becomes of each request, as it ends; requests are taken as slots become free."""
         waiting = iter(requests)
         while True:
-            for request in islice(waiting, self.num_free):
-                self.admit(request)
+            self.admit(list(islice(waiting, self.num_free)))
             if self.is_idle:
                 return
             yield from self.step()
@@ -133,30 +142,48 @@ class Engine:
                 f"float{list(expected)}: all prefixes of one engine have the same number of tokens"
             )
 
-    def admit(self, request: Request) -> None:
-        """Seat a request; its first token is chosen in the next step. Only while `num_free` is above 0.
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Seat requests, at most `num_free`; their first tokens are chosen in the next step. Not within a step.
 
-        Raises ShapeError if its prefix is not float[P, D]."""
-        self.check(request)
-        assert self.num_free > 0
-        job = _Job(request, missing=self._seats_per_request)
-        limit = min(request.max_new_tokens or self._decoding.max_new_tokens, self._decoding.max_new_tokens)
-        seats = [self._seats.take(job) for _ in range(self._seats_per_request)]
-        for seat in seats:
-            self._strategy.begin(seat, limit)
-        self._fresh.append((request, seats))
+        Raises ShapeError if a prefix is not float[P, D]."""
+        for request in requests:
+            self.check(request)
+        assert len(requests) <= self.num_free
+        assert self._begun is None
+        each, most = self._seats_per_request, self._decoding.max_new_tokens
+        jobs = [_Job(request, missing=each) for request in requests]
+        seats = self._seats.take([job for job in jobs for _ in range(each)])
+        limits = [min(request.max_new_tokens or most, most) for request in requests]
+        self._strategy.begin(seats, np.repeat(np.array(limits, np.int64), each))
+        self._fresh += zip(requests, seats.reshape(-1, each), strict=True)
 
-    @torch.inference_mode()
     def step(self) -> list[Generation]:
         """Give every running caption its next token; return the requests that are now complete."""
+        self.begin_step()
+        return list(self.end_step())
+
+    @torch.inference_mode()
+    def begin_step(self) -> None:
+        """Let the device choose the next token of every running caption."""
         window = self._model.layout.window(self._seats.most_steps)
         if not self._is_recorded:  # a recording has all rows in any case
             self._close_gaps(window)
         shape = StepShape(num_rows=self._num_rows(), window=window, num_prompts=self._fill_fresh())
         with out_of_memory_named(self.num_slots, self._decoding.max_new_tokens):
-            ended = self._strategy.settle(self._propose(shape), self._seats.taken, window)
+            self._begun = self._propose(shape), window
+
+    @torch.inference_mode()
+    def end_step(self) -> Iterator[Generation]:
+        """Wait for the device's choice; return the requests that are now complete, whose seats are free at once.
+
+        They are put together as they are asked for: best after the next step has begun."""
+        assert self._begun is not None
+        (proposals, window), self._begun = self._begun, None
+        with out_of_memory_named(self.num_slots, self._decoding.max_new_tokens):
+            ended = self._strategy.settle(proposals, self._seats.taken, window)
         self._seats.count_step()
-        return list(self._collect(ended))
+        complete = [job for seat, found in ended.items() if (job := self._leave(seat, found))]
+        return (job.generation() for job in complete)
 
     def _num_rows(self) -> int:
         if self._is_recorded:
@@ -175,7 +202,7 @@ class Engine:
         """Hand the newly seated prefixes to the device; return how many prompts the step is shaped for."""
         if not self._fresh:
             return 0
-        groups = [self._slots(np.array(seats)) for _, seats in self._fresh]
+        groups = [self._slots(seats) for _, seats in self._fresh]
         seeds = [[candidate_seed(request.seed, n) for n in range(len(groups[0]))] for request, _ in self._fresh]
         self._model.buffers.fill(groups, [request.prefix for request, _ in self._fresh], seeds)
         self._fresh.clear()
@@ -185,15 +212,12 @@ class Engine:
         width = self._strategy.slots_per_seat
         return [seat * width + i for seat in seats.tolist() for i in range(width)]
 
-    def _collect(self, ended: Mapping[int, tuple[Hypothesis, ...]]) -> Iterator[Generation]:
-        """Empty the seats whose search is done; yield the requests that were waiting for no other seat."""
-        for seat, hypotheses in ended.items():
-            job = self._seats.leave(seat)
-            job.hypotheses.extend(hypotheses)
-            job.missing -= 1
-            if not job.missing:
-                ranked = sorted(job.hypotheses, key=attrgetter("score"), reverse=True)
-                yield Generation(job.request.id, tuple(ranked))
+    def _leave(self, seat: int, found: Callable[[], tuple[Hypothesis, ...]]) -> _Job | None:
+        """Empty a seat whose search is done; return its request's job if that waits for no other seat."""
+        job = self._seats.leave(seat)
+        job.found.append(found)
+        job.missing -= 1
+        return None if job.missing else job
 
 
 def _check_context(llama: LlamaForCausalLM, shared_len: int, prefix_len: int, max_new_tokens: int) -> None:

@@ -7,7 +7,7 @@ its slots to the rest at once. Without work the thread sleeps.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -20,10 +20,10 @@ from captioner.model.recording import on_device
 
 @dataclass(eq=False, slots=True)
 class _Ticket:
-    """A request and the promise of its captions. Stands for the request's id in the engine: ids of two calls may be
+    """The id of a request and the promise of its captions. Stands for that id in the engine: ids of two calls may be
     the same."""
 
-    request: Request
+    id: Hashable
     future: Future[Generation] = field(default_factory=Future)
 
 
@@ -34,7 +34,7 @@ class EngineThread:
         self._engine = engine
         self._most_waiting = WAITING_PER_SLOT * engine.num_slots
         self._changed = threading.Condition()
-        self._waiting: deque[_Ticket] = deque()
+        self._waiting: deque[Request] = deque()  # whose ids are tickets
         self._running: set[_Ticket] = set()
         self._is_closed = False
         self._cause: BaseException | None = None
@@ -64,14 +64,15 @@ class EngineThread:
         for. Raises ShapeError for a prefix of another length, and EngineError if the engine has stopped."""
         for request in requests:
             self._engine.check(request)
-        tickets = [_Ticket(request) for request in requests]
+        tickets = [_Ticket(request.id) for request in requests]
+        ticketed = [replace(request, id=ticket) for request, ticket in zip(requests, tickets, strict=True)]
         for ticket in tickets:
             ticket.future.set_running_or_notify_cancel()  # a promise cannot be cancelled: its slot is shared
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or len(self._waiting) < self._most_waiting)
             if self._is_closed:
                 raise self._error()
-            self._waiting.extend(tickets)
+            self._waiting.extend(ticketed)
             self._changed.notify_all()
         return [ticket.future for ticket in tickets]
 
@@ -83,10 +84,16 @@ class EngineThread:
         self._thread.join()
 
     def _serve(self) -> None:
+        ended: Iterable[Generation] = ()
         try:
             with on_device(self._engine.device):
                 while self._admit():
-                    self._deliver(self._engine.step())
+                    self._engine.begin_step()
+                    self._deliver(ended)  # of the step before, while the device is at this one
+                    ended = self._engine.end_step()
+                    if self._engine.is_idle:
+                        self._deliver(ended)
+                        ended = ()
         except BaseException as error:
             self._cause = error
         self._fail_all()
@@ -96,10 +103,11 @@ class EngineThread:
         with self._changed:
             if not (self._is_closed or self._waiting) and self._engine.is_idle:
                 self._sleep()
-            while self._waiting and self._engine.num_free:
-                ticket = self._waiting.popleft()
-                self._running.add(ticket)
-                self._engine.admit(replace(ticket.request, id=ticket))
+            number = min(len(self._waiting), self._engine.num_free)
+            requests = [self._waiting.popleft() for _ in range(number)]
+            self._running.update(map(_ticket, requests))
+            self._engine.admit(requests)
+            if requests:
                 self._changed.notify_all()
             return not self._is_closed
 
@@ -111,15 +119,14 @@ class EngineThread:
 
     def _deliver(self, generations: Iterable[Generation]) -> None:
         for generation in generations:
-            ticket = generation.id
-            assert isinstance(ticket, _Ticket)
+            ticket = _ticket(generation)
             self._running.discard(ticket)
-            ticket.future.set_result(replace(generation, id=ticket.request.id))
+            ticket.future.set_result(replace(generation, id=ticket.id))
 
     def _fail_all(self) -> None:
         with self._changed:
             self._is_closed = True
-            for ticket in (*self._running, *self._waiting):
+            for ticket in (*self._running, *map(_ticket, self._waiting)):
                 ticket.future.set_exception(self._error())
             self._running.clear()
             self._waiting.clear()
@@ -130,3 +137,9 @@ class EngineThread:
         error = EngineError(f"the decoding engine stopped: {cause!r}" if cause else "the decoding engine is closed")
         error.__cause__ = cause
         return error
+
+
+def _ticket(holder: Request | Generation) -> _Ticket:
+    ticket = holder.id
+    assert isinstance(ticket, _Ticket)
+    return ticket

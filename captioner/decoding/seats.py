@@ -1,5 +1,6 @@
 """Which job sits where, and for how long. A seat is the slots of one search. Host side; knows no tensors."""
 
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -37,12 +38,13 @@ class Seats(Generic[Job]):
         """Steps that the longest-seated job has been through."""
         return int(self._num_steps.max())
 
-    def take(self, job: Job) -> int:
-        """Give a job the first free seat."""
-        seat = int(self._is_taken.argmin())
-        assert not self._is_taken[seat], "no seat is free"
-        self._put(seat, job, 0)
-        return seat
+    def take(self, jobs: Sequence[Job]) -> Places:
+        """Give each job a seat, the first that are free; there must be as many."""
+        seats = np.flatnonzero(~self._is_taken)[: len(jobs)]
+        for seat, job in zip(seats.tolist(), jobs, strict=True):
+            self._jobs[seat] = job
+        self._is_taken[seats] = True
+        return seats
 
     def leave(self, seat: int) -> Job:
         """Free a seat; return the job that had it."""
@@ -57,13 +59,11 @@ class Seats(Generic[Job]):
         sources = taken[taken >= len(taken)]
         targets = np.flatnonzero(~self._is_taken[: len(taken)])
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
-            num_steps = int(self._num_steps[source])
-            self._put(target, self.leave(source), num_steps)
+            num_steps = self._num_steps[source]
+            self._jobs[target], self._is_taken[target] = self.leave(source), True
+            self._num_steps[target] = num_steps
         return sources, targets
 
     def count_step(self) -> None:
         """Count one more step for every job."""
         self._num_steps += self._is_taken
-
-    def _put(self, seat: int, job: Job, num_steps: int) -> None:
-        self._jobs[seat], self._is_taken[seat], self._num_steps[seat] = job, True, num_steps

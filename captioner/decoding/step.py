@@ -165,9 +165,10 @@ class SlotBuffers:
         self.beam_scores[slots] = _NEVER
         self.beam_scores[slots[:, 0]] = 0.0
         self.last_prefix[slots] = prefix[:, None, -1]
-        self.prompt_embeds[: len(groups)] = prefix[:, :-1]
-        self.prompt_slots.fill_(len(self.token_ids))
-        self.prompt_slots[: len(groups)] = slots
+        if prefix.shape[1] > 1:
+            self.prompt_embeds[: len(groups)] = prefix[:, :-1]
+            self.prompt_slots.fill_(len(self.token_ids))
+            self.prompt_slots[: len(groups)] = slots
 
 
 class SlotModel:

@@ -3,7 +3,7 @@ the host half, `settle`, reads its small result and follows the search of each s
 search.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -27,8 +27,8 @@ from captioner.decoding.sampling import (
 from captioner.decoding.seats import Places
 from captioner.decoding.step import SlotModel, StepShape, upload
 
-Ended = dict[int, tuple[Hypothesis, ...]]
-"""What the searches that are done have found, by seat."""
+Ended = dict[int, Callable[[], tuple[Hypothesis, ...]]]
+"""What puts together the findings of each search that is done, by seat: the device need not wait for that."""
 
 
 class Strategy(Protocol):
@@ -36,8 +36,8 @@ class Strategy(Protocol):
 
     slots_per_seat: int
 
-    def begin(self, seat: int, max_new_tokens: int) -> None:
-        """Begin a search."""
+    def begin(self, seats: Places, limits: NDArray[np.int64]) -> None:
+        """Begin searches, each with its most tokens."""
 
     def move(self, sources: Places, targets: Places) -> None:
         """Let the searches of some seats go on in others."""
@@ -108,9 +108,10 @@ class BeamStrategy:
         self._searches: dict[int, BeamSearch] = {}
         self._num_proposals = max(2, 1 + len(eos_token_ids)) * decoding.num_beams
 
-    def begin(self, seat: int, max_new_tokens: int) -> None:
-        """Begin with the beams of an image before its first token."""
-        self._searches[seat] = BeamSearch(self._decoding, self._endings, max_new_tokens)
+    def begin(self, seats: Places, limits: NDArray[np.int64]) -> None:
+        """Begin with the beams of each image before its first token."""
+        for seat, limit in zip(seats.tolist(), limits.tolist(), strict=True):
+            self._searches[seat] = BeamSearch(self._decoding, self._endings, limit)
 
     def move(self, sources: Places, targets: Places) -> None:
         """Let the searches of some seats go on in others."""
@@ -141,7 +142,7 @@ class BeamStrategy:
             self._searches[seat].advance(
                 [Continuation(score, int(parent), int(token), lp) for score, parent, token, lp in rows[seat]]
             )
-        ended = {seat: self._searches.pop(seat).best() for seat in seats.tolist() if self._searches[seat].is_done}
+        ended = {seat: self._searches.pop(seat).best for seat in seats.tolist() if self._searches[seat].is_done}
         self._keep((seat for seat in seats.tolist() if seat not in ended), window)
         return ended
 

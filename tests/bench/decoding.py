@@ -205,7 +205,7 @@ def against_matmuls(work: Workload, rounds: int) -> tuple[list[float], list[floa
 
     def steps() -> None:
         for i, image in enumerate(work.images[: work.case.slots]):
-            work.engine.admit(Request(i, image, max_new_tokens=num_steps))
+            work.engine.admit([Request(i, image, max_new_tokens=num_steps)])
         while not work.engine.is_idle:
             work.engine.step()
 

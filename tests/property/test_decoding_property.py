@@ -68,7 +68,7 @@ def test_an_image_gets_the_caption_it_gets_alone(kv_heads, strategy, prefix_len,
     for place, image in enumerate(order):
         while not engine.num_free:
             found += engine.step()
-        engine.admit(Request((place, image), images[image], seed=image, max_new_tokens=limit_of(image)))
+        engine.admit([Request((place, image), images[image], seed=image, max_new_tokens=limit_of(image))])
         for _ in range(pauses[place]):
             found += engine.step() if not engine.is_idle else []
     while not engine.is_idle:

@@ -136,7 +136,7 @@ DEVICE_HALVES = [
 @pytest.mark.parametrize("strategy", DEVICE_HALVES)
 def test_the_device_half_of_a_step_reads_nothing_back(llama, strategy, prefix_len):
     engine = engine_of(llama, DecodingConfig(max_new_tokens=8, **strategy), prefix_len=prefix_len)
-    engine.admit(Request(0, random_prefixes(llama, 1, prefix_len)[0]))
+    engine.admit([Request(0, random_prefixes(llama, 1, prefix_len)[0])])
     with torch.inference_mode():
         shape = StepShape(num_rows=16, window=16, num_prompts=engine._fill_fresh())
         assert shape.num_prompts == (prefix_len > 1)
@@ -213,4 +213,4 @@ def test_fewer_slots_than_one_image_takes_are_refused(llama):
 def test_a_prefix_of_another_shape_is_refused_by_name(llama):
     engine = engine_of(llama, DecodingConfig())
     with pytest.raises(ShapeError, match=r"request 'cat' is float\[3, 64\].*float\[1, 64\]"):
-        engine.admit(Request("cat", torch.zeros(3, 64)))
+        engine.admit([Request("cat", torch.zeros(3, 64))])

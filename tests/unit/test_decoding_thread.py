@@ -42,8 +42,8 @@ def test_calls_of_many_threads_each_get_their_own_captions_in_order(llama, engin
 
 def test_calls_of_two_threads_share_one_step(llama, engine):
     seen = []
-    step = engine.step
-    engine.step = lambda: seen.append(engine.num_seated) or step()
+    begin_step = engine.begin_step
+    engine.begin_step = lambda: seen.append(engine.num_seated) or begin_step()
     thread = EngineThread(engine)
     with thread._changed:  # neither call is looked at before both are there
         futures = []
@@ -60,18 +60,37 @@ def test_calls_of_two_threads_share_one_step(llama, engine):
     assert max(seen) == 8
 
 
+def test_captions_are_put_together_while_the_device_is_at_the_next_step(llama, engine):
+    events = []
+    begin_step, end_step = engine.begin_step, engine.end_step
+
+    def put_together(complete):
+        for generation in complete:
+            events.append("caption")
+            yield generation
+
+    engine.begin_step = lambda: events.append("begin") or begin_step()
+    engine.end_step = lambda: events.append("end") or put_together(end_step())
+    images = random_prefixes(llama, 3, 1)
+    thread = EngineThread(engine)
+    done = thread.run([Request(i, image, max_new_tokens=1 + i) for i, image in enumerate(images)])
+    thread.close()
+    assert [len(generation.best.token_ids) for generation in done] == [1, 2, 3]
+    assert events == ["begin", "end", "begin", "caption", "end", "begin", "caption", "end", "caption"]
+
+
 def test_a_failing_engine_fails_waiting_and_later_calls_with_its_cause(llama, engine):
     calls = 0
-    step = engine.step
+    begin_step = engine.begin_step
 
     def fail_at_third():
         nonlocal calls
         calls += 1
         if calls == 3:
             raise ValueError("a broken weight")
-        return step()
+        begin_step()
 
-    engine.step = fail_at_third
+    engine.begin_step = fail_at_third
     thread = EngineThread(engine)
     futures = thread.submit(requests_of(llama, 30, 1))
     for future in futures:

@@ -168,8 +168,7 @@ def logits(rig: Rig) -> Figures:
     rounded.load_state_dict(exact.state_dict())
     shared, images = (torch.randn(number, width, device=rig.device).bfloat16() for number in (1, 16))
     engine = _engine(rounded, shared, slots=16, recorder=recorder_for(rig.device), max_new_tokens=13)
-    for i, image in enumerate(images):
-        engine.admit(Request(i, image[None]))
+    engine.admit([Request(i, image[None]) for i, image in enumerate(images)])
     for _ in range(12):
         engine.step()
     written = torch.from_numpy(engine._strategy._chains._token_ids[:16, :12]).to(rig.device)

@@ -178,8 +178,9 @@ class Workload:
 
     def fill(self, num_tokens: int) -> None:
         """Seat as many images as there are slots, each for so many tokens, and take them to mid caption."""
-        for i, image in enumerate(self.images[: self.batch]):
-            self.engine.admit(Request(i, image, max_new_tokens=num_tokens))
+        self.engine.admit(
+            [Request(i, one, max_new_tokens=num_tokens) for i, one in enumerate(self.images[: self.batch])]
+        )
         for _ in range(4):
             self.engine.step()
 
