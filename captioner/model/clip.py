@@ -19,6 +19,7 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from captioner.errors import BundleError, ShapeError
 from captioner.model.folder import Folder
 from captioner.model.module import allocate, freeze, parse_config
+from captioner.model.quick_gelu import fuse_quick_gelu
 from captioner.model.tokenizer import read_tokenizer
 from captioner.model.weights import Weights, read_weights
 
@@ -131,7 +132,7 @@ def load_tower(
     config.num_hidden_layers = config.num_hidden_layers if num_layers is None else num_layers
     tower = allocate(CLIPVisionModel, config, dtype=dtype, device=device)
     source.weights.load_into(_plain(tower))
-    return freeze(tower)
+    return fuse_quick_gelu(freeze(tower))
 
 
 def load_clip(folder: Folder, *, dtype: torch.dtype, device: torch.device) -> tuple[CLIPModel, PreTrainedTokenizerFast]:

@@ -16,6 +16,7 @@ from captioner.decoding import Engine, Request
 from captioner.model.caption_model import CaptionModel
 from captioner.model.module import allocate, freeze
 from captioner.model.projector import ProjectorConfig, build_projector
+from captioner.model.quick_gelu import fuse_quick_gelu
 from captioner.model.recording import recorder_for
 from captioner.model.template import DEFAULT_TEMPLATE, Template
 from tests.bench.decoding import EndAt, caption_lengths
@@ -63,7 +64,9 @@ class Rig:
         )
         tokenizer, side = self.tokenizer(), self.clip_settings["image_size"]
         return CaptionModel(
-            vision_tower=self.random(CLIPVisionModel, CLIPVisionConfig(**self.clip_settings), self.dtype),
+            vision_tower=fuse_quick_gelu(
+                self.random(CLIPVisionModel, CLIPVisionConfig(**self.clip_settings), self.dtype)
+            ),
             projector=freeze(build_projector(config).to(self.device, self.dtype)),
             projector_config=config,
             llama=llama,

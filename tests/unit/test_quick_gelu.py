@@ -1,0 +1,58 @@
+"""The quicker activation computes what transformers' does, and at least as exactly in bfloat16."""
+
+import copy
+
+import pytest
+import torch
+from transformers import CLIPVisionModel
+from transformers.activations import QuickGELUActivation
+
+from captioner.model.bundle import load
+from captioner.model.quick_gelu import fuse_quick_gelu
+from tests.unit.test_model_oracle import save_linear_bundle
+from tests.unit.tiny_models import clip_config
+
+
+def random_tower(**changes):
+    torch.manual_seed(0)
+    tower = CLIPVisionModel(clip_config().vision_config.__class__(**clip_config().vision_config.to_dict() | changes))
+    for name, parameter in tower.named_parameters():
+        if "mlp" in name:  # far from 0, where the activation bends
+            parameter.data.normal_(std=0.3)
+    return tower.eval().requires_grad_(False)
+
+
+def states(tower, dtype):
+    size = tower.config.image_size
+    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return tower.to(dtype)(pixel_values=images.to(dtype)).last_hidden_state.double()
+
+
+def test_the_states_are_those_of_transformers():
+    tower = random_tower()
+    exact = states(copy.deepcopy(tower), torch.float64)
+    torch.testing.assert_close(states(fuse_quick_gelu(tower.double()), torch.float64), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_costs_no_more_than_it_does_in_transformers(dtype):
+    tower = random_tower()
+    exact = states(copy.deepcopy(tower), torch.float64)
+    theirs = (states(copy.deepcopy(tower), dtype) - exact).norm()
+    ours = (states(fuse_quick_gelu(tower.to(dtype)), dtype) - exact).norm()
+    assert 0 < ours < 1.1 * theirs
+
+
+def test_parameters_keep_their_names_and_other_activations_stay():
+    tower = random_tower()
+    names = set(tower.state_dict())
+    assert set(fuse_quick_gelu(tower).state_dict()) == names
+    other = random_tower(hidden_act="gelu")
+    kinds = [type(module) for module in other.modules()]
+    assert [type(module) for module in fuse_quick_gelu(other).modules()] == kinds
+
+
+def test_a_loaded_model_has_it(tmp_path):
+    model = load(str(save_linear_bundle(tmp_path)), device="cpu")
+    assert model.vision_tower.config.hidden_act == "quick_gelu"
+    assert not any(isinstance(module, QuickGELUActivation) for module in model.vision_tower.modules())
