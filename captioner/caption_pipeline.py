@@ -75,9 +75,6 @@ log = logging.getLogger("captioner")
 
 _SMALL_IMAGE_BYTES = 16 << 10  # of a tar that nobody has counted: few images are smaller
 _TARGET_BLOCK_BYTES = 32 << 20  # 200 pixel arrays at 224 px: work starts at once, memory stays flat
-_CAPTION_CALLS = {"cpu": 4, "gpu": 8}
-"""Calls that a model worker serves at once, of `BLOCK_ROWS` images each. They share one engine, and each waits for its
-longest caption: on a pretended card with 256 slots 4 calls kept 0.75 of these full, 6 and more 0.92."""
 _DECODE_CALLS = 2  # one fetches while the other decodes
 _MAX_INIT_DEATHS = 1  # in a row, of workers that could not load: another one may, on another node
 _INIT_RETRIES = 1  # of a load that raised, in its process: Ray would not restart that worker, and its tasks end the job
@@ -179,7 +176,7 @@ def _captioned(plan: "Plan", allocation: Allocation) -> Dataset:
         batch_size=BLOCK_ROWS,  # not None: Ray refuses that for GPUs
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=worker_pool(allocation.workers, _CAPTION_CALLS["gpu" if allocation.worker_gpus else "cpu"]),
+        compute=worker_pool(allocation.workers, allocation.caption_calls),
         num_cpus=allocation.worker_cpus,
         num_gpus=allocation.worker_gpus,
         **RETRIES,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from captioner.config import ResourceConfig, worker_range
 from captioner.errors import ResourceError
 
-__all__ = ["Allocation", "Cluster", "allocate", "missing", "readers_for", "useful_workers"]
+__all__ = ["GPU_CALLS", "Allocation", "Cluster", "allocate", "missing", "readers_for", "useful_workers"]
 
 _TASK_CPUS = 0.05  # a read or write task: it waits for a store
 _MIN_READERS = 2
@@ -26,6 +26,10 @@ _DECODER_CPUS = 0.9  # so that one fits on each core beside the tasks
 _CORES_PER_DECODER = 4  # without a GPU, one core in four decodes and the others run the model
 _DECODERS_PER_WORKER = 16  # cores that one GPU may need at most, for photographs of 12 megapixels
 _ROWS_PER_DECODER = 256  # one call
+_CPU_CALLS = 4
+GPU_CALLS = 8
+"""Calls of 256 images that a GPU worker serves at once. They share one engine, and each waits for its longest caption:
+where 256 slots wrote captions of 14 tokens on average, 4 calls kept 0.75 of these full, 6 and 8 0.92."""
 _ROWS_PER_WORKER = 1024  # four calls of 256: with fewer images each, another worker would have nothing in its hands
 
 
@@ -70,6 +74,11 @@ class Allocation:
     num_readers: int
     read_cpus: float = _TASK_CPUS
     write_cpus: float = _TASK_CPUS
+
+    @property
+    def caption_calls(self) -> int:
+        """Calls that a model worker serves at once, each with a block of images."""
+        return GPU_CALLS if self.worker_gpus else _CPU_CALLS
 
     @property
     def num_writers(self) -> int:

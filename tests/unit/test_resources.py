@@ -7,7 +7,7 @@ import pytest
 
 from captioner.config import ResourceConfig
 from captioner.errors import ResourceError
-from captioner.resources import Allocation, Cluster, allocate, missing
+from captioner.resources import GPU_CALLS, Allocation, Cluster, allocate, missing
 
 
 def reserved(allocation: Allocation, end: int) -> float:
@@ -39,6 +39,11 @@ def test_by_default_the_whole_job_fits_a_machine_with_gpus(cpus: int, gpus: int)
     assert allocation.workers == (gpus, gpus)
     assert allocation.worker_gpus == 1
     assert allocation.worker_cpus == 0
+
+
+def test_a_gpu_worker_has_enough_calls_at_once_to_keep_its_slots_full() -> None:
+    of_gpu = allocate(ResourceConfig(), Cluster(cpus=8, gpus=1)).caption_calls
+    assert of_gpu == GPU_CALLS > allocate(ResourceConfig(), Cluster(cpus=8, gpus=0)).caption_calls
 
 
 def test_two_cores_decode_on_nearly_one_and_caption_on_one() -> None:

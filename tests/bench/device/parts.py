@@ -21,7 +21,8 @@ from captioner.model.bundle import load, save_bundle
 from captioner.model.image_encoder import ImageEncoder
 from captioner.model.recording import recorder_for
 from captioner.model.template import Template
-from captioner.worker import Captioner
+from captioner.resources import GPU_CALLS
+from captioner.worker import ENCODE_ROWS, Captioner
 from tests.bench.decoding import caption_lengths
 from tests.bench.device.rig import LONG, SHORT, Case, Rig, Workload
 from tests.unit.decoding_models import assert_same_or_tied, token_ids
@@ -29,8 +30,6 @@ from tests.unit.tiny_models import preprocessor_config, write_json
 
 Figures = dict[str, Any]
 
-ENCODE_ROWS = 64
-NUM_CALLERS = 4
 NINE_TOKENS = "<|begin_of_text|>" + "aaaaaaaa" + "{image}"
 TARGETS: dict[tuple[str, str], float] = {
     ("step_recorded_128", "ms"): -5.7,
@@ -97,7 +96,10 @@ def step(rig: Rig, slots: int, *, is_recorded: bool) -> Figures:
 
 
 def against_generate(rig: Rig, case: Case) -> Figures:
-    """Captions a second of the engine, and of `generate` with whichever of its caches is faster here."""
+    """Captions a second of the engine, and of `generate` with whichever of its caches is faster here.
+
+    `generate` captions the first few batches only: each is for itself, while the engine's slots need time to fill and
+    to empty, which in a job counts once for all its images."""
     work = Workload(rig, case)
     ways: dict[str, Callable[[], object]] = {"ours": work.ours, "dynamic": work.generate}
     if case.is_compiled:
@@ -105,11 +107,11 @@ def against_generate(rig: Rig, case: Case) -> Figures:
     rounds = rig.in_turn(ways)
     medians = {name: statistics.median(seconds[name] for seconds in rounds) for name in ways}
     best = min(ways.keys() - {"ours"}, key=medians.__getitem__)
-    ratios = [seconds[best] / seconds["ours"] for seconds in rounds]
-    number = len(work.images)
+    ours, theirs = len(work.images), work.num_generated
+    ratios = [seconds[best] / theirs / (seconds["ours"] / ours) for seconds in rounds]
     return {
-        "captions_per_s": number / medians["ours"],
-        "generate_per_s": number / medians[best],
+        "captions_per_s": ours / medians["ours"],
+        "generate_per_s": theirs / medians[best],
         "cache": best,
         "ratio": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
@@ -117,29 +119,32 @@ def against_generate(rig: Rig, case: Case) -> Figures:
 
 
 def from_pixels(rig: Rig, template: str | None = None) -> Figures:
-    """Images a second through `Captioner.caption_pixels`, as a job's calls make it: several at once, from pixels."""
+    """Images a second through `Captioner.caption_pixels`, as a job's calls make it: several at once, from pixels.
+
+    slots_filled: share of all slots and steps that wrote a token, fill and drain included."""
     model = rig.model if template is None else replace(rig.model, template=Template.parse(template, rig.tokenizer()))
     mean, most = (length // 5 for length in SHORT) if rig.is_tiny else SHORT
     slots = rig.slots(256)
     captioner = Captioner(model, DecodingConfig(max_new_tokens=most), slots=str(slots))
-    lengths = dict(enumerate(caption_lengths(slots * rig.rows_per_slot * 2, mean, most).tolist()))
+    lengths = dict(enumerate(caption_lengths(slots * rig.rows_per_slot, mean, most).tolist()))
     _end_after(captioner, lengths)
+    steps = _counted_steps(captioner)
     pixels = rig.pixels(len(lengths))
-    batches = [
-        (pixels[part], [str(n) for n in part.tolist()]) for part in torch.arange(len(pixels)).chunk(2 * NUM_CALLERS)
-    ]
+    batches = [(pixels[part], [str(n) for n in part.tolist()]) for part in torch.arange(len(pixels)).split(slots)]
 
     def caption() -> None:
-        with ThreadPoolExecutor(NUM_CALLERS) as pool:
+        with ThreadPoolExecutor(GPU_CALLS) as pool:
             list(pool.map(lambda batch: captioner.caption_pixels(*batch), batches))
 
     caption()
+    steps.clear()
     rates = [len(pixels) / rig.seconds(caption) for _ in range(rig.rounds)]
     captioner.close()
     rate = statistics.median(rates)
     return {
         "images_per_s": rate,
         "spread": [min(rates), max(rates)],
+        "slots_filled": sum(lengths.values()) * rig.rounds / len(steps) / slots,
         "dollars_per_million": rig.price / 3600 / rate * 1e6,
     }
 
@@ -275,7 +280,7 @@ def bundle(rig: Rig) -> Figures:
 
 
 def _encoder(rig: Rig) -> ImageEncoder:
-    return ImageEncoder(rig.model, num_rows=ENCODE_ROWS, is_scored=False, recorder=recorder_for(rig.device))
+    return ImageEncoder(rig.model, num_rows=ENCODE_ROWS["cuda"], is_scored=False, recorder=recorder_for(rig.device))
 
 
 def _engine(llama: LlamaForCausalLM, shared: torch.Tensor, *, max_new_tokens: int = 16, **settings: Any) -> Engine:
@@ -289,6 +294,15 @@ def _end_after(captioner: Captioner, lengths: dict[int, int]) -> None:
     captioner._engine.submit = lambda requests: submit(
         [replace(request, max_new_tokens=lengths[int(request.id)]) for request in requests]
     )
+
+
+def _counted_steps(captioner: Captioner) -> list[None]:
+    """Return a list that grows by one with each step of the captioner's engine."""
+    steps: list[None] = []
+    engine = captioner._engine._engine
+    begin_step = engine.begin_step
+    engine.begin_step = lambda: steps.append(None) or begin_step()
+    return steps
 
 
 def _save_bundle(rig: Rig, folder: Path) -> None:

@@ -54,7 +54,8 @@ class Rig:
         tiny = TINY | {"num_key_value_heads": 2, "vocab_size": 272} if is_tiny else {}
         self.llama_settings = LLAMA_3_8B | tiny
         self.clip_settings = CLIP_VIT_L_14 | (TINY | {"image_size": 28} if is_tiny else {})
-        self.rows_per_slot = 2 if is_tiny else 4
+        self.rows_per_slot = 4 if is_tiny else 16
+        """Images for each slot: few enough to wait for, so many that filling and emptying the slots counts little."""
 
     @cached_property
     def model(self) -> CaptionModel:
@@ -162,6 +163,8 @@ class Workload:
         self.shared = torch.randn(case.shared_len, width).to(rig.device, rig.dtype)
         self.images = torch.randn(number, 1, width).to(rig.device, rig.dtype)
         self.lengths = caption_lengths(number, mean, most)
+        self.num_generated = number // 4
+        """Images that `generate` captions, the first ones."""
         self.engine = Engine(
             self.llama,
             decoding=self.decoding,
@@ -188,7 +191,7 @@ class Workload:
             self.engine.step()
 
     def generate(self, **cache: Any) -> None:
-        for start in range(0, len(self.images), self.batch):
+        for start in range(0, self.num_generated, self.batch):
             images, lengths = self.images[start : start + self.batch], self.lengths[start : start + self.batch]
             embeds = torch.cat([self.shared.expand(len(images), -1, -1), images], 1)
             self.llama.generate(
