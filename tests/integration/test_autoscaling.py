@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 3000
-LATENCY_S = 1.0  # 75 s of fetching, by five decode workers of eight fetches each; until nobody has to wait any longer
+MOST_NODES = 2  # of the kind that is killed
+LATENCY_S = 1.0  # 75 s of fetching, forty at a time; until nobody has to wait any longer
 
 
 def node_types(*, num_decode: int, num_model: int) -> dict[str, Any]:
@@ -67,12 +69,11 @@ class History:
         """GPU nodes at each moment."""
         return [sight.num_gpu_nodes for sight in self.sights]
 
-    @property
-    def new_decode_nodes(self) -> set[str]:
-        """Nodes that decode and did not before the kill; none before it."""
-        known = {node for sight in self.sights[: self.num_sights_at_kill] for node in sight.decode_nodes}
+    def new_nodes(self, of: Callable[[Sight], list[str]]) -> set[str]:
+        """Nodes that do a kind of work and did not before the kill; none before it."""
+        known = {node for sight in self.sights[: self.num_sights_at_kill] for node in of(sight)}
         after = self.sights[self.num_sights_at_kill :] if self.killed else []
-        return {node for sight in after for node in sight.decode_nodes} - known
+        return {node for sight in after for node in of(sight)} - known
 
     def note(self, cluster: LocalCluster) -> Sight:
         """Note what runs where."""
@@ -95,26 +96,21 @@ class History:
         cluster.kill_node({"NodeID": node})
 
 
-Victim = Callable[[Sight], str | None]
-
-
 def run(
-    folder: Path,
-    images: Path,
-    types: Mapping[str, Any],
-    victim: Victim,
-    *flags: str,
-    then: Callable[[History], None] = lambda _: None,
+    folder: Path, store: "_SlowStore", types: Mapping[str, Any], of: Callable[[Sight], list[str]], *flags: str
 ) -> History:
-    """One job from its first node to its last; one node is killed once some images are written. `then` follows it."""
+    """One job from its first node to its last; once all nodes that `of` sees are there and some images written, one of
+    them is killed. The store is slow until another has come: the job must not end before."""
     history = History(output=folder / "captions")
+    store.latency_s = LATENCY_S
     with autoscaling_cluster(types) as cluster:
-        job = _start_job(cluster, images, history.output, save_tiny_bundle(folder / "bundle"), *flags)
+        job = _start_job(cluster, store.listed, history.output, save_tiny_bundle(folder / "bundle"), *flags)
         while job.poll() is None:
-            node = victim(history.note(cluster))
-            if node and not history.killed and _num_written(history.output):
-                history.kill(cluster, node)
-            then(history)
+            nodes = of(history.note(cluster))
+            if not history.killed and len(set(nodes)) == MOST_NODES and _num_written(history.output):
+                history.kill(cluster, nodes[0])
+            if history.new_nodes(of):
+                store.latency_s = 0.0
             time.sleep(0.3)
         stdout, _ = job.communicate()
         history.log = (history.output.parent / "log").read_text()
@@ -150,6 +146,8 @@ class _SlowAnswer(SimpleHTTPRequestHandler):
 class _SlowStore(ThreadingHTTPServer):
     daemon_threads = True
     latency_s = LATENCY_S
+    listed: Path
+    """The URLs of what it serves, one a line."""
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: those who ask are killed in the middle."""
@@ -159,6 +157,10 @@ class _SlowStore(ThreadingHTTPServer):
 def slow_store(images: Path) -> Iterator[_SlowStore]:
     """The same images in a slow store."""
     server = _SlowStore(("127.0.0.1", 0), partial(_SlowAnswer, directory=str(images)))
+    server.listed = images.parent / f"{images.name}.txt"
+    server.listed.write_text(
+        "".join(f"http://127.0.0.1:{server.server_port}/{path.name}\n" for path in sorted(images.iterdir()))
+    )
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield server
@@ -168,37 +170,29 @@ def slow_store(images: Path) -> Iterator[_SlowStore]:
 
 
 @pytest.fixture(scope="module")
-def history(images: Path, tmp_path_factory: pytest.TempPathFactory) -> History:
+def history(slow_store: _SlowStore, tmp_path_factory: pytest.TempPathFactory) -> History:
     """A job of which one of two GPU nodes is killed."""
     return run(
         tmp_path_factory.mktemp("gpu"),
-        images,
+        slow_store,
         node_types(num_decode=1, num_model=2),
-        lambda seen: seen.model_nodes[0] if len(seen.model_nodes) == 2 else None,
+        attrgetter("model_nodes"),
         "--workers=1:2",
+        "--fetch-concurrency=20",  # by each of two decode workers
     )
 
 
 @pytest.fixture(scope="module")
-def decode_history(images: Path, slow_store: _SlowStore, tmp_path_factory: pytest.TempPathFactory) -> History:
-    """A job of which one of three nodes that fetch and decode is killed; when another has come, the store is quick."""
-    folder, url = tmp_path_factory.mktemp("decode"), f"http://127.0.0.1:{slow_store.server_port}"
-    listed = folder / "images.txt"
-    listed.write_text("".join(f"{url}/{path.name}\n" for path in sorted(images.iterdir())))
-
-    def hasten(history: History) -> None:
-        if history.new_decode_nodes:
-            slow_store.latency_s = 0.0
-
+def decode_history(slow_store: _SlowStore, tmp_path_factory: pytest.TempPathFactory) -> History:
+    """A job of which one of two nodes that fetch and decode is killed."""
     return run(
-        folder,
-        listed,
-        node_types(num_decode=3, num_model=1),
-        lambda seen: seen.decode_nodes[0] if len(set(seen.decode_nodes)) == 3 else None,
+        tmp_path_factory.mktemp("decode"),
+        slow_store,
+        node_types(num_decode=2, num_model=1),
+        attrgetter("decode_nodes"),
         "--workers=1",
-        "--cpu-workers=5",  # two fit on a node
-        "--fetch-concurrency=8",
-        then=hasten,
+        "--cpu-workers=4",  # two fit on a node
+        "--fetch-concurrency=10",
     )
 
 
@@ -253,6 +247,7 @@ def test_a_killed_gpu_node_is_replaced(history: History) -> None:
     after = history.num_gpu_nodes[history.num_gpu_nodes.index(2) :]
     fallen = after.index(1)
     assert 2 in after[fallen:]
+    assert history.new_nodes(attrgetter("model_nodes"))
 
 
 def test_a_killed_decode_node_costs_no_row_and_doubles_none(decode_history: History) -> None:
@@ -261,4 +256,4 @@ def test_a_killed_decode_node_costs_no_row_and_doubles_none(decode_history: Hist
 
 def test_a_killed_decode_node_is_replaced(decode_history: History) -> None:
     assert decode_history.num_written_at_kill < NUM_IMAGES
-    assert decode_history.new_decode_nodes
+    assert decode_history.new_nodes(attrgetter("decode_nodes"))
