@@ -40,13 +40,13 @@ class Card:
         self._left: dict[threading.Event, float] = {}
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def work(self, seconds: float) -> None:
-        """Sleep until that much work is done."""
+    def begin(self, seconds: float) -> threading.Event:
+        """Begin that much work; return what is set when it is done."""
         done = threading.Event()
         with self._changed:
             self._left[done] = seconds
             self._changed.notify()
-        done.wait()
+        return done
 
     def _serve(self) -> None:
         while True:
@@ -65,6 +65,18 @@ class Card:
                         done.set()
 
 
+class Chosen:
+    """What a step has chosen, on the card: the host waits for it when it copies it."""
+
+    def __init__(self, pretended: "Pretended", done: threading.Event) -> None:
+        self._pretended, self._done = pretended, done
+
+    def cpu(self) -> torch.Tensor:
+        self._done.wait()
+        self._pretended.step_ended = time.perf_counter()
+        return self._pretended.chosen
+
+
 class Pretended:
     """A captioner whose device is a Card."""
 
@@ -74,11 +86,11 @@ class Pretended:
         model = replace(load("demo", device="cpu"), image_size=SIDE)
         with patch.dict("captioner.worker.ENCODE_ROWS", cpu=ENCODED_AT_ONCE):
             self.captioner = Captioner(model, DecodingConfig(max_new_tokens=MOST), slots=str(SLOTS))
-        self._chosen = torch.tensor([[300.0, -1.0, 1.0]], dtype=torch.float64).repeat(SLOTS, 1)
+        self.chosen = torch.tensor([[300.0, -1.0, 1.0]], dtype=torch.float64).repeat(SLOTS, 1)
         prefixes = torch.zeros(ENCODED_AT_ONCE, 1, model.llama.config.hidden_size)
         self._encoded = prefixes, prefixes.new_empty(ENCODED_AT_ONCE, 0)
         self.gaps: list[float] = []
-        self._step_ended: float | None = None
+        self.step_ended: float | None = None
         thread: Any = self.captioner._engine
         engine: Any = thread._engine
         engine._is_recorded = True  # all rows in every step, as on a card
@@ -93,7 +105,7 @@ class Pretended:
     def caption(self, num_calls: int) -> float:
         """Return the seconds that all images take with so many calls at once."""
         self.gaps.clear()
-        self._step_ended = None
+        self.step_ended = None
         pixels = torch.zeros(BLOCK, 3, SIDE, SIDE, dtype=torch.uint8)
         names = [str(number) for number in range(len(self.lengths))]
         calls = [names[start : start + BLOCK] for start in range(0, len(names), BLOCK)]
@@ -102,15 +114,13 @@ class Pretended:
             list(pool.map(lambda ids: self.captioner.caption_pixels(pixels[: len(ids)], ids), calls))
         return time.perf_counter() - start
 
-    def _step(self, shape: StepShape) -> torch.Tensor:
-        if self._step_ended is not None:
-            self.gaps.append(time.perf_counter() - self._step_ended)
-        self._card.work(self._step_s)
-        self._step_ended = time.perf_counter()
-        return self._chosen
+    def _step(self, _shape: StepShape) -> Chosen:
+        if self.step_ended is not None:
+            self.gaps.append(time.perf_counter() - self.step_ended)
+        return Chosen(self, self._card.begin(self._step_s))
 
     def _encode(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self._card.work(self._encode_s)
+        self._card.begin(self._encode_s).wait()
         return self._encoded
 
 
