@@ -1,4 +1,4 @@
-"""How much faster is CLIP's tower than transformers', with the activation in one pass?
+"""How much faster is CLIP's tower than transformers', with the activation done as here?
 
     python -m tests.bench.clip [--rounds 7] [--layers 4] [--device cpu]
 
