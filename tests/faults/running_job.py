@@ -126,12 +126,17 @@ def marked(mark: str) -> Iterator[tuple[int, str]]:
             continue
 
 
-def wait_for_parts(job: Job, output: Path, num_parts: int = 1, timeout_s: float = 180) -> None:
+def num_parts(output: Path) -> int:
+    """Return how many parts with captions a local table has."""
+    return len(list(output.glob("captions/*.parquet")))
+
+
+def wait_for_parts(job: Job, output: Path, wanted: int = 1, timeout_s: float = 180) -> None:
     """Return when a table has so many parts. Fails if the job ends before."""
     give_up = time.monotonic() + timeout_s
-    while len(list(output.glob("captions/*.parquet"))) < num_parts:
+    while num_parts(output) < wanted:
         assert job.process.poll() is None, f"the job ended before it could be interrupted: {job.end()}"
-        assert time.monotonic() < give_up, f"not {num_parts} parts after {timeout_s} s"
+        assert time.monotonic() < give_up, f"not {wanted} parts after {timeout_s} s"
         time.sleep(0.02)
 
 

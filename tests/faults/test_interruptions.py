@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tests.faults.conftest import NUM_IMAGES, NUM_PACKED, SlowStore
-from tests.faults.running_job import Job, assert_same, table, verified, wait_for_parts
+from tests.faults.running_job import Job, assert_same, num_parts, table, verified, wait_for_parts
 
 pytestmark = pytest.mark.slow
 
@@ -20,22 +20,22 @@ def finished_rows(output: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])  # SIGTERM is the spot notice below
-def test_a_driver_that_is_ended_midway_leaves_whole_parts_and_a_rerun_does_the_rest(
-    start: Callable[..., Job], images: Path, tmp_path: Path, unbroken: pd.DataFrame, ending: signal.Signals
+def test_a_driver_that_is_ended_again_and_again_leaves_whole_parts_and_a_rerun_does_the_rest(
+    start: Callable[..., Job], images: Path, tmp_path: Path, unbroken: pd.DataFrame
 ) -> None:
-    output = tmp_path / "captions"
-    first = start(images, output)
-    wait_for_parts(first, output)
-    first.process.send_signal(ending)
-    assert finished_rows(output) < NUM_IMAGES, "the injector came too late to do anything"
-    code, _, log = first.end(timeout_s=60)
-    if ending == signal.SIGKILL:
-        assert code == -signal.SIGKILL
-        time.sleep(5)  # its workers notice that it is gone; until then they may write all that was left
-    else:
-        assert (code, "the same command continues" in log) == (1, True), log
-    finished = finished_rows(output)
+    output, finished = tmp_path / "captions", 0
+    for ending in (signal.SIGINT, signal.SIGKILL):  # SIGTERM is the spot notice below
+        job = start(images, output)
+        wait_for_parts(job, output, 1 + num_parts(output))
+        job.process.send_signal(ending)
+        assert finished < finished_rows(output) < NUM_IMAGES, "the injector came too late to do anything"
+        code, _, log = job.end(timeout_s=60)
+        if ending == signal.SIGKILL:
+            assert code == -signal.SIGKILL
+            time.sleep(5)  # its workers notice that it is gone; until then they may write all that was left
+        else:
+            assert (code, "the same command continues" in log) == (1, True), log
+        finished = finished_rows(output)
     summary = start(images, output).summary()
     assert (summary["skipped_done"], summary["read"]) == (finished, NUM_IMAGES - finished)
     assert len(table(output)) == len(unbroken) == NUM_IMAGES

@@ -20,6 +20,7 @@ from tests.faults.running_job import (
     assert_same,
     kill,
     marked,
+    num_parts,
     table,
     verified,
     wait_for_parts,
@@ -44,21 +45,21 @@ def test_a_job_outlives_the_death_of_any_of_its_workers(
     assert verified(str(tmp_path / "table"))["captioned"] == summary["captioned"]
 
 
-@pytest.mark.parametrize("kind", ["raylet", "gcs"])
 def test_a_job_whose_own_ray_loses_its_heart_ends_soon_with_the_reason_and_a_rerun_does_the_rest(
-    start: Start, images: Path, unbroken: pd.DataFrame, tmp_path: Path, kind: str
+    start: Start, images: Path, unbroken: pd.DataFrame, tmp_path: Path
 ) -> None:
     output = tmp_path / "table"
-    first = start(images, output)
-    wait_for_parts(first, output)
-    time.sleep(random.Random(kind).uniform(0, 0.5))
-    first.kill(kind)
-    code, _, log = first.end(timeout_s=60)
-    assert code == 1, "the job ended before it was told"
-    last = log.strip().splitlines()[-1]
-    assert last.startswith(f"error: the {kind}"), log
-    assert last.endswith("The same command continues")
-    assert_only_parts(output)
+    for kind in ("raylet", "gcs"):
+        job = start(images, output)
+        wait_for_parts(job, output, 1 + num_parts(output))
+        time.sleep(random.Random(kind).uniform(0, 0.5))
+        job.kill(kind)
+        code, _, log = job.end(timeout_s=60)
+        assert code == 1, "the job ended before it was told"
+        last = log.strip().splitlines()[-1]
+        assert last.startswith(f"error: the {kind}"), log
+        assert last.endswith("The same command continues")
+        assert_only_parts(output)
     summary = start(images, output).summary()
     assert summary["skipped_done"] > 0
     assert summary["read"] > 0, "the injector came too late to do anything"
