@@ -56,7 +56,6 @@ log = logging.getLogger("captioner")
 _PIECES = 32  # places in the input that the sample comes from
 _READ_S = 2.0  # of reading tell how fast it goes
 _TAR_BLOCK = 512  # a member has a header of one, and fills up its last
-_CALLS = 4  # calls that share one engine, as in a job
 _STEADY = 8  # captions for each slot: the last ones, which leave slots empty, then weigh little
 _LONG_S = 10.0  # a model that took this long for the sample is not asked again
 _SCALES = (1, 8, 64)
@@ -173,7 +172,7 @@ def _costs(plan: Plan, rows: pa.Table, reading: _Reading, allocation: Allocation
     start_s = _start_s(job)  # before the model is here: a card may not hold it twice
     worker = CaptionWorker(job, _kept(rows), allocation.torch_threads)
     encode_s = _encode_s(worker, images)
-    model_s, num_tokens = _model_s(worker, images)
+    model_s, num_tokens = _model_s(worker, images, allocation.caption_calls)
     captioner = worker.captioner
     return Costs(
         device=captioner.model.device.type,
@@ -248,8 +247,9 @@ def _encode_s(worker: CaptionWorker, images: pa.Table) -> float:
     return seconds / (num_batches * encoder.num_rows)
 
 
-def _model_s(worker: CaptionWorker, images: pa.Table) -> tuple[float, float]:
-    """Return the seconds and tokens of one image on one model worker with all slots busy."""
+def _model_s(worker: CaptionWorker, images: pa.Table, num_calls: int) -> tuple[float, float]:
+    """Return the seconds and tokens of one image on one model worker with all slots busy, by at least so many calls at
+    once."""
     captioned, seconds, _ = _timed(lambda: worker(images))
     tokens: float = pc.mean(captioned.column("num_tokens")).as_py()
     slots = worker.captioner.num_slots
@@ -257,10 +257,10 @@ def _model_s(worker: CaptionWorker, images: pa.Table) -> tuple[float, float]:
         if images.num_rows < slots:
             log.info(_TOO_FEW, images.num_rows, slots, slots)
         return seconds / (images.num_rows + slots / 2), tokens  # half the slots stood empty while it ended
-    calls = max(_CALLS, -(-_STEADY * slots // images.num_rows))
-    with ThreadPoolExecutor(max(_CALLS, -(-2 * slots // images.num_rows))) as threads:
-        _, seconds, _ = _timed(lambda: list(threads.map(worker, [images] * calls)))
-    return seconds / (calls * images.num_rows + slots / 2), tokens
+    total = max(num_calls, -(-_STEADY * slots // images.num_rows))
+    with ThreadPoolExecutor(max(num_calls, -(-2 * slots // images.num_rows))) as threads:
+        _, seconds, _ = _timed(lambda: list(threads.map(worker, [images] * total)))
+    return seconds / (total * images.num_rows + slots / 2), tokens
 
 
 def _start_s(job: CaptionJobConfig) -> float:

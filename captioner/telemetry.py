@@ -28,7 +28,7 @@ METRICS = {
     "captioner_failures": Metric("counter", "Images that have none, by reason", ("reason",)),
     "captioner_tokens": Metric("counter", "Tokens of all captions"),
     "captioner_slots": Metric("gauge", "Captions that a model worker can write at the same time"),
-    "captioner_slots_busy": Metric("gauge", "Captions that a model worker is writing"),
+    "captioner_slots_busy": Metric("gauge", "Slots of a model worker in which a caption is being written"),
     "captioner_waited_seconds": Metric(
         "counter",
         "Time in which a model worker wrote nothing: it had no images, or they were still being encoded",

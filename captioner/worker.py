@@ -8,6 +8,7 @@ those of one CaptionWorker share one decoding engine, so that its slots stay ful
 """
 
 import hashlib
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -90,6 +91,7 @@ class Captioner:
         engine = _engine(model, self.decoding, slots)
         self.num_slots = engine.num_slots
         self._engine = EngineThread(engine)
+        self._turn = threading.Lock()
 
     @classmethod
     def from_bundle(
@@ -154,11 +156,13 @@ class Captioner:
         seen: list[torch.Tensor] = []
         for start in range(0, len(pixels), self.encoder.num_rows):
             ids = image_ids[start : start + self.encoder.num_rows]
-            embeds, joint = self.encoder(pixels[start : start + self.encoder.num_rows])
-            seen.append(joint)
             seeds = [image_seed(self.decoding.seed, image_id) for image_id in ids]
-            requests = [Request(id=image_id, prefix=embeds[row], seed=seeds[row]) for row, image_id in enumerate(ids)]
-            futures += self._engine.submit(requests)  # LLaMA writes these while CLIP looks at the next
+            with self._turn:  # while one call waits for room with its prefixes in hand, no other makes more of them
+                embeds, joint = self.encoder(pixels[start : start + self.encoder.num_rows])
+                prefixes = zip(ids, embeds, seeds, strict=True)
+                requests = [Request(id=image_id, prefix=prefix, seed=seed) for image_id, prefix, seed in prefixes]
+                futures += self._engine.submit(requests)  # LLaMA writes these while CLIP looks at the next
+            seen.append(joint)
         candidates = [[self._one(hypothesis) for hypothesis in future.result().hypotheses] for future in futures]
         if candidates and self.scoring.needs_text_tower:
             candidates = self._scored(candidates, torch.cat(seen))
@@ -189,7 +193,7 @@ class Captioner:
 
     def pulse(self, recorder: Recorder) -> Pulse:
         """Return a thread that records, once a second, how busy the engine is."""
-        return Pulse(recorder, num_busy=lambda: self._engine.num_running, idle_s=lambda: self._engine.idle_s)
+        return Pulse(recorder, num_busy=lambda: self._engine.num_busy, idle_s=lambda: self._engine.idle_s)
 
     def close(self) -> None:
         """End the engine's thread; calls that wait fail with EngineError."""

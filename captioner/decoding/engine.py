@@ -25,7 +25,7 @@ from captioner.decoding.draft import Endings
 from captioner.decoding.fused_llama import layers_of
 from captioner.decoding.memory import auto_slots, out_of_memory_named
 from captioner.decoding.recorded_steps import RecordedSteps, Step
-from captioner.decoding.request import Generation, Hypothesis, Request
+from captioner.decoding.request import Ending, Generation, Request
 from captioner.decoding.sampling import candidate_seed
 from captioner.decoding.seats import Places, Seats
 from captioner.decoding.step import ROW_BUCKET, Layers, SlotLayout, SlotModel, StepShape, group_size, round_up, upload
@@ -40,19 +40,19 @@ class _Job:
 
     request: Request
     missing: int
-    found: list[Callable[[], tuple[Hypothesis, ...]]] = field(default_factory=list)
+    endings: list[Ending] = field(default_factory=list)
 
     def generation(self) -> Generation:
         """Put together what was found, when nothing is missing."""
-        hypotheses = [hypothesis for of_seat in self.found for hypothesis in of_seat()]
+        hypotheses = [hypothesis for ending in self.endings for hypothesis in ending()]
         return Generation(self.request.id, tuple(sorted(hypotheses, key=attrgetter("score"), reverse=True)))
 
 
 class Engine:
     """Decodes requests of one prefix length over a fixed number of slots.
 
-    A step may be taken in two halves: `begin_step` hands it to the device, which works while the host does other
-    things, and `end_step` waits for it."""
+    A step may be taken in two halves: `begin_step` hands it to a card, which works while the host does other things;
+    `end_step` waits for it. A CPU does the work in the first half."""
 
     @torch.inference_mode()
     def __init__(
@@ -115,14 +115,14 @@ class Engine:
         return min(self._seats.num_free // self._seats_per_request, num_prompts_left)
 
     @property
-    def num_seated(self) -> int:
-        """Captions or beam searches that are being written."""
-        return self._seats.num_taken
+    def num_busy(self) -> int:
+        """Slots in which a caption or a beam is being written."""
+        return self._seats.num_taken * self._strategy.slots_per_seat
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is being decoded."""
-        return not self.num_seated
+        return not self._seats.num_taken
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Yield what becomes of each request, as it ends; requests are taken as slots become free."""
@@ -165,6 +165,7 @@ class Engine:
     @torch.inference_mode()
     def begin_step(self) -> None:
         """Let the device choose the next token of every running caption."""
+        assert self._begun is None
         window = self._model.layout.window(self._seats.most_steps)
         if not self._is_recorded:  # a recording has all rows in any case
             self._close_gaps(window)
@@ -182,7 +183,7 @@ class Engine:
         with out_of_memory_named(self.num_slots, self._decoding.max_new_tokens):
             ended = self._strategy.settle(proposals, self._seats.taken, window)
         self._seats.count_step()
-        complete = [job for seat, found in ended.items() if (job := self._leave(seat, found))]
+        complete = [job for seat, ending in ended.items() if (job := self._leave(seat, ending))]
         return (job.generation() for job in complete)
 
     def _num_rows(self) -> int:
@@ -212,10 +213,10 @@ class Engine:
         width = self._strategy.slots_per_seat
         return [seat * width + i for seat in seats.tolist() for i in range(width)]
 
-    def _leave(self, seat: int, found: Callable[[], tuple[Hypothesis, ...]]) -> _Job | None:
+    def _leave(self, seat: int, ending: Ending) -> _Job | None:
         """Empty a seat whose search is done; return its request's job if that waits for no other seat."""
         job = self._seats.leave(seat)
-        job.found.append(found)
+        job.endings.append(ending)
         job.missing -= 1
         return None if job.missing else job
 

@@ -44,9 +44,9 @@ class EngineThread:
         self._thread.start()
 
     @property
-    def num_running(self) -> int:
-        """Requests that are in the engine's slots."""
-        return len(self._running)
+    def num_busy(self) -> int:
+        """Slots in which a caption or a beam is being written."""
+        return self._engine.num_busy
 
     @property
     def idle_s(self) -> float:
@@ -89,13 +89,14 @@ class EngineThread:
             with on_device(self._engine.device):
                 while self._admit():
                     self._engine.begin_step()
-                    self._deliver(ended)  # of the step before, while the device is at this one
+                    self._deliver(ended)  # of the step before, while a card is at this one
                     ended = self._engine.end_step()
                     if self._engine.is_idle:
                         self._deliver(ended)
                         ended = ()
         except BaseException as error:
             self._cause = error
+        self._deliver(ended)  # these are whole, whatever came after them
         self._fail_all()
 
     def _admit(self) -> bool:

@@ -13,6 +13,9 @@ from captioner.errors import ResourceError
 WAITING_PER_SLOT = 2
 """Encoded images that wait on the device for a slot, at most: twice as many as slots keep these full while the next are
 encoded, and LLaVA's take 5 MB each."""
+_HELD_PREFIXES = 4 * 64
+"""Beyond these, of those encoded 64 at a time: some for which there was no room, and some that have no other use than
+to lie beside one that is still read."""
 _MAX_SLOTS = 256
 _CPU_SLOTS = 64
 """A 60M model on one core wrote 381 tokens a second in float32 with 32 slots, 501 with 64 and 613 with 128; beyond 64
@@ -31,7 +34,7 @@ def engine_bytes(config: LlamaConfig, layout: SlotLayout, *, item_bytes: int) ->
     logits = _LOGITS_COPIES * config.vocab_size * slots
     activations = _ACTIVATION_COPIES * (config.hidden_size + config.intermediate_size) * (slots + prompt_rows)
     prompt_scores = 2 * config.num_attention_heads * prompt_rows * layout.first_column
-    prefixes = (1 + WAITING_PER_SLOT) * slots * layout.prefix_len * config.hidden_size
+    prefixes = ((1 + WAITING_PER_SLOT) * slots + _HELD_PREFIXES) * layout.prefix_len * config.hidden_size
     history = slots * (layout.max_new_tokens + 8)
     return (kv + activations + prefixes) * item_bytes + (logits + prompt_scores) * 4 + history * 8
 

@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out of it."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,6 +44,10 @@ class Hypothesis:
 
     score: float
     """What hypotheses are ranked by: transformers' beam score in a beam search, else `mean_logprob`."""
+
+
+Ending = Callable[[], tuple[Hypothesis, ...]]
+"""What a search that is done has found; put together when it is asked for, for which no device need wait."""
 
 
 @dataclass(frozen=True, slots=True)

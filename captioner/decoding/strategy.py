@@ -3,7 +3,7 @@ the host half, `settle`, reads its small result and follows the search of each s
 search.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from captioner.config import DecodingConfig
 from captioner.decoding.beam import BeamSearch, Continuation
 from captioner.decoding.chains import Chains
 from captioner.decoding.draft import Endings
-from captioner.decoding.request import Hypothesis
+from captioner.decoding.request import Ending
 from captioner.decoding.sampling import (
     LogitsProcessors,
     greedy,
@@ -27,8 +27,8 @@ from captioner.decoding.sampling import (
 from captioner.decoding.seats import Places
 from captioner.decoding.step import SlotModel, StepShape, upload
 
-Ended = dict[int, Callable[[], tuple[Hypothesis, ...]]]
-"""What puts together the findings of each search that is done, by seat: the device need not wait for that."""
+Ended = dict[int, Ending]
+"""The searches that are done, by seat."""
 
 
 class Strategy(Protocol):

@@ -1,8 +1,9 @@
 """CLIP's activation, x sigmoid(1.702 x), for which transformers passes three times over the widest states of a layer.
 
-On a CPU the three passes go over a few rows at a time, which stay in its cache: the same numbers, to the last bit. On a
-card there is one pass: the activation is silu(1.702 x) / 1.702, and torch has silu as one operation. Both factors are
-left to the products before and after it, which apply them to their sums before these are rounded: no weight changes.
+On a CPU the three passes go over a few rows at a time, which stay in its cache: the same numbers (in float32 a few last
+bits depend on the number of threads, as they do in transformers). On a card there is one pass: the activation is
+silu(1.702 x) / 1.702, and torch has silu as one operation. Both factors are left to the products before and after it,
+which apply them to their sums before these are rounded; of the weights only the first bias is scaled.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 __all__ = ["fuse_quick_gelu"]
 
 _SLOPE = 1.702
-_CACHED_ROWS = 64  # a megabyte of ViT-L/14's states in float32
+_CACHED_ROWS = 64  # for each thread: a megabyte of ViT-L/14's states in float32
 
 
 def fuse_quick_gelu(tower: CLIPVisionModel) -> CLIPVisionModel:
@@ -43,9 +44,9 @@ class QuickGeluMlp(nn.Module):
         return self.in_one_pass(states) if states.is_cuda else self.in_cache(states)
 
     def in_cache(self, states: Tensor) -> Tensor:
-        """The bits of transformers. On a CPU the other way's bits would depend on the number of threads."""
+        """The numbers of transformers. On a CPU the sums of the other way depend on the number of threads."""
         inner: Tensor = self.fc1(states)
-        for rows in torch.split(inner.view(-1, inner.shape[-1]), _CACHED_ROWS):
+        for rows in torch.split(inner.view(-1, inner.shape[-1]), _CACHED_ROWS * torch.get_num_threads()):
             rows.mul_((rows * _SLOPE).sigmoid_())
         outer: Tensor = self.fc2(inner)
         return outer

@@ -26,6 +26,7 @@ def test_a_driver_that_is_ended_again_and_again_leaves_whole_parts_and_a_rerun_d
     output, finished = tmp_path / "captions", 0
     for ending in (signal.SIGINT, signal.SIGKILL):  # SIGTERM is the spot notice below
         job = start(images, output)
+        job.wait_for("captioner")
         wait_for_parts(job, output, 1 + num_parts(output))
         job.process.send_signal(ending)
         assert finished < finished_rows(output) < NUM_IMAGES, "the injector came too late to do anything"

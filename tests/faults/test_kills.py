@@ -51,6 +51,7 @@ def test_a_job_whose_own_ray_loses_its_heart_ends_soon_with_the_reason_and_a_rer
     output = tmp_path / "table"
     for kind in ("raylet", "gcs"):
         job = start(images, output)
+        job.wait_for("captioner")  # by then nobody is left of the job before
         wait_for_parts(job, output, 1 + num_parts(output))
         time.sleep(random.Random(kind).uniform(0, 0.5))
         job.kill(kind)

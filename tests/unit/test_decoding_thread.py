@@ -43,7 +43,7 @@ def test_calls_of_many_threads_each_get_their_own_captions_in_order(llama, engin
 def test_calls_of_two_threads_share_one_step(llama, engine):
     seen = []
     begin_step = engine.begin_step
-    engine.begin_step = lambda: seen.append(engine.num_seated) or begin_step()
+    engine.begin_step = lambda: seen.append(engine.num_busy) or begin_step()
     thread = EngineThread(engine)
     with thread._changed:  # neither call is looked at before both are there
         futures = []
@@ -77,6 +77,45 @@ def test_captions_are_put_together_while_the_device_is_at_the_next_step(llama, e
     thread.close()
     assert [len(generation.best.token_ids) for generation in done] == [1, 2, 3]
     assert events == ["begin", "end", "begin", "caption", "end", "begin", "caption", "end", "caption"]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("a broken weight"), None])
+def test_captions_that_are_whole_are_delivered_whatever_comes_next(llama, engine, fault):
+    """A step that fails, or the end."""
+    steps = 0
+    begin_step, end_step = engine.begin_step, engine.end_step
+
+    def begin():
+        nonlocal steps
+        steps += 1
+        if steps == 2 and fault:
+            raise fault
+        begin_step()
+
+    def end():
+        complete = end_step()
+        if not fault:
+            thread._is_closed = True
+        return complete
+
+    engine.begin_step, engine.end_step = begin, end
+    thread = EngineThread(engine)
+    images = random_prefixes(llama, 4, 1)
+    futures = thread.submit([Request(i, image, max_new_tokens=1 + 5 * (i % 2)) for i, image in enumerate(images)])
+    errors = [future.exception(timeout=60) for future in futures]
+    assert [error is None for error in errors] == [True, False, True, False]
+    thread.close()
+
+
+def test_no_more_slots_are_busy_than_there_are(llama):
+    engine = engine_of(llama, GREEDY, slots=4)
+    begin_step, seen = engine.begin_step, []
+    engine.begin_step = lambda: begin_step() or seen.append(thread.num_busy)
+    thread = EngineThread(engine)
+    thread.run(requests_of(llama, 20, 1))
+    assert max(seen) == 4
+    assert thread.num_busy == 0
+    thread.close()
 
 
 def test_a_failing_engine_fails_waiting_and_later_calls_with_its_cause(llama, engine):

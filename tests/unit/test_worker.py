@@ -2,7 +2,9 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -211,6 +213,30 @@ def test_many_threads_share_one_engine_and_get_their_own_captions(captioner: Cap
     for thread in threads:
         thread.join()
     assert all(same(found[seed], alone[seed]) for seed in range(6))
+
+
+def test_while_a_call_waits_for_room_no_other_encodes_more_images(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaVA's prefixes take 5 MB each: eight calls with 64 of them in hand would fill a card."""
+    has_room, encoded_images = threading.Event(), []
+    encode, submit = captioner.encoder.__call__, captioner._engine.submit
+    monkeypatch.setattr(captioner, "encoder", lambda pixels: encoded_images.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(captioner.encoder, "num_rows", 8, raising=False)
+    monkeypatch.setattr(captioner._engine, "submit", lambda requests: has_room.wait(60) and submit(requests))
+    size = captioner.model.image_size
+    with ThreadPoolExecutor(4) as pool:
+        calls = [
+            pool.submit(captioner.caption_pixels, torch.zeros(8, 3, size, size, dtype=torch.uint8), ["same"] * 8)
+            for _ in range(4)
+        ]
+        while not encoded_images:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert encoded_images == [8]
+        has_room.set()
+        assert [len(call.result(timeout=60)) for call in calls] == [8] * 4
+    assert encoded_images == [8] * 4
 
 
 def test_several_captions_of_an_image_are_all_kept_best_first(bundle: str) -> None:

@@ -99,7 +99,7 @@ def against_generate(rig: Rig, case: Case) -> Figures:
     """Captions a second of the engine, and of `generate` with whichever of its caches is faster here.
 
     `generate` captions the first few batches only: each is for itself, while the engine's slots need time to fill and
-    to empty, which in a job counts once for all its images."""
+    to empty, which in a job counts once for all its images. ratio: of tokens a second."""
     work = Workload(rig, case)
     ways: dict[str, Callable[[], object]] = {"ours": work.ours, "dynamic": work.generate}
     if case.is_compiled:
@@ -107,11 +107,11 @@ def against_generate(rig: Rig, case: Case) -> Figures:
     rounds = rig.in_turn(ways)
     medians = {name: statistics.median(seconds[name] for seconds in rounds) for name in ways}
     best = min(ways.keys() - {"ours"}, key=medians.__getitem__)
-    ours, theirs = len(work.images), work.num_generated
+    ours, theirs = int(work.lengths.sum()), int(work.lengths[: work.num_generated].sum())  # tokens
     ratios = [seconds[best] / theirs / (seconds["ours"] / ours) for seconds in rounds]
     return {
-        "captions_per_s": ours / medians["ours"],
-        "generate_per_s": theirs / medians[best],
+        "captions_per_s": len(work.images) / medians["ours"],
+        "generate_per_s": work.num_generated / medians[best],
         "cache": best,
         "ratio": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
