@@ -26,9 +26,10 @@ from captioner.decoding.step import StepShape
 from captioner.model.bundle import load
 from captioner.worker import Captioner
 from tests.bench.decoding import caption_lengths
+from tests.bench.device.parts import end_after
+from tests.bench.device.rig import SHORT
 
 SLOTS, BLOCK, ENCODED_AT_ONCE, SIDE = 256, 256, 64, 224
-MEAN, MOST = 14, 56
 WAYS = (4, 8)
 
 
@@ -82,25 +83,21 @@ class Pretended:
 
     def __init__(self, step_s: float, encode_s: float, num_images: int) -> None:
         self._step_s, self._encode_s, self._card = step_s, encode_s, Card()
-        self.lengths = caption_lengths(num_images, MEAN, MOST).tolist()
+        self.lengths = caption_lengths(num_images, *SHORT).tolist()
         model = replace(load("demo", device="cpu"), image_size=SIDE)
         with patch.dict("captioner.worker.ENCODE_ROWS", cpu=ENCODED_AT_ONCE):
-            self.captioner = Captioner(model, DecodingConfig(max_new_tokens=MOST), slots=str(SLOTS))
+            self.captioner = Captioner(model, DecodingConfig(max_new_tokens=SHORT[1]), slots=str(SLOTS))
         self.chosen = torch.tensor([[300.0, -1.0, 1.0]], dtype=torch.float64).repeat(SLOTS, 1)
         prefixes = torch.zeros(ENCODED_AT_ONCE, 1, model.llama.config.hidden_size)
         self._encoded = prefixes, prefixes.new_empty(ENCODED_AT_ONCE, 0)
         self.gaps: list[float] = []
         self.step_ended: float | None = None
-        thread: Any = self.captioner._engine
-        engine: Any = thread._engine
+        engine: Any = self.captioner._engine._engine
         engine._is_recorded = True  # all rows in every step, as on a card
         engine._propose = self._step
         encoder: Any = self.captioner.encoder
         encoder._run = self._encode
-        submit = thread.submit
-        thread.submit = lambda requests: submit(
-            [replace(request, max_new_tokens=self.lengths[int(request.id)]) for request in requests]
-        )
+        end_after(self.captioner, dict(enumerate(self.lengths)))
 
     def caption(self, num_calls: int) -> float:
         """Return the seconds that all images take with so many calls at once."""

@@ -127,7 +127,7 @@ def from_pixels(rig: Rig, template: str | None = None) -> Figures:
     slots = rig.slots(256)
     captioner = Captioner(model, DecodingConfig(max_new_tokens=most), slots=str(slots))
     lengths = dict(enumerate(caption_lengths(slots * rig.rows_per_slot, mean, most).tolist()))
-    _end_after(captioner, lengths)
+    end_after(captioner, lengths)
     steps = _counted_steps(captioner)
     pixels = rig.pixels(len(lengths))
     batches = [(pixels[part], [str(n) for n in part.tolist()]) for part in torch.arange(len(pixels)).split(slots)]
@@ -288,7 +288,7 @@ def _engine(llama: LlamaForCausalLM, shared: torch.Tensor, *, max_new_tokens: in
     return Engine(llama, decoding=decoding, eos_token_ids=(), shared_prefix=shared, prefix_len=1, **settings)
 
 
-def _end_after(captioner: Captioner, lengths: dict[int, int]) -> None:
+def end_after(captioner: Captioner, lengths: dict[int, int]) -> None:
     """Give each image's request its own limit: random weights would never end a caption."""
     submit = captioner._engine.submit
     captioner._engine.submit = lambda requests: submit(
