@@ -1,10 +1,10 @@
 """Everything this package raises on purpose.
 
-Bad data never raises: it is a row with a reason (see `captioner.rows.RejectReason`). Bad use raises before any
+Bad data never raises: it is a row with a reason (see `captioner.schema.RejectReason`). Bad use raises before any
 accelerator is taken, and says which value, what was expected and what to do.
 
     CaptionerError
-    ├── UsageError            the caller can mend it; the command line exits with 2
+    ├── UsageError            the caller can fix it; the command line exits with 2
     │   ├── ConfigError       a flag or a config value
     │   ├── InputError        the images: no such path, nothing there, no such column
     │   ├── BundleError       the model: a file is missing, or two parts do not fit each other

@@ -2,9 +2,7 @@
 
 import sys
 
-from captioner.caption_pipeline import caption_images
-from captioner.command_line import run
-from captioner.config import CaptionJobConfig
+from captioner.commands import main
 
 if __name__ == "__main__":
-    sys.exit(run(CaptionJobConfig, caption_images))
+    sys.exit(main("caption"))

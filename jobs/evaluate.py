@@ -2,9 +2,7 @@
 
 import sys
 
-from captioner.command_line import run
-from captioner.config import EvaluateConfig
-from captioner.evaluation import evaluate
+from captioner.commands import main
 
 if __name__ == "__main__":
-    sys.exit(run(EvaluateConfig, evaluate))
+    sys.exit(main("evaluate"))

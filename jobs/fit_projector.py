@@ -2,9 +2,7 @@
 
 import sys
 
-from captioner.command_line import run
-from captioner.config import FitConfig
-from captioner.projector_training import fit_projector
+from captioner.commands import main
 
 if __name__ == "__main__":
-    sys.exit(run(FitConfig, fit_projector))
+    sys.exit(main("fit_projector"))

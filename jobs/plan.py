@@ -1,10 +1,8 @@
-"""Predict what a caption job will take, from a small sample: python jobs/plan.py INPUT --model BUNDLE."""
+"""Estimate time, workers and price of a caption job from a small sample: python jobs/plan.py INPUT --model BUNDLE."""
 
 import sys
 
-from captioner.command_line import run
-from captioner.config import PlanConfig
-from captioner.rehearsal import rehearse
+from captioner.commands import main
 
 if __name__ == "__main__":
-    sys.exit(run(PlanConfig, rehearse))
+    sys.exit(main("plan"))

@@ -2,9 +2,7 @@
 
 import sys
 
-from captioner.command_line import run
-from captioner.config import VerifyConfig
-from captioner.verification import verify
+from captioner.commands import main
 
 if __name__ == "__main__":
-    sys.exit(run(VerifyConfig, verify))
+    sys.exit(main("verify"))

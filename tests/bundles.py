@@ -1,14 +1,14 @@
-"""A bundle at toy size with random weights, made of transformers' own classes, as a user would make one."""
+"""Tiny bundles with random weights, made of transformers' own classes, as a user would make one."""
 
 from pathlib import Path
 
 from captioner.model.bundle import save_bundle
 from captioner.model.projector import ProjectorConfig, build_projector
-from tests.unit import tiny_models
+from tests.unit.model import tiny_models
 
 
 def save_tiny_bundle(folder: Path, num_image_tokens: int = 1, image_size: int = tiny_models.IMAGE_SIZE) -> str:
-    """Write a linear bundle that captions small images with noise, quickly."""
+    """Write a linear bundle that quickly captions small images with random text, and return its folder."""
     tiny_models.save_clip(folder / "clip", tiny_models.clip_config(image_size=image_size))
     tiny_models.save_llama(folder / "llama")
     config = ProjectorConfig(

@@ -7,18 +7,19 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.config import InputConfig
-from captioner.rows import captioned_schema, row_key
-from captioner.sources import freeze
-from captioner.sources.units import Frozen
+from captioner.inputs import freeze
+from captioner.inputs.units import Frozen
+from captioner.schema import captioned_schema, row_key
+from captioner.storage import Location
 from captioner.tables import CaptionTable, Stamp
-from tests.pictures import encoded
+from tests.sample_images import encoded
 
 _SCORES = {"num_tokens": 4, "finish_reason": "stop", "mean_logprob": -0.5, "min_logprob": -1.0, "is_repetitive": False}
 _SIZE = {"width": 48, "height": 40, "size_bytes": 900}
 
 
 def write_images(folder: Path, num_images: int, size: tuple[int, int] = (48, 40)) -> Path:
-    """Write JPEGs 000.jpg, 001.jpg, ..., each another picture."""
+    """Write JPEGs 000.jpg, 001.jpg, ..., each another image."""
     folder.mkdir(parents=True)
     for seed in range(num_images):
         (folder / f"{seed:03d}.jpg").write_bytes(encoded(seed=seed, size=size))
@@ -35,9 +36,9 @@ def begin_table(
     **columns: Any,
 ) -> tuple[CaptionTable, Frozen]:
     """Begin a table of these images: its input is frozen, it has no row yet."""
-    table = CaptionTable(url, options)
+    table = CaptionTable(Location(url, options))
     config = InputConfig(storage_options=dict(input_options or options or {}), **columns)
-    frozen = freeze(images, config, table.run_folder, options)
+    frozen = freeze(images, config, table.run_folder)
     table.claim({"input": images, "model": {"name": "demo", "fingerprint": "abc"}, **(identity or {})})
     return table, frozen
 

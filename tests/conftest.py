@@ -1,5 +1,6 @@
-"""What several rooms' tests share: a real S3 server on loopback."""
+"""What several rooms' tests share: how property tests draw their examples, and a real S3 server on loopback."""
 
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,12 @@ from typing import Any
 
 import fsspec
 import pytest
+
+from tests import hypothesis_profiles
+
+hypothesis_profiles.load_profile()
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each core has a pytest of its own already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _SERVER = """
 import logging

@@ -1,7 +1,21 @@
-"""The decoding engine: see `captioner.decoding.engine`, and `engine_thread` for its front to many threads."""
+"""The decoding engine (`engine`): continuous batching over slots; `engine_thread` runs it for calls of many threads.
+
+Knows token ids and embeddings of a `LlamaForCausalLM`; no text, images, files or Ray. `cuda/`: faster on a CUDA device.
+"""
 
 from captioner.decoding.engine import Engine
 from captioner.decoding.engine_thread import EngineThread
-from captioner.decoding.request import Generation, Hypothesis, Request
+from captioner.decoding.request import AllowedTokens, Fork, Generation, Hypothesis, IsStopped, Request
+from captioner.decoding.strategy import engine_key
 
-__all__ = ["Engine", "EngineThread", "Generation", "Hypothesis", "Request"]
+__all__ = [
+    "AllowedTokens",
+    "Engine",
+    "EngineThread",
+    "Fork",
+    "Generation",
+    "Hypothesis",
+    "IsStopped",
+    "Request",
+    "engine_key",
+]

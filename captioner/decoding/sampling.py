@@ -1,10 +1,11 @@
 """From logits to tokens: penalties, cuts and draws, in the order and meaning of transformers' logits processors.
 
-Pure functions of a slot's own row, so that a caption never depends on its neighbours. No host reads.
+Pure functions of a slot's own row, so that a caption never depends on its neighbours. Nothing is copied from the GPU
+to the CPU.
 
-A draw needs one uniform number, made from (seed of the image, number of tokens so far) by a counter-based generator:
-no state to carry, nothing to consume in order. The distribution function is inverted over the few candidates that
-survive; sorting or normalising 128,256 words, as `multinomial` after a full sort does, is avoided.
+A draw takes one uniform number, computed from (seed of the image, number of tokens so far) by a counter-based
+generator, which has no state. The distribution function is inverted over the few candidates that remain, which avoids
+sorting or normalising 128,256 words as a full sort before `multinomial` would.
 """
 
 import math
@@ -21,8 +22,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
-class LogitsProcessors:
-    """What changes logits before any strategy chooses: repetition penalty, then the ban on early ends."""
+class ScorePenalties:
+    """Changes to scores that every strategy applies: repetition_penalty, then no end token before min_new_tokens.
+
+    temperature, top_k, top_p and min_p belong to `sample`."""
 
     def __init__(self, decoding: DecodingConfig, eos_token_ids: Tensor) -> None:
         self._penalty = decoding.repetition_penalty
@@ -32,7 +35,7 @@ class LogitsProcessors:
         self.changes_scores = self.needs_history or self._min_new_tokens > 0
 
     def __call__(self, scores: Tensor, num_generated: Tensor, history: Tensor) -> Tensor:
-        """Return the changed scores, float32[R, V]; the argument is left as it is.
+        """Return the changed scores, float32[R, V]; the argument does not change.
 
         num_generated: int64[R]. history: int64[R, n], unused entries repeating the first token."""
         if self.needs_history:
@@ -47,7 +50,7 @@ class LogitsProcessors:
 
 
 def greedy(scores: Tensor) -> Tensor:
-    """Return the most probable token of each row, int64[R]; the lowest of equal ones. A faster `argmax`."""
+    """Return the most probable token of each row, int64[R]; of equal ones the lowest. Faster than `argmax`."""
     chunks = _chunked(scores, -math.inf)
     best = chunks.amax(-1).argmax(-1)
     inside = chunks.gather(1, best[:, None, None].expand(-1, -1, _CHUNK))[:, 0].argmax(-1)
@@ -57,11 +60,11 @@ def greedy(scores: Tensor) -> Tensor:
 def sample(
     scores: Tensor, uniforms: Tensor, decoding: DecodingConfig, *, looks_at_all: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row: int64[R], and bool[R] true if no token with a chance was left out.
+    """Draw one token for each row: int64[R], and bool[R] true if no token with positive probability was left out.
 
-    scores: float32[R, V]. uniforms: float64[R] in (0, 1). Cuts are made in transformers' order: temperature, top_k,
-    top_p, min_p. With top_k off, top_p and min_p are looked for among the best candidates first; where those do not
-    suffice, the second result is false and `looks_at_all` sorts the whole vocabulary."""
+    scores: float32[R, V]. uniforms: float64[R] in (0, 1). In transformers' order: temperature, top_k, top_p, min_p.
+    With top_k off, top_p and min_p are applied to the best candidates first; where these do not suffice, the second
+    result is false, and a call with `looks_at_all` sorts the whole vocabulary."""
     vocabulary = scores.shape[-1]
     limit = decoding.top_k or (vocabulary if looks_at_all else _NUCLEUS_CANDIDATES)
     if decoding.top_k:  # dividing keeps the order, so that only the candidates need it
@@ -85,15 +88,15 @@ def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
 
 
 def candidate_seed(seed: int, candidate: int) -> int:
-    """Return the seed of an image's n-th caption, as a signed 64-bit number; that of the first is the image's own."""
+    """Return the seed of an image's n-th caption, as a signed 64-bit number; the first has the image's own seed."""
     mixed = (seed + candidate * _GOLDEN) & _MASK
     return mixed - (1 << 64) if mixed >> 63 else mixed
 
 
 def top_candidates(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k greatest of each row in falling order, values and int64 indices; `torch.topk`, but sooner.
+    """Return the k greatest of each row in descending order, values and int64 indices. Faster than `torch.topk`.
 
-    The k greatest lie in the k chunks with the greatest maxima, and maxima are cheap to find."""
+    The k greatest are in the k chunks with the greatest maxima, and maxima are cheap to find."""
     vocabulary = scores.shape[-1]
     if k * _CHUNK * 2 > vocabulary:
         return torch.topk(scores, k)
@@ -104,14 +107,14 @@ def top_candidates(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Return the log-probability of one token a row, float32[R]."""
+    """Return the log-probability of one token of each row, float32[R]."""
     return torch.log_softmax(logits, -1).gather(1, token_ids[:, None])[:, 0]
 
 
 def _cut(values: Tensor, decoding: DecodingConfig) -> Tensor:
-    """Return float64[R, k] probabilities of the candidates, 0 for those that are cut; they need not sum to 1.
+    """Return float64[R, k] probabilities of the candidates, 0 for those cut by top_p or min_p; they need not sum to 1.
 
-    values: their log-probabilities, or with top_k their logits; falling, so that what is kept comes first."""
+    values: their log-probabilities, or with top_k their logits; descending, so that the kept ones come first."""
     probabilities = torch.softmax(values.double(), -1) if decoding.top_k else values.double().exp()
     before = probabilities.cumsum(-1) - probabilities
     is_kept = before < decoding.top_p
@@ -130,9 +133,9 @@ def _draw_from_all(scores: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _invert(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the int64[R] index where the cumulated mass passes uniform x the sum, and how far into it, in [0, 1).
+    """Return the index where the cumulated mass passes uniform * sum, int64[R], and how far into its mass, in [0, 1).
 
-    masses: float64[R, k]. An index without mass is never returned: the target stays below the sum."""
+    masses: float64[R, k]. Never returns an index without mass: the target stays below the sum."""
     cumulated = masses.cumsum(-1)
     total = cumulated[:, -1:]
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -142,13 +145,13 @@ def _invert(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunked(rows: Tensor, filler: float) -> Tensor:
-    """View float[R, V] as float[R, V / chunk, chunk], filled up where V does not divide."""
+    """View float[R, V] as float[R, V / chunk, chunk], padded where V does not divide."""
     missing = -rows.shape[-1] % _CHUNK
     return (pad(rows, (0, missing), value=filler) if missing else rows).view(len(rows), -1, _CHUNK)
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, which wraps; the masks make its shifts logical ones."""
+    """Return splitmix64's finaliser of int64, which wraps; the masks make its arithmetic shifts logical."""
     bits = bits - 0x61C8864680B583EB
     bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
     bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15

@@ -1,6 +1,6 @@
-"""The embedded default: a tiny bundle that was really trained, images that it never saw, and the world of both.
+"""The embedded default: a tiny trained bundle, images that it never saw, and the generator of labelled scenes.
 
-Knows where they lie and nothing of what reads them; importing it loads no model code.
+Knows where the files are, not who reads them; importing it loads no model code.
 """
 
 from pathlib import Path
@@ -9,10 +9,10 @@ __all__ = ["bundle_path", "images_path"]
 
 
 def bundle_path() -> Path:
-    """The folder of the demo bundle; its README.md is the model card."""
+    """Return the folder of the demo bundle; its README.md is the model card."""
     return Path(__file__).parent / "bundle"
 
 
 def images_path() -> Path:
-    """The folder of the demo images: held-out scenes, one file each."""
+    """Return the folder of the demo images: held-out scenes, one file each."""
     return Path(__file__).parent / "images"

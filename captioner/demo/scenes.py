@@ -1,7 +1,7 @@
-"""The labelled world of the demo bundle: one or two coloured shapes on a plain ground, drawn in code.
+"""Labelled scenes for the demo bundle: one or two coloured shapes on a plain background, drawn in code.
 
-It knows no model and no tensor. Everything follows from `(seed, index)`; the split follows from what a scene *says*,
-so no description that is trained on is ever tested on.
+Knows no model and no tensor. Everything follows from `(seed, index)`; the split follows from the *caption* of a scene,
+so that no description of the training split is ever tested.
 
     python -c "from captioner.demo.scenes import write_folder; write_folder('scenes', 'train', 1000)"
 """
@@ -48,7 +48,7 @@ PLACES = {
     "centre": "in the centre",
 }
 RELATIONS = {"beside": ("to the left of", "to the right of"), "stacked": ("above", "below")}
-"""Two things: how the first (left or upper) stands to the second, and the second to the first."""
+"""Two things: the relation of the first (left or upper) to the second, and of the second to the first."""
 FORMATS = ("png", "jpg", "webp", "png", "jpg", "gif", "png", "jpg", "bmp", "png", "jpg", "tiff")
 """File formats in turn, by index."""
 
@@ -82,11 +82,11 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one image says; two scenes are equal exactly if they mean the same."""
+    """The content of one image; two scenes are equal exactly if they have the same meaning."""
 
     background: str
     things: tuple[Thing, ...]
-    """One thing, or two: then the left or the upper one stands first."""
+    """One thing, or two: then the left or the upper one is first."""
     layout: str
     """A key of `PLACES` for one thing, of `RELATIONS` for two."""
 
@@ -120,12 +120,12 @@ class Example:
 
 
 def all_things() -> tuple[Thing, ...]:
-    """Every noun phrase of this world."""
+    """Every possible noun phrase."""
     return tuple(Thing(size=s, colour=c, shape=f) for s, c, f in itertools.product(SIZES, COLOURS, SHAPES))
 
 
 def all_scenes() -> Iterator[Scene]:
-    """Every scene of this world once. Two things are never alike, or "above" would be as true as "below"."""
+    """Every possible scene once. Two things are never alike, or "above" would be as true as "below"."""
     for background, thing, place in itertools.product(BACKGROUNDS, all_things(), PLACES):
         yield Scene(background=background, things=(thing,), layout=place)
     for background, pair, layout in itertools.product(BACKGROUNDS, itertools.permutations(all_things(), 2), RELATIONS):
@@ -232,7 +232,7 @@ def _thing(match: re.Match[str]) -> Thing:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """An RGB image of the scene; shade, position and size waver with `rng`, never so far that its caption changes."""
+    """An RGB image of the scene; shade, position and size vary with `rng`, never so far that its caption changes."""
     # Drawn at twice the canvas and halved: smooth edges.
     image = Image.new("RGB", (2 * CANVAS_PX, 2 * CANVAS_PX), _shade(BACKGROUNDS[scene.background], rng))
     pen = ImageDraw.Draw(image)

@@ -1,6 +1,6 @@
-"""CLIPScore and RefCLIPScore: what a caption table says itself, and what a model's CLIP makes of images and references.
+"""CLIPScore and RefCLIPScore: those a caption table has, and those that a model's CLIP computes.
 
-Without a model only the column `clip_score` is taken. With one, a table's images are read again where that column is
+Without a model only the column `clip_score` is used. With one, a table's images are read again where that column is
 missing or comes from another CLIP; a few at a time, so that memory holds a number an image. Torch is loaded with a
 model, not before.
 """
@@ -19,67 +19,77 @@ import pyarrow as pa
 
 from captioner.config import EvaluateConfig, ImageConfig
 from captioner.errors import ConfigError, InputError
+from captioner.evaluation.gates import Gate
+from captioner.evaluation.metrics import FloatArray, IntArray, clip_scores, ref_clip_scores
 from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.machine import num_cpus
-from captioner.metrics import FloatArray, IntArray, clip_scores, ref_clip_scores
-from captioner.rows import Reject
-from captioner.sources.urls import redact
-from captioner.table_images import TableImages
+from captioner.schema import Reject
+from captioner.storage import Location
+from captioner.storage.urls import redact
 from captioner.tables import CaptionTable, open_table
+from captioner.tables.table_images import TableImages
 
 if TYPE_CHECKING:
-    from captioner.model.bundle import BundleDescription
+    from captioner.model.bundle import BundleDescription, ClipDescription
     from captioner.model.joint_space import JointSpace
     from captioner.model.vision import VisionEncoder
 
-__all__ = ["ClipJudge"]
+__all__ = ["ClipScorer"]
 
 log = logging.getLogger("captioner")
 
-_IMAGES_A_CHUNK = 256
+_IMAGES_PER_CHUNK = 256
 _IMAGE = ImageConfig()
 
 
 @dataclass(frozen=True)
-class ClipJudge:
-    """What scores captions by CLIP, as far as it was asked to."""
+class ClipScorer:
+    """Scores captions by CLIP, as far as the config asks for it."""
 
     config: EvaluateConfig
-    model: "BundleDescription | None"
+    model: "BundleDescription | ClipDescription | None"
+    gate: Gate | None = None
+    """The gate of CLIPScore, where there is no model to compute it."""
+
     unread: Counter[str] = field(default_factory=Counter)
-    """Images that were to be read again and could not, by reason: they have no score."""
+    """Images that could not be read again, by reason: they have no score."""
 
     @classmethod
-    def of(cls, config: EvaluateConfig) -> "ClipJudge":
-        """Return the judge of an evaluation. Raises ConfigError where its model has no text tower."""
-        if not config.model:
-            return cls(config, None)
-        from captioner.model.bundle import describe
+    def of(cls, config: EvaluateConfig, gates: Sequence[Gate] = ()) -> "ClipScorer":
+        """Return the scorer of an evaluation. Raises ConfigError where its model has no text tower."""
+        by_figure = {gate.figure: gate for gate in gates}
+        if not (config.model or config.clip_score_model):
+            if gate := by_figure.get("ref_clip_score"):
+                raise ConfigError(f"{gate.text} is set without --model; expected a bundle whose CLIP has a text tower")
+            return cls(config, None, by_figure.get("clip_score"))
+        from captioner.model.bundle import describe, describe_clip
 
-        model = describe(config.model, config.storage_options)
+        if config.clip_score_model:
+            return cls(config, describe_clip(config.clip_score_model, _model_options(config)))
+        model = describe(config.model, _model_options(config), allow_remote_parts=config.allow_remote_parts)
         model.check_text_tower(f"--model is {config.model}: CLIPScore")
         return cls(config, model)
 
     @property
-    def wanted_of_captions(self) -> Sequence[str]:
+    def columns_of_captions(self) -> Sequence[str]:
         """Columns of the captions that it reads."""
         return ("caption", "key", "clip_score") if self.model else ("clip_score",)
 
     @property
-    def wanted_of_references(self) -> Sequence[str]:
+    def columns_of_references(self) -> Sequence[str]:
         """Columns of the references that it reads."""
         return ("caption",) if self.model else ()
 
     def scores(self, captions: pa.Table, references: pa.Table, owner: IntArray) -> dict[str, FloatArray]:
-        """Return float64[N] of each score that can be had, NaN for a caption that has none.
+        """Return float64[N] of each score that there is, NaN for a caption without one.
 
         captions: one an image. owner: int64[R], the caption that each reference is for; negative for none. Raises
-        ConfigError for a model whose score needs images that nobody knows."""
+        ConfigError for a model whose score needs images whose place is not known."""
         known = captions["clip_score"].to_numpy()
         if self.model is None:
-            if np.isnan(known).all() and self.config.min_clip_score is not None:
+            if np.isnan(known).all() and self.gate is not None:
                 raise ConfigError(
-                    f"--min-clip-score is {self.config.min_clip_score:g}, but {redact(self.config.captions)} has no"
+                    f"{self.gate.text} is set, but {redact(self.config.captions)} has no"
                     " clip_score; expected a table of a job with --clip-score, or --model to compute it"
                 )
             return {"clip_score": known}
@@ -92,17 +102,24 @@ class ClipJudge:
             known[wanted] = self._read(images, captions.take(pa.array(wanted)), reader)
         return {"clip_score": known, "ref_clip_score": reader.against_references(known, captions, references, owner)}
 
-    def said(self) -> dict[str, Any]:
-        """Return what the summary tells of it: which CLIP it had, and which images that could not see."""
+    def summary(self) -> dict[str, Any]:
+        """Return what the summary says of it: which CLIP it is, and how many images could not be read."""
         return {"clip": redact(self.model.clip), "images_unread": dict(self.unread)} if self.model else {}
 
     def _reader(self) -> "_Reader":
-        from captioner.model.bundle import load_joint_space
+        from captioner.model.bundle import load_clip_space, load_joint_space
 
         assert self.model is not None
-        vision, space = load_joint_space(
-            self.config.model, device=self.config.device, storage_options=self.config.storage_options
-        )
+        config, options = self.config, _model_options(self.config)
+        if config.clip_score_model:
+            vision, space = load_clip_space(config.clip_score_model, device=config.device, storage_options=options)
+        else:
+            vision, space = load_joint_space(
+                config.model,
+                device=config.device,
+                storage_options=options,
+                allow_remote_parts=config.allow_remote_parts,
+            )
         return _Reader(vision, space, self.model.preprocessing)
 
     def _without_score(self, known: FloatArray) -> IntArray:
@@ -116,34 +133,49 @@ class ClipJudge:
     def _images(self, captions: pa.Table, wanted: IntArray) -> TableImages:
         if self._table is None or captions["key"].take(pa.array(wanted)).null_count:
             raise ConfigError(
-                f"--model is {self.config.model}, but {redact(self.config.captions)} has no clip_score for"
+                f"{_flag(self.config)}, but {redact(self.config.captions)} has no clip_score for"
                 f" {len(wanted):,} captions, and does not say where their images are; expected the OUTPUT of a caption"
-                " job, or no --model"
+                " job, or no model"
             )
-        return TableImages.of(
-            self._table,
-            self.config.storage_options,
-            self.config.image_storage_options,
-            allow_local_uris=self.config.allow_local_uris,
-        )
+        return TableImages.of(self._table, self.config.image_access)
 
     @cached_property
     def _table(self) -> CaptionTable | None:
         try:
-            return open_table(self.config.captions, self.config.storage_options)
+            return open_table(Location(self.config.captions, self.config.storage_options))
         except InputError:
             return None
 
     def _read(self, images: TableImages, captions: pa.Table, reader: "_Reader") -> FloatArray:
-        """Return the CLIPScore of each caption with its image, NaN where that cannot be read any more."""
+        """Return the CLIPScore of each caption with its image, NaN for an image that cannot be read again."""
         keys: list[int] = captions["key"].to_pylist()
         texts = dict(zip(keys, captions["caption"].to_pylist(), strict=True))
         found: dict[int, float] = {}
         with reader.decoder:
-            for seen in images.see(keys, lambda these, data: reader.look(data, [texts[key] for key in these]), _IMAGE):
+            for seen in images.map_images(
+                keys, lambda these, data: reader.score(data, [texts[key] for key in these]), _IMAGE
+            ):
                 self.unread.update(score.reason for score in seen.values() if isinstance(score, Reject))
                 found.update((key, score) for key, score in seen.items() if not isinstance(score, Reject))
         return np.array([found.get(key, np.nan) for key in keys])
+
+
+def _flag(config: EvaluateConfig) -> str:
+    return (
+        f"--clip-score-model is {config.clip_score_model}" if config.clip_score_model else f"--model is {config.model}"
+    )
+
+
+def _model_options(config: EvaluateConfig) -> dict[str, object]:
+    """Return the options of the model's store: those given, else the captions', on their server alone."""
+    if config.model_storage_options is not None:
+        return config.model_storage_options
+    captions = Location(config.captions, config.storage_options)
+    return (
+        config.storage_options
+        if captions.is_local
+        else captions.beside(config.model or config.clip_score_model).storage_options
+    )
 
 
 class _Reader:
@@ -155,8 +187,8 @@ class _Reader:
         self._space = space
         self._lock = threading.Lock()
 
-    def look(self, images: Sequence[bytes | Reject], captions: Sequence[str]) -> list[float | Reject]:
-        """Return CLIPScore of each image and its caption, or why the image cannot be read."""
+    def score(self, images: Sequence[bytes | Reject], captions: Sequence[str]) -> list[float | Reject]:
+        """Return CLIPScore of each image and its caption, or the reject of an image that cannot be read."""
         decoded = iter(self.decoder.decode_batch([image for image in images if not isinstance(image, Reject)]))
         outcomes = [image if isinstance(image, Reject) else next(decoded) for image in images]
         pairs = zip(outcomes, captions, strict=True)
@@ -193,4 +225,4 @@ class _Reader:
 
 
 def _chunks(rows: IntArray) -> Iterator[IntArray]:
-    return (rows[start : start + _IMAGES_A_CHUNK] for start in range(0, len(rows), _IMAGES_A_CHUNK))
+    return (rows[start : start + _IMAGES_PER_CHUNK] for start in range(0, len(rows), _IMAGES_PER_CHUNK))

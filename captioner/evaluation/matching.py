@@ -1,7 +1,7 @@
 """Captions of each side by image, and which of them belong together.
 
-What stays in memory is the image ids and the captions as word numbers; the captions themselves only where CLIP is to
-read them. Knows nothing of file formats.
+Image ids and captions as word numbers stay in memory; the texts of captions only if CLIP has to read
+them. Knows nothing of file formats.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.caption_files import CaptionRow
 from captioner.config import EvaluateConfig
 from captioner.errors import InputError
-from captioner.metrics import CaptionEncoder, EncodedCaptions, IntArray
-from captioner.sources.urls import redact
+from captioner.evaluation.caption_files import CaptionRow
+from captioner.evaluation.metrics import CaptionEncoder, EncodedCaptions, IntArray
+from captioner.storage.urls import redact
 
 __all__ = ["RULES", "Captions", "Matching", "match", "match_sides"]
 
@@ -27,14 +27,13 @@ RULES = {
 }
 """From strict to lenient: when two names mean the same image."""
 
-_ROWS_A_BATCH = 8192
 _NUM_EXAMPLES = 3
 _ROW_TYPES = {"caption": pa.large_string(), "key": pa.int64(), "clip_score": pa.float64()}
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions of one side, and whose they are.
+    """Captions of one side, and the image of each.
 
     image: int64[C], the image of each caption, an index of image_ids. file_names: image_id -> another name of it."""
 
@@ -43,7 +42,7 @@ class Captions:
     texts: EncodedCaptions
     file_names: Mapping[str, str] = field(default_factory=dict)
     rows: pa.Table = field(default_factory=lambda: pa.table(dict[str, pa.Array]()))
-    """Of each caption as far as it is wanted: `caption` as it stands, its `key` and `clip_score` in a caption table."""
+    """The columns asked for, of each caption: its text, and its `key` and `clip_score` in a caption table."""
 
     @property
     def num_images(self) -> int:
@@ -51,16 +50,18 @@ class Captions:
         return len(self.image_ids)
 
     @staticmethod
-    def read(rows: Iterator[CaptionRow], encoder: CaptionEncoder, wanted: Sequence[str] = ()) -> "Captions":
-        """Return all rows, read a batch at a time. wanted: columns of `rows`."""
-        schema = pa.schema([(name, _ROW_TYPES[name]) for name in wanted])
+    def read(
+        rows: Iterator[CaptionRow], encoder: CaptionEncoder, columns: Sequence[str] = (), *, rows_per_batch: int = 8192
+    ) -> "Captions":
+        """Return all rows, read a batch at a time. columns: those of `rows`."""
+        schema = pa.schema([(name, _ROW_TYPES[name]) for name in columns])
         ids, file_names, kept = [], dict[str, str](), [schema.empty_table()]
 
         def captions() -> Iterator[str]:
-            while batch := list(islice(rows, _ROWS_A_BATCH)):
+            while batch := list(islice(rows, rows_per_batch)):
                 ids.append(pa.array([row.image_id for row in batch], pa.large_string()))
                 file_names.update({row.image_id: row.file_name for row in batch if row.file_name})
-                kept.append(pa.table([[getattr(row, name) for row in batch] for name in wanted], schema))
+                kept.append(pa.table([[getattr(row, name) for row in batch] for name in columns], schema))
                 yield from (row.caption for row in batch)
 
         texts = encoder.encode(captions())
@@ -68,7 +69,7 @@ class Captions:
         image = coded.indices.to_numpy().astype(np.int64)
         return Captions(coded.dictionary, image, texts, file_names, pa.concat_tables(kept))
 
-    def spoken(self) -> "Captions":
+    def with_words(self) -> "Captions":
         """Return the captions that have a word in them, and their images."""
         kept = np.flatnonzero(self.texts.lengths)
         if len(kept) == len(self.image):
@@ -92,7 +93,7 @@ class Matching:
     """Captions without references."""
 
     num_repeated: int
-    """Captions of an image that had one already; the first counts."""
+    """Further captions of an image; the first counts."""
 
     unmatched_examples: list[str]
 
@@ -120,17 +121,24 @@ def match_sides(captions: Captions, references: Captions, config: EvaluateConfig
 def match(captions: Captions, references: Captions, rule: str) -> Matching:
     """Return which captions have references when images are the same by `rule`: id, name or number.
 
-    A name that two images of one side share is none's; of several captions of an image the first counts."""
-    of_captions = _owners(captions.image_ids, np.arange(captions.num_images), rule)
-    aliases = pa.array(list(references.file_names), pa.large_string())
-    names = pa.concat_arrays([references.image_ids, pa.array(references.file_names.values(), pa.large_string())])
-    owners = pc.index_in(aliases, value_set=references.image_ids).fill_null(-1).to_numpy()
-    of_references = _owners(names, np.concatenate([np.arange(references.num_images), owners]), rule)
+    A name that two images of one side share matches neither; of several captions of an image the first counts."""
+    of_captions, of_references = (_owners(*_names(side), rule) for side in (captions, references))
     found = pc.index_in(of_captions.column("name"), value_set=of_references.column("name"))
     image = of_references.column("owner").take(found).fill_null(-1).to_numpy()
-    image_of = np.full(captions.num_images, -1)
-    image_of[of_captions.column("owner").to_numpy()] = image
+    owner = of_captions.column("owner").to_numpy()
+    lowest, highest = np.full(captions.num_images, references.num_images), np.full(captions.num_images, -1)
+    np.minimum.at(lowest, owner[image >= 0], image[image >= 0])
+    np.maximum.at(highest, owner, image)
+    image_of = np.where(lowest == highest, highest, -1)  # two names of an image may lead to one reference only
     return _first_rows(captions, image_of, rule)
+
+
+def _names(side: Captions) -> tuple[pa.Array, IntArray]:
+    """Return every name of every image of a side, and the image of each."""
+    aliases = pa.array(list(side.file_names), pa.large_string())
+    owners = pc.index_in(aliases, value_set=side.image_ids).fill_null(-1).to_numpy()
+    names = pa.concat_arrays([side.image_ids, pa.array(side.file_names.values(), pa.large_string())])
+    return names, np.concatenate([np.arange(side.num_images), owners])
 
 
 def _first_rows(captions: Captions, image_of: IntArray, rule: str) -> Matching:
@@ -158,7 +166,7 @@ def _owners(names: pa.Array, owners: IntArray, rule: str) -> pa.Table:
 
 
 def _reduce(names: pa.Array, rule: str) -> pa.Array:
-    """Return what must be equal for two names to mean the same image; null for a name that has no such thing."""
+    """Return the part of each name that must be equal for two names to mean the same image; null for none."""
     if rule == "id":
         return names
     plain = pc.replace_substring_regex(names, r"^([a-z0-9]+://[^?]*)\?.*$", r"\1")  # the signature of a URL

@@ -1,4 +1,4 @@
-"""Rows of a caption table as cards: a caption below its picture, or those of two tables beside each other.
+"""Rows of a caption table as cards: a caption below its image, or those of two tables beside each other.
 
 Knows the columns of the table; reads and writes nothing. A row is a mapping from column to value, as Arrow gives it.
 """
@@ -9,31 +9,35 @@ from typing import Any
 
 from captioner.gallery.cards import Card, Fact, Text
 from captioner.gallery.differences import difference
-from captioner.gallery.pictures import Picture
-from captioner.rows import SCORES, Reject, RejectReason
-from captioner.sources.urls import redact
+from captioner.gallery.page_images import PageImage
+from captioner.gallery.wording import FAILED, doubt_words, finish_word
+from captioner.schema import SCORES, Reject, RejectReason
+from captioner.storage.urls import redact
 
-__all__ = ["Row", "caption_card", "pair_card"]
+__all__ = ["CHANGED", "SAME", "Row", "caption_card", "pair_card"]
 
 Row = Mapping[str, Any]
+
+CHANGED, SAME = "changed", "same"
 
 _SHOWN_ELSEWHERE = {"image_id", "caption", "candidates"}
 
 
-def caption_card(row: Row, picture: Picture, references: Sequence[str] = ()) -> Card:
-    """Return the card of one image: its caption, or why there is none."""
+def caption_card(row: Row, image: PageImage, references: Sequence[str] = (), path: str = "") -> Card:
+    """Return the card of one image: its caption, or why there is none. path: where the image was read from."""
     caption, is_failed = row.get("caption"), row.get("reason") is not None
     texts = [] if is_failed else [Text.of("" if caption is None else str(caption))]
     return Card(
         image_id=_name(row),
-        picture=_refusal(row) if is_failed else picture,
+        path=path,
+        image=_reject(row) if is_failed else image,
         texts=[*texts, *(Text.of(text, "reference", is_reference=True) for text in references)],
         facts=dict(_facts(row)),
-        tags=list(_tags(row)),
+        tags=list(dict.fromkeys(_tags(row))),
     )
 
 
-def pair_card(rows: tuple[Row, Row], labels: tuple[str, str], picture: Picture, change: float) -> Card:
+def pair_card(rows: tuple[Row, Row], labels: tuple[str, str], image: PageImage, change: float, path: str = "") -> Card:
     """Return the card of one image in two tables: both captions, with what differs marked."""
     before, after = rows
     facts: dict[str, Fact] = {"change": change}
@@ -43,28 +47,37 @@ def pair_card(rows: tuple[Row, Row], labels: tuple[str, str], picture: Picture, 
                 facts[f"{name}, {label}"] = row[name]
     return Card(
         image_id=_name(before),
-        picture=picture,
+        path=path,
+        image=image,
         texts=_pair_texts(rows, labels),
         facts={**facts, **{f"{name}, {labels[0]}": value for name, value in _facts(before) if name not in SCORES}},
-        tags=["changed" if change else "same", *dict.fromkeys([*_tags(before), *_tags(after)])],
+        tags=list(dict.fromkeys([*_change(rows, change), *_tags(before), *_tags(after)])),
     )
+
+
+def _change(rows: tuple[Row, Row], change: float) -> list[str]:
+    """Return the tag of what became of a caption; none where one of the two is missing."""
+    if any(row.get("reason") is not None for row in rows):
+        return []
+    return [CHANGED if change else SAME]
 
 
 def _pair_texts(rows: tuple[Row, Row], labels: tuple[str, str]) -> list[Text]:
     failures = [row for row in rows if row.get("reason") is not None]
     if failures:
         return [_plain_text(row, label) for row, label in zip(rows, labels, strict=True)]
-    found = difference(*(redact(row["caption"] or "") for row in rows))  # a URL in pieces could not be told any more
+    found = difference(*(redact(row["caption"] or "") for row in rows))  # pieces of a URL cannot be redacted
     return [Text(found.first, labels[0]), Text(found.second, labels[1])]
 
 
 def _plain_text(row: Row, label: str) -> Text:
     if row.get("reason") is None:
         return Text.of(row["caption"] or "", label)
-    return Text([("same", f"{row['reason']}: {row.get('detail') or ''}")], label, is_missing=True)
+    reason = str(row["reason"]).replace("_", " ")
+    return Text([("same", f"{reason}: {row.get('detail') or ''}")], label, is_missing=True)
 
 
-def _refusal(row: Row) -> Reject:
+def _reject(row: Row) -> Reject:
     try:
         reason = RejectReason(row["reason"])
     except ValueError:  # a query may call anything a reason
@@ -77,20 +90,24 @@ def _name(row: Row) -> str:
 
 
 def _tags(row: Row) -> Iterator[str]:
-    yield from (str(row[name]) for name in ("reason", "finish_reason") if row.get(name) is not None)
+    if row.get("reason") is not None:
+        yield from (FAILED, str(row["reason"]))
+    if row.get("finish_reason") is not None:
+        yield finish_word(str(row["finish_reason"]))
     if row.get("is_repetitive"):
         yield "repetitive"
+    yield from doubt_words(row.get("why"))
 
 
 def _facts(row: Row) -> Iterator[tuple[str, Fact]]:
     first = [name for name in SCORES if name in row]
     for name in (*first, *(name for name in row if name not in {*first, *_SHOWN_ELSEWHERE})):
-        yield name, str(row[name]) if name == "key" else _fact(row[name])
+        yield name, _named_fact(name, row[name])
     yield from _candidates(row.get("candidates"))
 
 
 def _candidates(found: Any) -> Iterator[tuple[str, Fact]]:
-    """Yield the captions that were not chosen, each with the score that ranked it; what a query calls so, as it is."""
+    """Yield the captions that were not chosen, each with the score that ranked it; a query's own column unchanged."""
     if found is None:
         return
     if not (isinstance(found, list) and all(isinstance(one, Mapping) and "caption" in one for one in found)):
@@ -99,6 +116,14 @@ def _candidates(found: Any) -> Iterator[tuple[str, Fact]]:
     for number, candidate in enumerate(found[1:], 2):
         scores = [candidate[name] for name in SCORES if candidate.get(name) is not None]
         yield f"caption {number}", f"{candidate['caption']} ({scores[0]:.3f})" if scores else str(candidate["caption"])
+
+
+def _named_fact(name: str, value: Any) -> Fact:
+    if name == "key":
+        return str(value)
+    if name == "finish_reason" and isinstance(value, str) and finish_word(value) != value:
+        return f"{finish_word(value)} ({value})"
+    return _fact(value)
 
 
 def _fact(value: Any) -> Fact:

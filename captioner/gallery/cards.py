@@ -1,6 +1,6 @@
-"""What stands on a page: one card an image, with its picture, its texts and what is known of it.
+"""The content of a page: one card an image, with its thumbnail, its texts and its facts.
 
-Knows neither tables nor HTML; whoever has pictures and texts makes cards of them.
+Knows neither tables nor HTML.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from captioner.images.thumbnails import Thumbnail
-from captioner.rows import Reject
+from captioner.schema import Reject
 
-__all__ = ["Card", "Fact", "Run", "Text"]
+__all__ = ["Card", "Fact", "Span", "Text"]
 
 Fact = str | int | float | bool | None
 
-Run = tuple[Literal["same", "removed", "added"], str]
+Span = tuple[Literal["same", "removed", "added"], str]
 """Some words of a text, and whether the text beside it has them too."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """One text of an image: a caption, a reference, or why there is none."""
+    """One text of an image: a caption, a reference, or the reason why there is none."""
 
-    runs: Sequence[Run]
+    runs: Sequence[Span]
 
     label: str = ""
     """Whose text it is, where there are several."""
@@ -31,7 +31,7 @@ class Text:
     """True if this says why there is no text."""
 
     is_reference: bool = False
-    """True if a person wrote it, to compare with: an image that has no other text has none."""
+    """True if it is not the model's but written by people, to compare with."""
 
     @classmethod
     def of(cls, text: str, label: str = "", *, is_reference: bool = False) -> "Text":
@@ -45,14 +45,17 @@ class Card:
 
     image_id: str
 
-    picture: Thumbnail | Reject
-    """The picture, or why there is none."""
+    image: Thumbnail | Reject
+    """The image, or why there is none."""
 
     texts: Sequence[Text]
-    """What stands below or beside it, the most important first."""
+    """The texts below or beside it, the most important first."""
 
     facts: Mapping[str, Fact] = field(default_factory=dict)
-    """What is known of it by name. Numbers can be sorted by; the large view shows all."""
+    """Values by name. Numbers can be sorted by; the large view shows all."""
 
     tags: Sequence[str] = ()
-    """What it can be filtered by: a reason, a finish_reason."""
+    """What it can be filtered by: why it failed, whether it is cut off, what makes it doubtful."""
+
+    path: str = ""
+    """Where the image lies, to copy; empty where that is not known."""

@@ -1,10 +1,11 @@
 """Two tables of the same images: which captions differ, and how much.
 
-A sample of the first table is looked up in the second: by key where both were made of one input, which reads few parts;
-by image_id where they were not, or where a key turns out to mean another image there.
+A sample of the first table is looked up in the second: by key where both have one input, which reads few parts; by
+image_id where they have not, or where a key is that of another image there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,8 @@ from captioner.errors import InputError
 from captioner.gallery.caption_cards import Row
 from captioner.gallery.differences import change
 from captioner.gallery.table_rows import TableRows
-from captioner.sources.urls import redact
-from captioner.tables import CaptionTable
 
-__all__ = ["Comparison", "Pair", "compare", "settings_that_differ"]
+__all__ = ["Comparison", "Pair", "compare"]
 
 _COMPARED = 20_000  # pairs among which the largest changes are looked for
 
@@ -29,19 +28,35 @@ class Pair:
     rows: tuple[Row, Row]
     change: float
 
+    @property
+    def has_caption(self) -> tuple[bool, bool]:
+        """Whether the image has a caption, in each table."""
+        first, second = self.rows
+        return first.get("reason") is None, second.get("reason") is None
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """The pairs that differ most, and what they were chosen from."""
+    """The pairs of captions that differ most, then some of the images without one, and what they were chosen from."""
 
     pairs: list[Pair]
+
     num_compared: int
+    """Images with a caption in both tables."""
+
     num_changed: int
+    """Those of them whose captions differ."""
+
+    num_failed: tuple[int, int, int]
+    """Images without a caption: in the first table alone, in the second alone, in both."""
+
     num_without_pair: int
 
 
 def compare(first: TableRows, second: TableRows, num_pairs: int, seed: int) -> Comparison:
-    """Return the `num_pairs` largest changes among a sample. Raises InputError if the tables share no image."""
+    """Return the largest changes among a sample, `num_pairs` with those that have no caption in one table.
+
+    Raises InputError if the tables share no image."""
     rows = first.draw(max(num_pairs, _COMPARED), seed)
     others = _others(first, second, rows)
     pairs = [
@@ -51,11 +66,33 @@ def compare(first: TableRows, second: TableRows, num_pairs: int, seed: int) -> C
     ]
     if rows.num_rows and not pairs:
         raise InputError(
-            f"{redact(second.table.url)} has none of {rows.num_rows:,} images of {redact(first.table.url)};"
+            f"{second.table.location} has none of {rows.num_rows:,} images of {first.table.location};"
             " expected two runs over the same images"
         )
-    largest = sorted(pairs, key=lambda pair: (-pair.change, pair.rows[0]["key"]))[:num_pairs]
-    return Comparison(largest, len(pairs), sum(pair.change > 0 for pair in pairs), rows.num_rows - len(pairs))
+    captioned = [pair for pair in pairs if all(pair.has_caption)]
+    failed = [pair for pair in pairs if not all(pair.has_caption)]
+    return Comparison(
+        pairs=_chosen(_largest(captioned), _largest(failed), num_pairs),
+        num_compared=len(captioned),
+        num_changed=sum(pair.change > 0 for pair in captioned),
+        num_failed=_num_failed(failed),
+        num_without_pair=rows.num_rows - len(pairs),
+    )
+
+
+def _largest(pairs: list[Pair]) -> list[Pair]:
+    return sorted(pairs, key=lambda pair: (-pair.change, pair.rows[0]["key"]))
+
+
+def _chosen(captioned: list[Pair], failed: list[Pair], num_pairs: int) -> list[Pair]:
+    """Return captions, then failures: these take what captions leave free, and up to a quarter in any case."""
+    failed = failed[: max(num_pairs - len(captioned), num_pairs // 4)]
+    return captioned[: num_pairs - len(failed)] + failed
+
+
+def _num_failed(failed: list[Pair]) -> tuple[int, int, int]:
+    found = Counter(pair.has_caption for pair in failed)
+    return found[False, True], found[True, False], found[False, False]
 
 
 def _others(first: TableRows, second: TableRows, rows: pa.Table) -> dict[int, Row]:
@@ -82,18 +119,3 @@ def _change(row: Row, other: Row) -> float:
     if any(is_failed):
         return 0.0 if all(is_failed) else 1.0
     return change(row["caption"] or "", other["caption"] or "")
-
-
-def settings_that_differ(first: CaptionTable, second: CaptionTable) -> list[tuple[str, Any, Any]]:
-    """Return name and both values of everything that the two tables were made with differently."""
-    before, after = (dict(_flat(table.identity() or {})) for table in (first, second))
-    names = (name for name in before | after if before.get(name) != after.get(name))
-    return [(name, before.get(name), after.get(name)) for name in names]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

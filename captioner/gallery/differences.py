@@ -1,13 +1,13 @@
-"""What two captions of one image have in common, word by word.
+"""The difference between two captions of one image, word by word.
 
-Knows texts only. Words are what stands between spaces; of scripts that write none, single characters.
+Knows texts only. Words are separated by spaces; in scripts without spaces each character is one.
 """
 
 import re
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
-from captioner.gallery.cards import Run
+from captioner.gallery.cards import Span
 
 __all__ = ["Difference", "change", "difference"]
 
@@ -18,18 +18,18 @@ _WORD = re.compile(
 
 
 class Difference(NamedTuple):
-    """Two texts as runs of words: those of the first alone `removed`, those of the second alone `added`."""
+    """Two texts as spans of words: those of the first alone `removed`, those of the second alone `added`."""
 
-    first: list[Run]
-    second: list[Run]
+    first: list[Span]
+    second: list[Span]
 
 
 def difference(first: str, second: str) -> Difference:
     """Return what differs between two texts; spaces and their number do not count."""
     words, others = _WORD.findall(first.strip()), _WORD.findall(second.strip())
     matcher = _matcher(words, others)
-    before: list[Run] = []
-    after: list[Run] = []
+    before: list[Span] = []
+    after: list[Span] = []
     for kind, start, stop, other_start, other_stop in matcher.get_opcodes():
         if start < stop:
             before.append(("same" if kind == "equal" else "removed", "".join(words[start:stop])))

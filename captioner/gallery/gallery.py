@@ -1,4 +1,4 @@
-"""Pages of a caption table: rows and their pictures, or two tables beside each other.
+"""Pages of a caption table: rows and their images, or two tables beside each other.
 
 write_gallery(rows, "doubtful.html", table_url="s3://bucket/captions", title="The most doubtful captions")
 """
@@ -10,23 +10,27 @@ from typing import Any
 
 import pyarrow as pa
 
+from captioner.config import ImageAccessConfig
 from captioner.errors import InputError
-from captioner.gallery.caption_cards import Row, caption_card, pair_card
-from captioner.gallery.comparison import Comparison, compare, settings_that_differ
+from captioner.gallery.caption_cards import CHANGED, SAME, Row, caption_card, pair_card
+from captioner.gallery.comparison import Comparison, compare
 from captioner.gallery.page import Page, page_html, write_page
-from captioner.gallery.pictures import thumbnails
+from captioner.gallery.page_images import thumbnails
 from captioner.gallery.references import references_of
 from captioner.gallery.table_rows import TableRows, ask_rows
-from captioner.rows import CAPTIONS, FAILURES, SCORES, Reject, RejectReason
-from captioner.sources.urls import absolute, name, redact, shared_options
-from captioner.table_images import TableImages
+from captioner.gallery.wording import COMPLETE, doubt_words, model_name
+from captioner.schema import CAPTIONS, FAILURES, SCORES, Reject, RejectReason
+from captioner.storage import Location
 from captioner.tables import CaptionTable, open_table
+from captioner.tables.identity import settings_that_differ
+from captioner.tables.table_images import TableImages
+from captioner.terminal import counted, say
 
 __all__ = ["write_comparison", "write_gallery"]
 
-_NO_KEY = Reject(RejectReason.MISSING, "the table has no such image")
+_NO_IMAGE = Reject(RejectReason.MISSING, "the table has no such image")
 _NAMING = ("key", "image_id")
-_NUM_OWN = 3  # columns of a query that stand on each card
+_NUM_OWN = 3  # columns of a query that each card shows
 
 
 def write_gallery(
@@ -35,32 +39,35 @@ def write_gallery(
     *,
     table_url: str,
     storage_options: Mapping[str, Any] | None = None,
-    image_storage_options: Mapping[str, Any] | None = None,
-    allow_local_uris: bool = False,
+    image_access: ImageAccessConfig | None = None,
     title: str = "",
     lines: Sequence[str] = (),
     references: str | None = None,
 ) -> Mapping[str, Any]:
-    """Write a page of `rows`, in their order, and return a summary: rows, pictures, size_bytes, output.
+    """Write a page of `rows`, in their order, and return its summary.
 
     rows: any columns, `key` or `image_id` of the table among them; what else the table knows of these images is added,
-    and columns that the table does not have stand on each card. `storage_options` are the table's, and those of
-    `output`, `references` and the images where they are on the same kind of store. `lines` stand below the title.
+    and each card shows the columns that the table does not have. `storage_options` are the table's, and those of
+    `output`, `references` and the images where they are on the same kind of store. `lines` come below the title.
     Raises InputError for a table that is none, or rows that name no image.
     """
     options = storage_options or {}
-    table = open_table(table_url, options)
-    images = TableImages.of(table, options, image_storage_options, allow_local_uris=allow_local_uris)
+    table = open_table(Location(table_url, options))
+    images = TableImages.of(table, image_access)
     found = _completed(rows, table)
-    told = references_of([_id(row) for row in found], references, options) if references and found else {}
+    texts = references_of([_id(row) for row in found], references, options) if references and found else {}
+    paths = images.paths([row["key"] for row in found if row.get("key") is not None])
     page = Page(
         title=title or _title(table),
-        cards=[caption_card(row, _NO_KEY, told.get(_id(row), ())) for row in found],
+        cards=[
+            caption_card(row, _NO_IMAGE, texts.get(_id(row), ()), paths.get(row.get("key", -1), "")) for row in found
+        ],
         lines=[*lines, *_made_by(table)],
-        scores=[*_own(rows.column_names, images), *(score for score in SCORES[:2] if _has(score, found))],
+        scores=[*_own(rows, images), *(score for score in SCORES[:2] if _has(score, found))],
+        quiet_tags=[COMPLETE],
     )
     keys = [None if row.get("reason") is not None else row.get("key") for row in found]
-    return _written(page, keys, images, output, shared_options(absolute(output), table.url, options))
+    return _write(page, keys, images, table.location.beside(output))
 
 
 def write_comparison(
@@ -71,29 +78,32 @@ def write_comparison(
     num_pairs: int,
     seed: int = 0,
     storage_options: Mapping[str, Any] | None = None,
-    image_storage_options: Mapping[str, Any] | None = None,
-    allow_local_uris: bool = False,
+    image_access: ImageAccessConfig | None = None,
 ) -> Mapping[str, Any]:
     """Write a page of the largest changes from one table to another, and return a summary as `write_gallery` does.
 
     Raises InputError for a table that is none, or two that share no image.
     """
     options = storage_options or {}
-    tables = open_table(table_url, options), open_table(other_url, options)
-    images = TableImages.of(tables[0], options, image_storage_options, allow_local_uris=allow_local_uris)
+    tables = open_table(Location(table_url, options)), open_table(Location(other_url, options))
+    images = TableImages.of(tables[0], image_access)
     comparison = ask_rows(
         tables[0], lambda first: ask_rows(tables[1], lambda second: compare(first, second, num_pairs, seed))
     )
-    labels = _labels(tables)
+    labels, keys = _labels(tables), [pair.rows[0]["key"] for pair in comparison.pairs]
+    paths = images.paths(keys)
     page = Page(
         title=f"{labels[0]} and {labels[1]}",
-        cards=[pair_card(pair.rows, labels, _NO_KEY, pair.change) for pair in comparison.pairs],
+        cards=[
+            pair_card(pair.rows, labels, _NO_IMAGE, pair.change, paths.get(key, ""))
+            for pair, key in zip(comparison.pairs, keys, strict=True)
+        ],
         lines=_compared(comparison, tables, labels),
         scores=["change"],
+        quiet_tags=[CHANGED, SAME, COMPLETE],
         layout="pairs",
     )
-    keys = [pair.rows[0]["key"] for pair in comparison.pairs]
-    return _written(page, keys, images, output, shared_options(absolute(output), tables[0].url, options))
+    return _write(page, keys, images, tables[0].location.beside(output))
 
 
 def _completed(rows: pa.Table, table: CaptionTable) -> list[Row]:
@@ -113,12 +123,12 @@ def _known(found: TableRows, column: str, values: pa.Array) -> pa.Table:
 
 
 def _naming(rows: pa.Table) -> str:
-    """Return the column that says whose pictures to show. Raises InputError where none is, or none that can be."""
+    """Return the column that names the images to show. Raises InputError where it is missing or of another type."""
     naming = [column for column in _NAMING if column in rows.column_names]
     if not naming:
         raise InputError(
-            f"the rows have the columns {', '.join(rows.column_names)}; expected key or image_id among them, which say"
-            " whose pictures to show"
+            f"the rows have the columns {', '.join(rows.column_names)}; expected key or image_id among them, which name"
+            " the images to show"
         )
     for column in naming:
         kind = rows.schema.field(column).type
@@ -127,10 +137,12 @@ def _naming(rows: pa.Table) -> str:
     return naming[0]
 
 
-def _own(names: Sequence[str], images: TableImages) -> list[str]:
-    """Return the columns that a query made: what a person asked for, he wants to see."""
+def _own(rows: pa.Table, images: TableImages) -> list[str]:
+    """Return the first columns that are a query's own: the cards show them, but for doubts, which are tags."""
     known = {*CAPTIONS.names, *FAILURES.names, *(field.name for field in images.frozen.columns.kept)}
-    return [name for name in names if name not in known][:_NUM_OWN]
+    if "why" in rows.column_names and all(map(doubt_words, filter(None, rows.column("why").to_pylist()))):
+        known.add("why")
+    return [name for name in rows.column_names if name not in known][:_NUM_OWN]
 
 
 def _has(column: str, rows: Sequence[Row]) -> bool:
@@ -141,55 +153,82 @@ def _id(row: Row) -> str:
     return str(row.get("image_id") or "")
 
 
-def _written(
-    page: Page, keys: Sequence[int | None], images: TableImages, output: str, options: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """Write a page whose cards have no pictures yet, with those of their keys in the room that its texts leave."""
+def _write(page: Page, keys: Sequence[int | None], images: TableImages, output: Location) -> Mapping[str, Any]:
+    """Write the page with the images of `keys`, one a card, as large as its texts leave room for."""
     wanted = [key for key in keys if key is not None]
-    seen = thumbnails(images, wanted, page_bytes=len(page_html(page).encode()))
+    found = thumbnails(images, wanted, page_bytes=len(page_html(page).encode()))
     cards = [
-        card if key is None else replace(card, picture=seen[key]) for card, key in zip(page.cards, keys, strict=True)
+        card if key is None else replace(card, image=found[key]) for card, key in zip(page.cards, keys, strict=True)
     ]
-    size_bytes = write_page(replace(page, cards=cards), output, options)
-    missing = Counter(str(picture.reason) for picture in seen.values() if isinstance(picture, Reject))
+    size_bytes = write_page(replace(page, cards=cards), output)
+    missing = Counter(str(image.reason) for image in found.values() if isinstance(image, Reject))
+    num_shown, num_bytes = len(found) - missing.total(), f"{size_bytes / 1e6:.1f} MB"
+    without = ", ".join(f"{count:,} {reason}" for reason, count in sorted(missing.items()))
+    say([f"page      {output}: {counted(len(page.cards), 'card')} with {counted(num_shown, 'image')}, {num_bytes}"])
+    say([f"          without their image: {without}"] if without else [])
+    if found and not num_shown and images.moved is None:
+        say([f"          {images.input_path} was read; if the images lie elsewhere now: --image-root FOLDER"])
     return {
         "rows": len(page.cards),
-        "pictures": len(seen) - missing.total(),
+        "pictures": num_shown,
         "pictures_missing_by_reason": dict(missing),
         "size_bytes": size_bytes,
-        "output": redact(absolute(output)),
+        "output": str(output),
     }
 
 
-# What it says of itself
+# Titles and lines
 
 
 def _title(table: CaptionTable) -> str:
-    return name(redact(table.url)) or redact(table.url)
+    return table.location.name or str(table.location)
 
 
 def _labels(tables: tuple[CaptionTable, CaptionTable]) -> tuple[str, str]:
     """Return short names of two tables that differ."""
     first, second = (_title(table) for table in tables)
-    return (first, second) if first != second else (redact(tables[0].url), redact(tables[1].url))
+    return (first, second) if first != second else (str(tables[0].location), str(tables[1].location))
 
 
 def _made_by(table: CaptionTable) -> list[str]:
     identity = table.identity() or {}
     model, images = (identity.get("model") or {}).get("name"), identity.get("input")
-    if not model or not images:
-        return []
-    return [f"Captioned by {name(model) if model.startswith('/') else model} from {images}."]
+    return [f"Captioned by {model_name(model)} from {images}."] if model and images else []
 
 
 def _compared(comparison: Comparison, tables: tuple[CaptionTable, CaptionTable], labels: tuple[str, str]) -> list[str]:
-    share = comparison.num_changed / max(1, comparison.num_compared)
-    lines = [
-        f"Of {comparison.num_compared:,} captions compared, {comparison.num_changed:,} differ ({share:.0%});"
-        f" the {len(comparison.pairs):,} with the largest changes come first."
-    ]
+    lines = [_num_changed(comparison), *_num_failed(comparison, labels)]
     if comparison.num_without_pair:
         lines.append(f"{comparison.num_without_pair:,} more are not in {labels[1]}.")
-    for setting, before, now in settings_that_differ(*tables):
-        lines.append(f"{setting}: {before} in {labels[0]}, {now} in {labels[1]}.")
-    return lines
+    differing = settings_that_differ(*(table.identity() or {} for table in tables))
+    return lines + [_setting(*found, labels) for found in _telling(differing)]
+
+
+def _num_changed(comparison: Comparison) -> str:
+    num_compared, num_changed = comparison.num_compared, comparison.num_changed
+    if not num_compared:
+        return "No image has a caption in both tables."
+    line = f"Of {counted(num_compared, 'caption')} compared, {num_changed:,} differ ({num_changed / num_compared:.0%})"
+    num_shown = sum(all(pair.has_caption) and pair.change > 0 for pair in comparison.pairs)
+    if num_shown < num_changed:
+        return f"{line}; the {num_shown:,} with the largest changes are here."
+    return f"{line}; the largest changes come first." if num_changed > 1 else f"{line}."
+
+
+def _num_failed(comparison: Comparison, labels: tuple[str, str]) -> list[str]:
+    places = (f"in {labels[0]} alone", f"in {labels[1]} alone", "in both")
+    counts = [f"{count:,} {place}" for count, place in zip(comparison.num_failed, places, strict=True) if count]
+    return [f"Without a caption: {', '.join(counts)}; these come last."] if counts else []
+
+
+def _telling(differing: Sequence[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+    """Return the settings to tell of: the fingerprint of a model only where its name does not differ."""
+    names = {name for name, _, _ in differing}
+    return [found for found in differing if found[0] != "model.fingerprint" or "model.name" not in names]
+
+
+def _setting(setting: str, before: Any, now: Any, labels: tuple[str, str]) -> str:
+    if setting == "model.name":
+        shown = [model_name(str(value)) for value in (before, now)]
+        before, now = shown if shown[0] != shown[1] else (before, now)
+    return f"{setting}: {before} in {labels[0]}, {now} in {labels[1]}."

@@ -1,10 +1,10 @@
-"""One self-contained HTML file of cards: pictures inside, no request to anywhere, works from `file://`.
+"""One self-contained HTML file of cards: images inside, no request to anywhere, works from `file://`.
 
     write_page(Page(title="Validation images", cards=cards), "out.html")
 
-What the cards say is data: it stands in the file as JSON and reaches the screen as text. That none of it can run, and
-that nothing is loaded or sent, the page's Content-Security-Policy says: hashes of its own one style and one script,
-pictures from `data:` only, no other source of anything, and no string is ever parsed as HTML (trusted types).
+The texts of the cards are data: JSON in the file, shown as text. Its Content-Security-Policy ensures that none of it
+can run, and that nothing is loaded or sent: it allows the page's one style and one script by their hashes,
+images from `data:` only, no other source of anything, and no string is ever parsed as HTML (trusted types).
 """
 
 import base64
@@ -13,7 +13,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
@@ -21,13 +21,15 @@ from typing import Any, Literal
 from captioner.gallery.cards import Card, Fact
 from captioner.images.thumbnails import Thumbnail
 from captioner.repetition import words
-from captioner.sources.faults import output_errors
-from captioner.sources.store import open_store
-from captioner.sources.urls import absolute, redact
+from captioner.schema import Reject
+from captioner.storage import Place, open_store
+from captioner.storage.faults import output_errors
+from captioner.storage.urls import redact
 
 __all__ = ["Page", "page_html", "write_page"]
 
-_PLACE = re.compile(r"\{\{(\w+)\}\}")
+_SCRIPTS = ("page.cards.js", "page.choice.js", "page.moves.js", "page.js")  # one script: a later one uses the earlier
+_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 _ESCAPED = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 _MAX_FACT = 500  # characters of one value: a column of vectors would be most of the page
 _MAX_EXACT = 1 << 53  # greater integers are not what they were when JavaScript has read them
@@ -46,24 +48,26 @@ class Page:
     """Sentences below the title: what this is, and how it was chosen."""
 
     scores: Sequence[str] = ()
-    """Facts that stand on each card, not only in its large view."""
+    """Facts that each card shows, not only its large view."""
+
+    quiet_tags: Sequence[str] = ()
+    """Tags to filter by that the cards do not show: what is true of most images, or plain to see."""
 
     layout: Literal["grid", "pairs"] = "grid"
-    """`grid`: texts below pictures. `pairs`: a row an image, its texts beside each other."""
+    """`grid`: texts below images. `pairs`: a row an image, its texts beside each other."""
 
 
-def write_page(page: Page, output: str, storage_options: Mapping[str, Any] | None = None) -> int:
+def write_page(page: Page, output: Place) -> int:
     """Write the page to `output`, on any store, whole or not at all; return its size in bytes."""
     data = page_html(page).encode()
-    url = absolute(output)
-    with output_errors(url):
-        open_store(url, storage_options).write_atomic(url, data)
+    with output_errors(output):
+        open_store(output).write_atomic(output, data)
     return len(data)
 
 
 def page_html(page: Page) -> str:
     """Return the page as one HTML document."""
-    style, script = _part("page.css"), _part("page.js")
+    style, script = _part("page.css"), "\n".join(map(_part, _SCRIPTS))
     parts = {
         "policy": _policy(style, script),
         "title": html.escape(_clean(page.title)),
@@ -71,7 +75,7 @@ def page_html(page: Page) -> str:
         "script": script,
         "data": _json_in_html(_described(page)),
     }
-    return _PLACE.sub(lambda place: parts[place.group(1)], _part("page.html"))
+    return _PLACEHOLDER.sub(lambda found: parts[found.group(1)], _part("page.html"))
 
 
 def _part(name: str) -> str:
@@ -101,6 +105,7 @@ def _described(page: Page) -> dict[str, Any]:
         "lines": [_clean(line) for line in page.lines],
         "layout": page.layout,
         "scores": [_clean(score) for score in page.scores],
+        "quiet": [_clean(tag) for tag in page.quiet_tags],
         "cards": [_card(card) for card in page.cards],
     }
 
@@ -108,9 +113,10 @@ def _described(page: Page) -> dict[str, Any]:
 def _card(card: Card) -> dict[str, Any]:
     return {
         "id": _clean(card.image_id),
-        "picture": _picture(card),
+        "path": _clean(card.path),
+        "image": _image(card),
         "words": _num_words(card),
-        "failed": all(text.is_reference for text in card.texts),
+        "failed": _has_failed(card),
         "texts": [
             {
                 "label": _clean(text.label),
@@ -124,6 +130,12 @@ def _card(card: Card) -> dict[str, Any]:
     }
 
 
+def _has_failed(card: Card) -> bool:
+    """Return whether neither image nor text of a model is there, or one of the texts beside each other is missing."""
+    is_bare = isinstance(card.image, Reject) and all(text.is_reference for text in card.texts)
+    return is_bare or any(text.is_missing for text in card.texts)
+
+
 def _num_words(card: Card) -> int | None:
     """Return the number of words of the first text, in any script; null where it is none of the image's own."""
     first = next(iter(card.texts), None)
@@ -132,11 +144,11 @@ def _num_words(card: Card) -> int | None:
     return len(words(_APOSTROPHE.sub("", "".join(found for _, found in first.runs))))
 
 
-def _picture(card: Card) -> dict[str, Any]:
-    if isinstance(card.picture, Thumbnail):
-        data = base64.b64encode(card.picture.data).decode()
-        return {"data": data, "width": card.picture.width, "height": card.picture.height}
-    return {"reason": str(card.picture.reason), "detail": _clean(card.picture.detail)}
+def _image(card: Card) -> dict[str, Any]:
+    if isinstance(card.image, Thumbnail):
+        data = base64.b64encode(card.image.data).decode()
+        return {"data": data, "width": card.image.width, "height": card.image.height}
+    return {"reason": str(card.image.reason), "detail": _clean(card.image.detail)}
 
 
 def _fact(value: Fact) -> Fact:

@@ -1,19 +1,19 @@
-"""References of the images of some rows, from whatever file holds them, matched as `jobs/evaluate.py` matches them."""
+"""References of the images of some rows, from a file of captions, matched as `jobs/evaluate.py` matches them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from captioner.caption_files import CaptionRow, read_captions
 from captioner.errors import InputError
 from captioner.evaluation import RULES, Captions, match
-from captioner.metrics import CaptionEncoder
-from captioner.sources.urls import redact
+from captioner.evaluation.caption_files import CaptionRow, read_captions
+from captioner.evaluation.metrics import CaptionEncoder
+from captioner.storage.urls import redact
 
 __all__ = ["references_of"]
 
 
 def references_of(image_ids: Sequence[str], path: str, storage_options: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the references of each image that has some; by the rule that finds most. Raises InputError for none."""
+    """Return the references of each image that has some, by the rule that finds most; InputError if none has."""
     encoder = CaptionEncoder()
     listed = list(read_captions(path, storage_options))
     mine = Captions.read((CaptionRow(image_id, "") for image_id in image_ids), encoder)

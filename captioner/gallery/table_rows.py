@@ -1,10 +1,9 @@
-"""Some rows of a caption table, without reading the table: drawn at random, or found by key or by image.
+"""Some rows of a caption table, without reading all of it: drawn at random, or found by key or by image.
 
-Reads the footers of the parts, and of the parts themselves only those that hold what is wanted. Works while a job still
-writes the table. Knows captions and failures, and nothing of pictures and pages.
+Reads the footers of all parts, and then only the parts that hold the wanted rows. Works while a job still writes the
+table. Knows captions and failures, and nothing of images and pages.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,20 +16,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captioner.errors import CaptionerError, InputError, JobError
-from captioner.rows import TRANSIENT_REASONS, RejectReason
-from captioner.sources.faults import StoreError, output_errors
-from captioner.sources.urls import join, redact
+from captioner.query.moved_parts import NUM_ATTEMPTS, ask_again
+from captioner.schema import TRANSIENT_REASONS, RejectReason
+from captioner.storage.faults import StoreError, output_errors
+from captioner.storage.parquet import open_parquet_file
+from captioner.storage.urls import redact
 from captioner.tables import CaptionTable
+from captioner.tables.table import FOLDERS
 
-__all__ = ["Part", "TableRows", "ask_rows"]
+__all__ = ["Part", "TableRows", "ask_rows", "choose_parts"]
 
 T = TypeVar("T")
 
 Keys = npt.NDArray[np.int64]
 
-_READERS = 16  # parts looked at the same time: they wait for the store, not for a core
+_READERS = 16  # footers read at the same time: they wait for the store, not for a core
 _FEWEST_PARTS = 32  # that a sample comes from: neighbours in a table are neighbours in the input, and look alike
-_ATTEMPTS = 5  # a compaction takes parts away once
 _SPARE = 4  # rows of the chosen parts for each one drawn
 
 
@@ -39,19 +40,21 @@ class _MovedError(JobError):
 
 
 def ask_rows(table: CaptionTable, question: Callable[["TableRows"], T]) -> T:
-    """Return what `question` returns when it is given the rows of a table; asked anew if parts went away meanwhile."""
-    for _ in range(_ATTEMPTS - 1):
-        with contextlib.suppress(_MovedError):
-            return question(TableRows.of(table))
-    return question(TableRows.of(table))
+    """Return the answer of `question`, which is given the rows of a table and asked again if parts were moved."""
+    with output_errors(table.location):
+        return ask_again(lambda: _urls(table), lambda _: question(TableRows.of(table)), _MovedError)
+
+
+def _urls(table: CaptionTable) -> list[str]:
+    return [url for folder in FOLDERS for url in table.parts(folder)]
 
 
 class Part(NamedTuple):
-    """One file of a table as its footer has it."""
+    """One file of a table, as its footer describes it."""
 
     url: str
     num_rows: int
-    keys: tuple[int, int] | None  # least and greatest; None where the footer does not tell
+    keys: tuple[int, int] | None  # least and greatest; None where the footer has no statistics
 
 
 @dataclass
@@ -65,7 +68,7 @@ class TableRows:
     @classmethod
     def of(cls, table: CaptionTable) -> "TableRows":
         """Return what a table holds now. Raises InputError for a part that cannot be read."""
-        return cls(table, *(_parts(table, folder) for folder in ("captions", "failures")))
+        return cls(table, *(_parts(table, folder) for folder in FOLDERS))
 
     @property
     def num_captions(self) -> int:
@@ -96,7 +99,7 @@ class TableRows:
     def _drawn(self, parts: Sequence[Part], num_rows: int, rng: np.random.Generator) -> list[pa.Table]:
         if not num_rows:
             return []
-        chosen = _some(parts, num_rows, rng)
+        chosen = choose_parts(parts, num_rows, rng)
         ends = np.cumsum([part.num_rows for part in chosen])
         drawn = np.sort(rng.choice(int(ends[-1]), num_rows, replace=False))
         places = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
@@ -105,7 +108,7 @@ class TableRows:
         return list(self._each(lambda pair: self._read(pair[0]).take(pa.array(pair[1])), wanted))
 
     def _last_failures(self, failures: list[pa.Table]) -> list[pa.Table]:
-        """Return the failures that stand: the last attempt of each image that has no caption since."""
+        """Return the last failure of each image that has no caption since."""
         if not failures:
             return []
         rows = pa.concat_tables(failures, promote_options="default").sort_by([("attempt", "descending")])
@@ -119,14 +122,14 @@ class TableRows:
         return [rows.filter(pc.invert(pc.is_in(rows.column("key"), captioned.combine_chunks())))]
 
     def with_keys(self, keys: Keys) -> pa.Table:
-        """Return the captions, and the failures that stand, of these keys, by key; those of no row are left out."""
+        """Return the captions of these keys, and the failures of those without one, by key."""
         captions = self._found(self.captions, keys, None)
         captioned = pa.concat_tables(captions, promote_options="default").column("key") if captions else []
         rest = np.setdiff1d(keys, np.asarray(captioned, dtype=np.int64))
         return _joined([captions, self._last_failures(self._found(self.failures, rest, None))])
 
     def of_images(self, image_ids: pa.Array) -> pa.Table:
-        """Return the captions, and the failures that stand, of these images, by key. Reads every image_id."""
+        """Return the captions of these images, and the failures of those without one, by key. Reads every image_id."""
         found = [
             list(self._each(lambda part: self._matching(part, "image_id", image_ids), parts))
             for parts in (self.captions, self.failures)
@@ -154,7 +157,7 @@ class TableRows:
 
     def _read(self, part: Part, columns: list[str] | None = None) -> pa.Table:
         try:
-            with pq.ParquetFile(self.table.store.open(part.url)) as file:
+            with open_parquet_file(self.table.store.open(part.url)) as file:
                 return file.read(columns=columns).replace_schema_metadata()
         except (StoreError, pa.ArrowException, OSError) as error:
             raise _unreadable(part.url, error) from error
@@ -162,16 +165,15 @@ class TableRows:
 
 def _parts(table: CaptionTable, folder: str) -> list[Part]:
     """Return the parts that a folder of the table holds, in the order of their names."""
-    url = join(table.url, folder)
-    with output_errors(url):
-        names = [name for name in table.store.names(url) if name.endswith(".parquet") and name[0] not in "._"]
+    with output_errors(table.location):
+        urls = table.parts(folder)
     with ThreadPoolExecutor(_READERS) as threads:
-        return list(threads.map(lambda name: _look_at(table, join(url, name)), names))
+        return list(threads.map(lambda url: _read_footer(table, url), urls))
 
 
-def _look_at(table: CaptionTable, url: str) -> Part:
+def _read_footer(table: CaptionTable, url: str) -> Part:
     try:
-        with pq.ParquetFile(table.store.open_unbuffered(url)) as file:
+        with open_parquet_file(table.store.open_unbuffered(url)) as file:
             return Part(url, file.metadata.num_rows, _key_range(file.metadata))
     except (StoreError, pa.ArrowException, OSError) as error:
         raise _unreadable(url, error) from error
@@ -179,7 +181,7 @@ def _look_at(table: CaptionTable, url: str) -> Part:
 
 def _unreadable(url: str, error: Exception) -> CaptionerError:
     if isinstance(error, StoreError) and error.fault.reason == RejectReason.MISSING:
-        return _MovedError(f"{redact(url)} was moved while it was read, {_ATTEMPTS} times: {error}; try again")
+        return _MovedError(f"{redact(url)} was moved while it was read, {NUM_ATTEMPTS} times: {error}; try again")
     if isinstance(error, StoreError) and error.fault.is_transient:
         return JobError(f"{redact(url)} cannot be read: {error}; try again")
     seen = " ".join(str(error).split())[:200]
@@ -202,7 +204,7 @@ def _may_hold(part: Part, wanted: Keys) -> bool:
     return bool(first < last)
 
 
-def _some(parts: Sequence[Part], num_rows: int, rng: np.random.Generator) -> list[Part]:
+def choose_parts(parts: Sequence[Part], num_rows: int, rng: np.random.Generator) -> list[Part]:
     """Return parts in random order, as many as it takes for a sample of `num_rows`."""
     chosen: list[Part] = []
     for place in rng.permutation(len(parts)):

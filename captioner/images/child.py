@@ -1,17 +1,21 @@
-"""One child process that decodes images for its parent, and is lost without harm.
+"""One child process that decodes images for its parent, and may die without harm.
 
-Images go in and pixels come out through two files in memory that both have open; what is said is small. A kernel timer
-ends the child in the middle of any C function, a limit on its memory makes a bomb an error, and should the machine run
-short all the same, the kernel takes the child first. An image that ends its child is found, and costs no other image.
+Images and pixels pass through two in-memory files that both processes have open, the input and the output buffer;
+messages are small. A kernel timer ends the child in the middle of any C function, a limit on its memory turns a bomb
+into an error, and if the machine still runs short, the kernel ends the child first. An image that ends its child is
+identified, and no other image is lost.
 """
 
+import itertools
+import math
 import os
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -21,9 +25,10 @@ import numpy as np
 
 from captioner.config import ImageConfig
 from captioner.errors import JobError
+from captioner.images.formats import readable_formats
 from captioner.images.preprocessing import Preprocessing
 from captioner.images.reader import Bytes, Decoded, Pixels
-from captioner.rows import Reject, RejectReason
+from captioner.schema import Reject, RejectReason
 
 __all__ = ["ENVIRONMENT", "Child", "Decode", "serve"]
 
@@ -31,43 +36,53 @@ Decode = Callable[[bytes, Preprocessing, ImageConfig], Decoded | Reject]
 
 _BOOT = """
 import sys
-connection, desk, tray, *sys.path = sys.argv[1:]
+connection, input_buffer, output_buffer, *sys.path = sys.argv[1:]
 from captioner.images.child import serve
-serve(int(connection), int(desk), int(tray))
+serve(int(connection), int(input_buffer), int(output_buffer))
 """
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",  # a child is one core's worth
-    # glibc would hand memory back after every image: 1,700 page faults and 3.8 ms at 1024x768
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    # glibc would hand memory back after every image: 1,700 page faults and 3.8 ms at 1024x768. An image of 12
+    # megapixels is one allocation of 49 MB: 61 ms with 128 MiB, 67 with 32; 1 GiB would keep the most that was needed
+    "MALLOC_MMAP_THRESHOLD_": str(128 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
-_MAX_STARTS = 3  # one may fall to a machine short of memory
-_DESK_BYTES = 4 << 20  # what the files in memory may keep after a large image
-_TRAY_HEAD = 4096  # holds the number of the image at hand; pixels lie behind it
-_BYTES_A_PIXEL = 32  # five copies at 4 bytes of a picture with transparency, and the arrays of 16-bit samples
-_BYTES_AT_LEAST = 1 << 30
+_MAX_STARTS = 3  # one may be killed on a machine short of memory
+_MAX_KEPT_BYTES = 4 << 20  # of the input buffer, after a large image
+_HEADER_BYTES = 4096  # of the output buffer: the index of the current image; pixels follow
+_BYTES_A_PIXEL = 32  # five copies at 4 bytes of an image with transparency, and the arrays of 16-bit samples
+_MIN_BYTES = 1 << 30
 
 
 class _Running(NamedTuple):
-    """A child process, and what leads to it."""
+    """A child process and its channels."""
 
     process: subprocess.Popen[bytes]
-    connection: Connection  # turns: the lengths of the images on the desk; an answer for each
-    desk: BinaryIO
-    tray: BinaryIO
+    connection: Connection  # in turns: the lengths of the images in the input buffer; an answer for each
+    input_buffer: BinaryIO
+    output_buffer: BinaryIO
+
+
+class _Answer(NamedTuple):
+    """A decoded image, whose pixels are behind those of the image before it in the output buffer."""
+
+    shape: tuple[int, ...]
+    width: int
+    height: int
+    decode_s: float
 
 
 class _Death(NamedTuple):
-    """The end of a child: which of the images it was at, and its exit status."""
+    """The end of a child: the index of the image that it was decoding, and its exit status."""
 
-    place: int
+    image_index: int
     status: int
 
 
 class Child:
-    """One child process, started when it is needed."""
+    """One child process, started with the first image."""
 
     def __init__(self, decode_one: Decode, preprocessing: Preprocessing, config: ImageConfig) -> None:
         self.num_deaths = 0
@@ -80,71 +95,67 @@ class Child:
         while len(outcomes) < len(images):
             rest = images[len(outcomes) :]
             found = self._ask(rest)
-            if isinstance(found, _Death):  # the answers to those before died with it
-                found = [*self.decode(rest[: found.place]), self._alone(rest[found.place], found.status)]
+            if isinstance(found, _Death):  # the answers to earlier images died with it
+                found = [*self.decode(rest[: found.image_index]), self._retried(rest[found.image_index], found.status)]
             outcomes += found
         return outcomes
 
-    def _alone(self, data: Bytes, status: int) -> Decoded | Reject:
-        """Return what becomes of an image that ended the child."""
+    def _retried(self, data: Bytes, status: int) -> Decoded | Reject:
+        """Return the outcome of an image that ended the child."""
         if status == -signal.SIGALRM:
             limit = f"--decode-timeout-s is {self._task[2].decode_timeout_s:g}"
             return Reject(RejectReason.DECODE_TIMEOUT, f"not decoded in time; {limit}")
-        again = self._ask([data])  # an end seen twice is the image's; once, it may be a machine short of memory
+        again = self._ask([data])  # the image ends it twice; a machine short of memory may end it once
         if not isinstance(again, _Death):
             return again[0]
         if again.status == -signal.SIGALRM:
-            return self._alone(data, again.status)
+            return self._retried(data, again.status)
         if again.status == -signal.SIGKILL:
             detail = "its decoder was killed twice (SIGKILL), as happens on a machine that is short of memory"
             return Reject(RejectReason.OUT_OF_MEMORY, detail)
         return Reject(RejectReason.CORRUPT, f"crashed its decoder twice ({_cause(again.status)})")
 
     def end(self) -> None:
-        """End the process; another image would start it again."""
+        """End the process; the next image starts another."""
         running, self._running = self._running, None
         if running:
             running.connection.close()
-            running.desk.close()
-            running.tray.close()
+            running.input_buffer.close()
+            running.output_buffer.close()
             running.process.kill()
             running.process.wait()
 
     def _ask(self, images: Sequence[Bytes]) -> list[Decoded | Reject] | _Death:
-        """Return the answers, or how the child ended before it gave them."""
+        """Return the outcomes, or the end of the child before it answered."""
         running = self._running or self._start()
         try:
-            num_bytes = _put(running.desk, images)
+            num_bytes = _write(running.input_buffer, images)
             running.connection.send([len(data) for data in images])
-            answers: list[tuple[int, int] | Reject] = running.connection.recv()
+            answers: list[_Answer | Reject] = running.connection.recv()
         except (EOFError, ConnectionError):
             self.num_deaths += 1
             return self._death(running)
-        except BaseException:  # interrupted in the middle: the answer to these images must not meet the next ones
+        except BaseException:  # interrupted: the next images must not get the answer to these
             self.end()
             raise
-        if num_bytes > _DESK_BYTES:
-            os.ftruncate(running.desk.fileno(), _DESK_BYTES)
-        pixels = self._take_pixels(running, len(images))
+        if num_bytes > _MAX_KEPT_BYTES:
+            os.ftruncate(running.input_buffer.fileno(), _MAX_KEPT_BYTES)
+        arrays = _read_pixels(running.output_buffer, [answer for answer in answers if isinstance(answer, _Answer)])
         return [
-            answer if isinstance(answer, Reject) else Decoded(pixels[index], *answer)
-            for index, answer in enumerate(answers)
+            answer
+            if isinstance(answer, Reject)
+            else Decoded(next(arrays), answer.width, answer.height, answer.decode_s)
+            for answer in answers
         ]
-
-    def _take_pixels(self, running: _Running, num_images: int) -> Pixels:
-        size = self._task[1].size
-        pixels = np.empty((num_images, 3, size, size), np.uint8)
-        os.preadv(running.tray.fileno(), [pixels.data], _TRAY_HEAD)
-        return pixels
 
     def _death(self, running: _Running) -> _Death:
         status = running.process.wait()
-        place = int.from_bytes(os.pread(running.tray.fileno(), 8, 0), "little")
+        index = int.from_bytes(os.pread(running.output_buffer.fileno(), 8, 0), "little")
         self.end()
-        return _Death(place, status)
+        return _Death(index, status)
 
     def _start(self) -> _Running:
-        """Return a child that has answered. Raises JobError for one that dies before, however often it is started."""
+        """Return a child that is ready. Raises JobError if it dies before, each time that it is started."""
         for _ in range(_MAX_STARTS):
             running = self._running = self._spawn()
             try:
@@ -157,8 +168,8 @@ class Child:
 
     def _spawn(self) -> _Running:
         ours, theirs = Pipe()
-        desk, tray = _memory_file(), _memory_file()
-        files = theirs.fileno(), desk.fileno(), tray.fileno()
+        input_buffer, output_buffer = _memory_file(), _memory_file()
+        files = theirs.fileno(), input_buffer.fileno(), output_buffer.fileno()
         command = [sys.executable, "-c", _BOOT, *map(str, files), *sys.path]
         process = subprocess.Popen(
             command,
@@ -168,39 +179,43 @@ class Child:
             stdout=subprocess.DEVNULL,
         )
         theirs.close()
-        return _Running(process, ours, desk, tray)
+        return _Running(process, ours, input_buffer, output_buffer)
 
 
-def serve(connection_fileno: int, desk: int, tray: int) -> None:
-    """Answer images until the parent hangs up: what a child process runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then hangs up
+def serve(connection_fileno: int, input_buffer: int, output_buffer: int) -> None:
+    """Decode images until the parent closes the connection: the main function of a child process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the connection
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     _silence_libraries()
     with Connection(connection_fileno) as connection, suppress(EOFError, ConnectionError):
         decode_one, preprocessing, config = connection.recv()
-        _limit_memory(_BYTES_AT_LEAST + _BYTES_A_PIXEL * config.max_image_pixels)
+        readable_formats()  # loads Pillow's decoders: not in the time of the first image
+        _limit_memory(_MIN_BYTES + _BYTES_A_PIXEL * config.max_image_pixels)
         connection.send(None)
         while True:
             lengths = connection.recv()
             ends = np.cumsum(lengths).tolist()
-            answers: list[tuple[int, int] | Reject] = []
+            answers: list[_Answer | Reject] = []
+            written = _HEADER_BYTES
             for index, (length, end) in enumerate(zip(lengths, ends, strict=True)):
-                os.pwrite(tray, index.to_bytes(8, "little"), 0)
-                data = os.pread(desk, length, end - length)
+                os.pwrite(output_buffer, index.to_bytes(8, "little"), 0)
+                data = os.pread(input_buffer, length, end - length)
                 signal.setitimer(signal.ITIMER_REAL, config.decode_timeout_s)
+                start = time.perf_counter()
                 outcome = decode_one(data, preprocessing, config)
+                decode_s = time.perf_counter() - start
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 if isinstance(outcome, Decoded):
-                    os.pwrite(tray, outcome.pixels.data, _TRAY_HEAD + index * outcome.pixels.nbytes)
-                    answers.append((outcome.width, outcome.height))
+                    written += os.pwrite(output_buffer, outcome.pixels.data, written)
+                    answers.append(_Answer(outcome.pixels.shape, outcome.width, outcome.height, decode_s))
                 else:
                     answers.append(outcome)
             connection.send(answers)
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """Let what asks for more get a MemoryError, and let the kernel, if it must end some process, end this one first."""
+    """Make an allocation beyond `num_bytes` a MemoryError, and this process the first that the kernel would end."""
     most = resource.getrlimit(resource.RLIMIT_DATA)[1]
     if most == resource.RLIM_INFINITY or num_bytes < most:
         resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
@@ -209,19 +224,30 @@ def _limit_memory(num_bytes: int) -> None:
 
 
 def _silence_libraries() -> None:
-    """Let libtiff and its like talk to nobody; Python's own stderr stays."""
+    """Discard what C libraries as libtiff print to stderr; Python's own stderr stays."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 2)
     os.close(silence)
 
 
-def _put(desk: BinaryIO, images: Sequence[Bytes]) -> int:
-    """Lay the images behind each other and return their bytes."""
+def _write(input_buffer: BinaryIO, images: Sequence[Bytes]) -> int:
+    """Write the images one after another; return their bytes in all."""
     num_bytes = 0
     for data in images:
-        num_bytes += os.pwrite(desk.fileno(), data, num_bytes)
+        num_bytes += os.pwrite(input_buffer.fileno(), data, num_bytes)
     return num_bytes
+
+
+def _read_pixels(output_buffer: BinaryIO, answers: Sequence[_Answer]) -> Iterator[Pixels]:
+    """Yield the pixels of each image, as views of one array."""
+    sizes = [math.prod(answer.shape) for answer in answers]
+    pixels = np.empty(sum(sizes), np.uint8)
+    os.preadv(output_buffer.fileno(), [pixels.data], _HEADER_BYTES)
+    ends = itertools.accumulate(sizes)
+    yield from (
+        pixels[end - size : end].reshape(answer.shape) for answer, size, end in zip(answers, sizes, ends, strict=True)
+    )
 
 
 def _memory_file() -> BinaryIO:

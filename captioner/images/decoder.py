@@ -1,11 +1,11 @@
-"""Decoding in child processes: no image can hang, crash or bloat the process that asks.
+"""Decoding in child processes: no image can hang, crash or bloat the calling process.
 
-A thread cannot end C code, and some of Pillow's decoders hold the interpreter's lock to their end (JPEG 2000: 1.6 s for
-6 megapixels), so a watchdog thread would not even wake. A child process has a timer of its own that the kernel obeys:
-SIGALRM, not handled, ends it in the middle of any C function, also when its parent is long gone. The next image gets a
-fresh child. Works on any thread of any process, Ray's actors included; needs POSIX.
+A thread cannot end C code, and some of Pillow's decoders hold the interpreter's lock until they end (JPEG 2000: 1.6 s
+for 6 megapixels), so a watchdog thread would not even wake. A child process has a kernel timer: SIGALRM, not handled,
+ends it in the middle of any C function, also after its parent is gone. The next image gets a new child. Works on any
+thread of any process, Ray's actors included; needs POSIX.
 
-One child keeps one core busy; for more cores, ask from more threads (see `num_processes`).
+One child keeps one core busy; `num_processes` children use more cores.
 """
 
 import queue
@@ -21,11 +21,12 @@ from captioner.config import ImageConfig
 from captioner.images.child import Child, Decode
 from captioner.images.preprocessing import Preprocessing
 from captioner.images.reader import Bytes, Decoded, decode, decode_image, refuse_by_size
-from captioner.rows import Reject
+from captioner.schema import Reject
 
 __all__ = ["Decoder"]
 
-_GROUP_IMAGES, _GROUP_BYTES = 64, 4 << 20  # of what a child gets at once: an answer each would cost small images more
+_GROUP_IMAGES, _GROUP_BYTES = 64, 4 << 20  # of one message to a child: one for each image costs more
+_GROUP_PIXEL_BYTES = 64 << 20  # that the answer to a message may take
 
 
 class Decoder:
@@ -43,7 +44,7 @@ class Decoder:
         num_processes: int = 1,
         decode_one: Decode = decode,
     ) -> None:
-        """Prepare `num_processes` children. `decode_one` is what they run: a function that can be imported by name."""
+        """Prepare `num_processes` children. decode_one: the function that they run, which can be imported by name."""
         self.preprocessing = preprocessing
         self.config = config
         self._children = [Child(decode_one, preprocessing, config) for _ in range(num_processes)]
@@ -60,9 +61,9 @@ class Decoder:
         return self.decode_batch([data])[0]
 
     def decode_image(self, image: Image.Image) -> Decoded | Reject:
-        """Return pixels or a reject of a picture that is already open; its file, if it was not loaded yet, is decoded
-        as any other. Pixels that are in memory are only resized, in this process."""
-        data = _unread(image)
+        """Return pixels or a reject of an image that is already open. An image that is not loaded yet is decoded from
+        its file like any other; pixels in memory are only resized, in this process."""
+        data = _unloaded_file(image)
         return decode_image(image, self.preprocessing, self.config) if data is None else self.decode(data)
 
     def decode_batch(self, images: Sequence[Bytes]) -> list[Decoded | Reject]:
@@ -71,7 +72,8 @@ class Decoder:
             index: refusal for index, data in enumerate(images) if (refusal := refuse_by_size(data, self.config))
         }
         wanted = [index for index in range(len(images)) if index not in refused]
-        groups = list(_groups(images, wanted, min(_GROUP_IMAGES, -(-len(wanted) // len(self._children)))))
+        most = min(_GROUP_IMAGES, max(1, _GROUP_PIXEL_BYTES // self.preprocessing.max_bytes))
+        groups = list(_groups(images, wanted, min(most, -(-len(wanted) // len(self._children)))))
         outcomes: dict[int, Decoded | Reject] = dict(refused)
         for group, found in zip(
             groups, self._decode_groups([[images[i] for i in group] for group in groups]), strict=True
@@ -94,7 +96,7 @@ class Decoder:
 
     @property
     def num_killed(self) -> int:
-        """Child processes that were lost to an image: out of time, or crashed."""
+        """Child processes that an image has ended: out of time, or crashed."""
         return sum(child.num_deaths for child in self._children)
 
     def close(self) -> None:
@@ -111,7 +113,7 @@ class Decoder:
 
 
 def _groups(images: Sequence[Bytes], indices: Iterable[int], most: int) -> Iterator[list[int]]:
-    """Yield the indices in stretches that a child gets at once: a few hundred KB say what a small image does not."""
+    """Yield the indices in groups, each one message to a child: at most `most` images and a few MiB."""
     held: list[int] = []
     num_bytes = 0
     for index in indices:
@@ -124,10 +126,10 @@ def _groups(images: Sequence[Bytes], indices: Iterable[int], most: int) -> Itera
         yield held
 
 
-def _unread(image: Image.Image) -> bytes | None:
-    """Return the file of a picture that was opened and not loaded; None where its pixels are in memory already."""
+def _unloaded_file(image: Image.Image) -> bytes | None:
+    """Return the file of an image that was opened and not loaded; None if its pixels are in memory already."""
     file = getattr(image, "fp", None)
-    if file is None or not getattr(image, "tile", None) or image.tell():  # another frame than the first is its user's
+    if file is None or not getattr(image, "tile", None) or image.tell():  # a later frame was chosen by the caller
         return None
     position = file.tell()
     file.seek(0)

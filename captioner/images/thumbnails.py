@@ -1,7 +1,7 @@
-"""Small WebP files of whole images, for pages that people look at.
+"""Small WebP files of whole images, for pages.
 
-The image goes through the one decoder there is, with its guards, its deadline and its child processes: squeezed into a
-square of the wanted side, and from there back into its shape. Knows no page and no store.
+An image goes through `Decoder`, with its limits, its deadline and its child processes: it is resized to a square of the
+wanted side, and from there back to its own shape. Knows no page and no store.
 """
 
 import io
@@ -17,12 +17,12 @@ from captioner.config import ImageConfig
 from captioner.images.decoder import Decoder
 from captioner.images.preprocessing import Preprocessing
 from captioner.images.reader import Bytes, Decoded
-from captioner.rows import Reject
+from captioner.schema import Reject
 
 __all__ = ["Thumbnail", "Thumbnailer"]
 
-_QUALITIES = (95, 80, 65, 50, 35)  # of WebP; the first for what is small anyway; at 35 noise still looks like noise
-_SMALL = 256  # pixels a side: a page enlarges such a picture, and its flaws
+_QUALITIES = (95, 80, 65, 50, 35)  # of WebP; the first for small images only; at 35 noise still looks like noise
+_SMALL = 256  # pixels a side: a page enlarges such an image, and its flaws
 _METHOD = 2  # of WebP's 0 to 6: at 512 x 384, 2 takes 11 ms and 24 KB, 0 takes 5 ms and 28 KB, 6 takes 105 ms and 23 KB
 
 
@@ -33,10 +33,10 @@ class Thumbnail:
     data: bytes = field(repr=False)
 
     width: int
-    """Of the small picture, in pixels."""
+    """Of the thumbnail, in pixels."""
 
     height: int
-    """Of the small picture, in pixels."""
+    """Of the thumbnail, in pixels."""
 
 
 class Thumbnailer:

@@ -1,136 +1,75 @@
-"""A bundle: a folder on any store that says which CLIP, projector, LLaMA and template make captions together.
+"""A bundle: a folder on any store that names the tower, projector, language model and template that caption together.
 
-    bundle.json             names CLIP and LLaMA (a folder inside, a path, a URL or a hub id), the template, and the
-                            fingerprints of what the projector was fitted to
+    bundle.json             names the tower as `clip` and the language model as `llama` (a folder inside, a path, a URL
+                            or a hub id), the template, and the fingerprints of both that the projector was fitted to
     projector.safetensors   the projector
-    clip/ llama/            in a bundle that carries its models
+    clip/ llama/            in a bundle that contains its models
 
-`describe` reads configs and headers only; `load` brings the weights to a device; `save_bundle` writes one. All of them
-take LLaVA checkpoints and the name `demo` as well. Knows the layout of that folder and no tensor.
+`describe` reads configs and headers only, without torch; `load` loads the weights to a device; both take published
+checkpoints and the name `demo` as well. `save_bundle` writes a bundle. Knows the layout of that folder and no tensor.
 """
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
 from fsspec.core import url_to_fs
-from fsspec.utils import get_protocol
-from safetensors.torch import save as to_safetensors
-from torch import nn
 
 from captioner.errors import BundleError, ConfigError
-from captioner.model.caption_model import CaptionModel
-from captioner.model.clip import ClipSource, load_clip, load_tower, pixel_affine, read_clip
-from captioner.model.folder import Folder, StorageOptions, open_folder
+from captioner.model.description import BundleDescription, ClipDescription, description_of
+from captioner.model.folder import Folder, StorageOptions, open_folder, options_for, reference
 from captioner.model.hub import MODEL_FILES
-from captioner.model.joint_space import JointSpace
-from captioner.model.llama import read_llama
-from captioner.model.llava import is_llava, read_llava
+from captioner.model.language.table import read_language
+from captioner.model.layouts.layout import CheckpointOptions, Opener
+from captioner.model.layouts.table import layout_of, supported
 from captioner.model.parts import Parts
-from captioner.model.projector import ProjectorConfig
+from captioner.model.projector_config import ProjectorConfig
 from captioner.model.template import DEFAULT_TEMPLATE, Template
-from captioner.model.vision import VisionEncoder
-from captioner.model.weights import Weights, read_weights
+from captioner.model.towers.table import read_tower
+from captioner.model.turns import FittedTurns
+from captioner.model.weights import read_weights
+from captioner.storage import redact
 
-__all__ = ["BundleDescription", "describe", "load", "load_joint_space", "load_vision", "save_bundle"]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from captioner.model.caption_model import CaptionModel
+    from captioner.model.joint_space import JointSpace
+    from captioner.model.vision import VisionEncoder
+
+__all__ = [
+    "BundleDescription",
+    "ClipDescription",
+    "describe",
+    "describe_clip",
+    "load",
+    "load_clip_space",
+    "load_joint_space",
+    "load_vision",
+    "save_bundle",
+]
 
 _FORMAT = "captioner-bundle"
 _VERSION = 1
 _PROJECTOR = "projector.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
-class BundleDescription:
-    """What a model is, known without loading it."""
+def describe(
+    model: str,
+    storage_options: StorageOptions = None,
+    *,
+    allow_remote_parts: bool = False,
+    **checkpoint_options: str | None,
+) -> BundleDescription:
+    """Return the description of a model from its configs and headers, after checking that its parts fit each other.
 
-    name: str
-    kind: Literal["bundle", "llava"]
-    fingerprint: str
-    """Hex digest of everything in the model that shapes a caption."""
-
-    clip: str
-    """Where its CLIP is: folder, URL or hub id."""
-
-    llama: str
-    """Where its LLaMA is."""
-
-    clip_fingerprint: str
-    llama_fingerprint: str
-    image_size: int
-    """Side of the square image that CLIP reads, in pixels."""
-
-    preprocessing: dict[str, Any]
-    """The image processor's config, as in preprocessor_config.json."""
-
-    projector: ProjectorConfig
-    template: str
-    num_prompt_tokens: int
-    """Tokens of the prompt, without the image."""
-
-    eos_token_ids: tuple[int, ...]
-    context_length: int
-    """Most tokens, prompt and image included, that the LLaMA was made for."""
-
-    vocab_size: int
-    clip_parameters: int
-    """Of the vision tower alone."""
-
-    projector_parameters: int
-    llama_parameters: int
-    weights_bytes: int
-    """Bytes of all three as they are stored."""
-
-    text_weights: Weights | None = field(repr=False)
-    """Of CLIP's text tower; None where it has none, and CLIPScore cannot be had."""
-
-    provenance: dict[str, Any]
-    """How it was made, as its bundle.json tells."""
-
-    @property
-    def has_text_tower(self) -> bool:
-        """Whether CLIPScore can be had from it."""
-        return self.text_weights is not None
-
-    def check_text_tower(self, asker: str) -> None:
-        """Raise ConfigError where there is no text tower. asker: the flag, or what it asked for."""
-        if not self.has_text_tower:
-            raise ConfigError(
-                f"{asker} compares captions with images by CLIP's text tower, and {self.clip} has none; expected a"
-                " bundle over a whole CLIP: text_model and text_projection in its weights, and its tokenizer.json"
-            )
-
-    @property
-    def text_fingerprint(self) -> str:
-        """Hex digest of what CLIPScore needs beside the vision tower, empty where there is none; shapes no caption."""
-        return self.text_weights.fingerprint() if self.text_weights else ""
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Embeddings that stand for one image."""
-        return self.projector.num_image_tokens
-
-    @property
-    def summary(self) -> str:
-        """One log line for people and grep."""
-        projector = self.projector
-        return (
-            f"model={self.name} kind={self.kind} clip={_millions(self.clip_parameters)} image_size={self.image_size} "
-            f"projector={projector.kind}:{projector.num_features}->{projector.num_image_tokens}x{projector.width} "
-            f"llama={_millions(self.llama_parameters)} context_length={self.context_length} "
-            f"template={self.template!r} fingerprint={self.fingerprint[:12]}"
-        )
-
-
-def describe(model: str, storage_options: StorageOptions = None, *, prompt: str | None = None) -> BundleDescription:
-    """Return what a model is, from its configs and headers, after checking that its parts fit each other.
-
-    model: `demo`, a bundle or a LLaVA checkpoint by folder, URL or hub id. prompt: for LLaVA, the question to ask or a
-    whole template with `{image}`. Raises BundleError or ShapeError naming both sides of what does not fit.
+    model: `demo`, a bundle or a published checkpoint by folder, URL or hub id. allow_remote_parts: follow a bundle to
+    URLs on other servers than its own. checkpoint_options: as in `CheckpointOptions`, `prompt` among them. Raises
+    BundleError or ShapeError naming both sides of what does not fit.
     """
-    return _describe(_read(model, storage_options, prompt, on_disk=False))
+    opener = Opener(storage_options=storage_options, is_on_disk=False, allow_remote_parts=allow_remote_parts)
+    return description_of(_read(model, opener, CheckpointOptions(**checkpoint_options)))
 
 
 def load(
@@ -139,52 +78,82 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     storage_options: StorageOptions = None,
-    prompt: str | None = None,
     with_text_tower: bool = False,
-) -> CaptionModel:
-    """Return a model on the device, frozen; one that lies on a store is copied to the local cache first.
+    allow_remote_parts: bool = False,
+    **checkpoint_options: str | None,
+) -> "CaptionModel":
+    """Return a model on the device, frozen; a model on a store is copied to the local cache first.
 
     dtype: as in `ModelConfig`; `auto` is bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU.
-    with_text_tower: CLIP's other half too, for CLIPScore. Raises what `describe` raises,
-    and ConfigError for a device that is not there.
+    with_text_tower: CLIP's text tower too, for CLIPScore. Others, and raises, as `describe`; ConfigError for a device
+    that does not exist.
     """
-    where = _device(device)
-    parts = _read(model, storage_options, prompt, on_disk=True)
-    return parts.load(dtype=_dtype(dtype, where), device=where, with_text_tower=with_text_tower)
+    from captioner.model import loading  # here and below, not above: it brings torch, and a description needs none
+
+    where = loading.device_of(device)
+    opener = Opener(storage_options=storage_options, is_on_disk=True, allow_remote_parts=allow_remote_parts)
+    parts = _read(model, opener, CheckpointOptions(**checkpoint_options))
+    return loading.load_parts(parts, loading.dtype_of(dtype, where), where, with_text_tower=with_text_tower)
 
 
 def load_vision(
     clip: str, *, dtype: str = "auto", device: str = "auto", storage_options: StorageOptions = None
-) -> VisionEncoder:
-    """Return a vision tower alone, whole and frozen; `clip` as a description names it. Raises as `load`."""
-    where = _device(device)
-    return _vision(read_clip(open_folder(clip, storage_options).on_disk()), _dtype(dtype, where), where)
+) -> "VisionEncoder":
+    """Return a vision tower alone, with all layers, frozen. clip: as in BundleDescription. Raises as `load` does."""
+    from captioner.model import loading
+
+    where = loading.device_of(device)
+    folder = open_folder(clip, storage_options).on_disk()
+    return loading.load_vision(read_tower(folder), loading.dtype_of(dtype, where), where)
 
 
 def load_joint_space(
-    model: str, *, dtype: str = "auto", device: str = "auto", storage_options: StorageOptions = None
-) -> tuple[VisionEncoder, JointSpace]:
-    """Return both towers of a model's CLIP, frozen, without its LLaMA. Raises as `load`."""
-    where = _device(device)
-    folder = _read(model, storage_options, None, on_disk=False).clip.folder.on_disk()
-    vision = _vision(read_clip(folder), _dtype(dtype, where), where)
-    clip, tokenizer = load_clip(folder, dtype=_dtype(dtype, where), device=where)
-    return vision, JointSpace(clip, tokenizer, keeps_vision_tower=False)
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    storage_options: StorageOptions = None,
+    allow_remote_parts: bool = False,
+) -> "tuple[VisionEncoder, JointSpace]":
+    """Return both towers of a model's CLIP, frozen, without its LLaMA. Raises as `load` does."""
+    from captioner.model import loading
+
+    where = loading.device_of(device)
+    opener = Opener(storage_options=storage_options, is_on_disk=False, allow_remote_parts=allow_remote_parts)
+    parts = _read(model, opener, CheckpointOptions())
+    folder = parts.tower.folder.on_disk()
+    return loading.load_joint_space(read_tower(folder), loading.dtype_of(dtype, where), where)
 
 
-def _vision(source: ClipSource, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
-    pixel_scale, pixel_shift = pixel_affine(source.preprocessing, device)
-    return VisionEncoder(
-        tower=load_tower(source, num_layers=None, dtype=dtype, device=device),
-        image_size=source.image_size,
-        pixel_scale=pixel_scale,
-        pixel_shift=pixel_shift,
+def describe_clip(clip: str, storage_options: StorageOptions = None) -> ClipDescription:
+    """Return the description of a CLIP alone, by folder, URL or hub id. Raises BundleError if it is no whole CLIP."""
+    source = read_tower(open_folder(clip, storage_options))
+    if source.text_weights is None:
+        raise BundleError(
+            f"the {source.family.name} in {source.folder.name} has no text tower of CLIP; expected a whole CLIP: "
+            "text_model and text_projection in its weights, and its tokenizer.json"
+        )
+    return ClipDescription(
+        clip=source.folder.name,
+        preprocessing=source.preprocessing,
+        text_fingerprint=source.text_weights.fingerprint(),
     )
+
+
+def load_clip_space(
+    clip: str, *, dtype: str = "auto", device: str = "auto", storage_options: StorageOptions = None
+) -> "tuple[VisionEncoder, JointSpace]":
+    """Return both towers of a CLIP alone, frozen. Raises as `load` and `describe_clip` do."""
+    from captioner.model import loading
+
+    where = loading.device_of(device)
+    source = read_tower(open_folder(clip, storage_options).on_disk())
+    return loading.load_joint_space(source, loading.dtype_of(dtype, where), where)
 
 
 def save_bundle(
     folder: str | os.PathLike[str],
-    projector: nn.Module,
+    projector: "nn.Module",
     config: ProjectorConfig,
     *,
     clip: str,
@@ -196,16 +165,18 @@ def save_bundle(
 ) -> BundleDescription:
     """Write a bundle with this projector, over an older one, and return its description.
 
-    bundle.json goes first and comes last, so that a bundle that was cut is none.
+    bundle.json is removed first and written last, so that an interrupted save leaves no bundle.
 
-    clip, llama: a folder that is already inside (`clip`), a path, a URL or a hub id; a path of this machine is made
-    absolute. With `carries_models` they are copied to `clip/` and `llama/` inside, so that the bundle can move. Raises
-    BundleError or ShapeError, and leaves no bundle.json, if the parts do not fit.
+    clip, llama: a folder that is already inside (`clip`), a path, a URL or a hub id; a local path is made absolute.
+    carries_models: copy them to `clip/` and `llama/` inside, so that the bundle can be moved. Raises BundleError or
+    ShapeError, and leaves no bundle.json, if the parts do not fit.
     """
+    from safetensors.torch import save as to_safetensors
+
     fs, path = url_to_fs(os.fspath(folder), **(storage_options or {}))
     fs.makedirs(path, exist_ok=True)
     target = Folder(fs, path.rstrip("/"), os.fspath(folder))
-    target.remove("bundle.json")  # a projector of today beside the config of yesterday would be no bundle
+    target.remove("bundle.json")  # a new projector must never stand beside an old config
     if carries_models:
         clip = _carry(clip, "clip", target, storage_options)
         llama = _carry(llama, "llama", target, storage_options)
@@ -214,64 +185,78 @@ def save_bundle(
     content = {
         "format": _FORMAT,
         "version": _VERSION,
-        "clip": _reference(clip, target),
-        "llama": _reference(llama, target),
+        "clip": reference(clip, target),
+        "llama": reference(llama, target),
         "projector": asdict(config),
         "template": template,
         "provenance": provenance or {},
     }
-    parts = _read_bundle(target, content, storage_options, on_disk=False)
+    opener = Opener(storage_options=storage_options, is_on_disk=False, allow_remote_parts=True)
+    parts = _read_bundle(target, content, opener)
     parts.check()
     content["fitted_to"] = {"clip": parts.clip_fingerprint, "llama": parts.llama_fingerprint}
     target.write("bundle.json", json.dumps(content, indent=2).encode() + b"\n")
-    return _describe(parts)
+    return description_of(parts)
 
 
-def _read(model: str, storage_options: StorageOptions, prompt: str | None, *, on_disk: bool) -> Parts:
-    """Return the checked parts of a model; with `on_disk`, all on local disk."""
-    location = _demo() if model == "demo" else model
-    folder = open_folder(location, storage_options)
-    folder = folder.on_disk() if on_disk else folder
-    if folder.has("bundle.json"):
-        if prompt is not None:
-            raise ConfigError(
-                f"--prompt is {prompt!r}, but {model} is a bundle, whose projector was fitted with its own template; "
-                "--prompt is for LLaVA checkpoints"
-            )
-        parts = _read_bundle(folder, folder.read_json("bundle.json"), storage_options, on_disk=on_disk)
-    elif is_llava(folder.read_json_if_any("config.json")):
-        parts = read_llava(folder, prompt)
-    else:
-        raise BundleError(_not_a_model(folder))
-    parts.check()
+def _read(model: str, opener: Opener, options: CheckpointOptions) -> Parts:
+    """Return the checked parts of a model. Raises BundleError for odd configs."""
+    try:
+        parts = _parts(model, opener, options)
+        parts.check()
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise BundleError(
+            f"a config in {redact(model)} holds another value than expected: {type(error).__name__}: {error};"
+            " copy the model again, or load and save it with transformers"
+        ) from error
     return parts
 
 
-def _read_bundle(folder: Folder, content: dict[str, Any], storage_options: StorageOptions, *, on_disk: bool) -> Parts:
+def _parts(model: str, opener: Opener, options: CheckpointOptions) -> Parts:
+    location = _demo() if model == "demo" else model
+    folder = open_folder(location, opener.storage_options)
+    if opener.is_on_disk and not folder.is_local:
+        _parts_in(folder, replace(opener, is_on_disk=False), options).check()  # refused before weights are fetched
+        folder = folder.on_disk()
+    return _parts_in(folder, opener, options)
+
+
+def _parts_in(folder: Folder, opener: Opener, options: CheckpointOptions) -> Parts:
+    if folder.has("bundle.json"):
+        _check_options(folder, options)
+        return _read_bundle(folder, folder.read_json("bundle.json"), opener)
+    layout = layout_of(folder.read_json_if_any("config.json"))
+    if layout is None:
+        raise BundleError(_not_a_model(folder))
+    return layout.read(folder, options, opener)
+
+
+def _check_options(folder: Folder, options: CheckpointOptions) -> None:
+    """Raise ConfigError for an option of published checkpoints that is given with a bundle."""
+    for name, value in asdict(options).items():
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} is {value!r}, but {folder.name} is a bundle, whose projector was fitted with its own "
+                f"template, tokenizer and vision tower; {flag} is for LLaVA checkpoints"
+            )
+
+
+def _read_bundle(folder: Folder, content: dict[str, Any], opener: Opener) -> Parts:
     _check_format(folder, content)
-
-    def part(name: str) -> Folder:
-        found = open_folder(content[name], _options_for(content[name], storage_options, folder.name), inside=folder)
-        return found.on_disk() if on_disk else found
-
-    llama = read_llama(part("llama"), template=content["template"])
+    language = read_language(opener.open(content["llama"], folder, is_named_inside=True), template=content["template"])
     return Parts(
         name=folder.name,
         kind="bundle",
-        clip=read_clip(part("clip")),
-        llama=llama,
+        tower=read_tower(opener.open(content["clip"], folder, is_named_inside=True)),
+        language=language,
         projector=_projector_config(folder, content["projector"]),
         projector_weights=read_weights(folder, _PROJECTOR),
-        template=Template.parse(content["template"], llama.tokenizer),
+        template=Template.parse(content["template"], language.tokenizer),
+        turns=FittedTurns(content["template"]),
         fitted_to=content.get("fitted_to", {}),
         provenance=content.get("provenance", {}),
     )
-
-
-def _options_for(part: str, storage_options: StorageOptions, model: str) -> StorageOptions:
-    """Return the options of the bundle's store for a part on the same kind of store, none for another; those that come
-    with a bundle of this machine, whose own disk needs none, can only be meant for its parts."""
-    return storage_options if get_protocol(model) in (get_protocol(part), "file") else None
 
 
 def _check_format(folder: Folder, content: dict[str, Any]) -> None:
@@ -281,7 +266,7 @@ def _check_format(folder: Folder, content: dict[str, Any]) -> None:
     if content.get("version") != _VERSION:
         raise BundleError(
             f"{where} has version {content.get('version')!r}; this release reads version {_VERSION}: update "
-            "captioner, or fit the bundle anew"
+            "captioner, or fit the bundle again"
         )
     types = {"clip": str, "llama": str, "template": str, "projector": dict}
     for name, kind in types.items():
@@ -303,80 +288,21 @@ def _not_a_model(folder: Folder) -> str:
     if found is None:
         return f"{folder.name} has no bundle.json; expected a bundle, or a LLaVA checkpoint with a config.json"
     return (
-        f"{folder.name} is a {found} model; expected a bundle or a checkpoint of "
-        "LlavaForConditionalGeneration. To tie a CLIP and a LLaMA together, fit one: python jobs/fit_projector.py"
-    )
-
-
-def _describe(parts: Parts) -> BundleDescription:
-    return BundleDescription(
-        name=parts.name,
-        kind=parts.kind,
-        fingerprint=parts.fingerprint,
-        clip=parts.clip.folder.name,
-        llama=parts.llama.folder.name,
-        clip_fingerprint=parts.clip_fingerprint,
-        llama_fingerprint=parts.llama_fingerprint,
-        image_size=parts.clip.image_size,
-        preprocessing=parts.clip.preprocessing,
-        projector=parts.projector,
-        template=parts.template.text,
-        num_prompt_tokens=parts.template.num_tokens,
-        eos_token_ids=parts.llama.eos_token_ids,
-        context_length=parts.llama.context_length,
-        vocab_size=parts.llama.config.vocab_size,
-        clip_parameters=parts.clip.weights.num_parameters,
-        projector_parameters=parts.projector_weights.num_parameters,
-        llama_parameters=parts.llama.weights.num_parameters,
-        weights_bytes=sum(w.size_bytes for w in (parts.clip.weights, parts.projector_weights, parts.llama.weights)),
-        text_weights=parts.clip.text_weights,
-        provenance=parts.provenance,
+        f"{folder.name} is a {found} model; expected a bundle or a checkpoint of {supported()}. To tie a vision tower "
+        "and a language model together, fit one: python jobs/fit_projector.py"
     )
 
 
 def _carry(location: str, name: str, folder: Folder, storage_options: StorageOptions) -> str:
     """Copy a model into the bundle and return the name that it has there."""
-    source = open_folder(location, _options_for(location, storage_options, folder.name), inside=folder)
+    source = open_folder(location, options_for(location, storage_options, folder.name), inside=folder)
     inside = folder.child(name)
     if source.path != inside.path:
         source.copy_to(inside, MODEL_FILES)
     return name
 
 
-def _reference(location: str, folder: Folder) -> str:
-    """Return what bundle.json shall say of a part: as given, but a path of this machine made absolute."""
-    if "://" in location or folder.has(location) or not Path(location).expanduser().is_dir():
-        return location
-    return str(Path(location).expanduser().resolve())
-
-
 def _demo() -> str:
-    from captioner.demo import bundle_path  # the demo stands apart: a real model never needs it
+    from captioner.demo import bundle_path  # imported here: other models never need it
 
     return str(bundle_path())
-
-
-def _device(name: str) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device is {name}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (not has_gpu or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(
-            f"--device is {name}, but torch sees {torch.cuda.device_count()} GPUs here; expected auto or cpu"
-        )
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f}M" if count < 1e9 else f"{count / 1e9:.1f}B"

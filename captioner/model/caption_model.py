@@ -1,23 +1,26 @@
 """CLIP, projector and LLaMA together: pixels to image embeddings, the prompt around them, token ids to text.
 
-Knows tensors and tokens; not files, images or Ray. `generate` is transformers' own and the reference that the decoding
-engine is held to.
+Knows tensors and tokens; not files, images or Ray. `generate` is transformers' own: the reference for the decoding
+engine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from captioner.config import DecodingConfig
 from captioner.model.joint_space import JointSpace
 from captioner.model.projector import ProjectorConfig
+from captioner.model.prompt_writer import PromptWriter
 from captioner.model.template import Template
+from captioner.model.tile_packer import TilePacker
 from captioner.model.vision import VisionEncoder
-from captioner.rows import FinishReason
+from captioner.schema import FinishReason
 
 __all__ = ["CaptionModel", "Generated"]
 
@@ -35,27 +38,33 @@ class Generated:
 class CaptionModel:
     """A model to caption with, frozen, on one device in one dtype.
 
-    Letters in shapes: B images, S image side, F CLIP width, P patch states, k image tokens, D LLaMA width.
+    Letters in shapes: B images, S image side, F tower width, P patch states, k image tokens, D language model width.
     """
 
-    vision_tower: CLIPVisionModel
+    vision: VisionEncoder
+    """The vision tower with its pixels' scale and shift, loaded up to the layer that the projector reads."""
+
     projector: nn.Module
     projector_config: ProjectorConfig
     llama: LlamaForCausalLM
+    """The language model: this class, or that of another family with the same methods."""
+
     tokenizer: PreTrainedTokenizerFast
     template: Template
     eos_token_ids: tuple[int, ...]
-    image_size: int
-    """Side S of the square images it reads, in pixels."""
+    context_length: int
+    """Most tokens that the language model reads, prompt and image included; a sliding window bounds it."""
 
     preprocessing: dict[str, Any] = field(repr=False)
-    pixel_scale: Tensor = field(repr=False)
-    """float32[3, 1, 1] on the device: pixels times this, plus `pixel_shift`, is what CLIP reads."""
-
-    pixel_shift: Tensor = field(repr=False)
     fingerprint: str
+    prompt_writer: PromptWriter = field(repr=False)
+    """What writes named prompts for it."""
+
+    packer: TilePacker | None = None
+    """Packs the patches of an image's tiles; None for a model that reads one square an image."""
+
     joint_space: JointSpace | None = field(default=None, repr=False)
-    """Where CLIP compares images with captions; None unless the model was loaded with its text tower."""
+    """CLIP's space of images and captions; None unless the model was loaded with its text tower."""
 
     @property
     def device(self) -> torch.device:
@@ -69,8 +78,8 @@ class CaptionModel:
 
     @property
     def num_image_tokens(self) -> int:
-        """Embeddings k that stand for one image."""
-        return self.projector_config.num_image_tokens
+        """Embeddings k that stand for one image; of a model that reads tiles, the most that an image may have."""
+        return self.packer.anyres.most_tokens if self.packer else self.projector_config.num_image_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -78,36 +87,42 @@ class CaptionModel:
         return self.template.num_tokens + self.num_image_tokens
 
     @property
-    def context_length(self) -> int:
-        """Most tokens that LLaMA was made for, prompt and image included."""
-        return int(self.llama.config.max_position_embeddings)
+    def vision_tower(self) -> nn.Module:
+        """The vision tower."""
+        return self.vision.tower
 
     @property
-    def vision(self) -> VisionEncoder:
-        """The vision tower with its pixels' scale and shift."""
-        return VisionEncoder(
-            tower=self.vision_tower,
-            image_size=self.image_size,
-            pixel_scale=self.pixel_scale,
-            pixel_shift=self.pixel_shift,
-        )
+    def image_size(self) -> int:
+        """Side S of the square images it reads, in pixels."""
+        return self.vision.image_size
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return what LLaMA reads in place of each image: float[B, k, D] from uint8[B, 3, S, S] on any device."""
+        """Return the embeddings of each image, float[B, k, D], from uint8[B, 3, S, S] on any device."""
         return self.project(self.features(pixels))
 
     @torch.no_grad()
     def project(self, features: Tensor) -> Tensor:
-        """Return what LLaMA reads in place of each image, float[B, k, D], from what `features` returned."""
+        """Return the embeddings of each image, float[B, k, D], from its `features`; of each tile where it has tiles."""
         embeddings: Tensor = self.projector(features)
         return embeddings
 
     @torch.no_grad()
-    def joint_features(self, pixels: Tensor, features: Tensor) -> Tensor:
-        """Return each image in CLIP's joint space, float[B, J], from its pixels and what `features` returned for them.
+    def pack(self, patches: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Return the image tokens of each image, float[k, D] with its own k, from its projected tiles.
 
-        Patch features come from a tower that was cut, so that such a model looks at the pixels again."""
+        patches: float[tiles of all images, P, D]; sizes: width and height of each image in pixels."""
+        assert self.packer is not None, "reads one square an image"
+        counts = [self.packer.anyres.num_tiles(*size) for size in sizes]
+        assert sum(counts) == len(patches), (counts, patches.shape)
+        of_images = torch.split(patches, counts)
+        return [self.packer(tiles, *size) for tiles, size in zip(of_images, sizes, strict=True)]
+
+    @torch.no_grad()
+    def joint_features(self, pixels: Tensor, features: Tensor) -> Tensor:
+        """Return each image in CLIP's joint space, float[B, J], from its pixels and its `features`.
+
+        A model of patch features runs the vision tower again, because its own is loaded without the last layers."""
         assert self.joint_space is not None, "loaded without its text tower"
         if self.projector_config.reads_patches:
             return self.joint_space.of_pixels(self.vision.normalised(pixels))
@@ -115,32 +130,30 @@ class CaptionModel:
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """Return what the projector reads, from uint8[B, 3, S, S] on any device.
+        """Return the image features that the projector reads, from uint8[B, 3, S, S] on any device.
 
-        float[B, F], the pooled CLS state, for a linear projector; float[B, P, F], the states of one layer, for an MLP.
+        float[B, F], the pooled state, for a linear projector; float[B, P, F], the states of one layer, for an MLP.
         Raises ShapeError for pixels of another shape or type.
         """
         if not self.projector_config.reads_patches:
             return self.vision.pooled(pixels)
         first = 1 if self.projector_config.vision_feature_select_strategy == "default" else 0
-        states = self.vision.states(pixels)
-        patches: Tensor = states.last_hidden_state[:, first:]  # the tower was loaded up to the layer to read
-        return patches
+        return self.vision.states(pixels)[:, first:]
 
     @torch.no_grad()
     def prompt_embeddings(self) -> Tensor:
         """Return the embeddings of the prompt before the image, float[tokens, D]: the same for every image."""
-        return self._embed(self.template.prefix_ids)
+        return self.embed(self.template.prefix_ids)
 
     def request_embeddings(self, image_embeds: Tensor) -> Tensor:
         """Return each image and the prompt after it, float[B, k + tokens, D], from float[B, k, D].
 
-        A gradient of `image_embeds` goes through: fitting feeds LLaMA what captioning feeds it."""
+        Differentiable in `image_embeds`: a fit gives LLaMA the same inputs as captioning."""
         suffix = self._suffix.expand(len(image_embeds), -1, -1)
         return torch.cat([image_embeds.to(suffix), suffix], dim=1)
 
     def text(self, token_ids: list[int]) -> str:
-        """Return the caption that the tokens spell, without special tokens and outer spaces."""
+        """Return the caption of the tokens, without special tokens and surrounding spaces."""
         decoded = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(decoded).strip()
 
@@ -168,13 +181,14 @@ class CaptionModel:
 
     @cached_property
     def _suffix(self) -> Tensor:
-        """float[tokens, D], the prompt after the image; fit for autograd wherever it is first asked for."""
+        """float[tokens, D], the prompt after the image; usable in autograd even if first computed in inference mode."""
         with torch.inference_mode(False), torch.no_grad():
-            return self._embed(self.template.suffix_ids)
+            return self.embed(self.template.suffix_ids)
 
-    def _embed(self, token_ids: tuple[int, ...]) -> Tensor:
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """Return the embeddings of tokens, float[tokens, D]."""
         embeddings: Tensor = self.llama.get_input_embeddings()(
-            torch.tensor(token_ids, dtype=torch.long, device=self.device)
+            torch.tensor(list(token_ids), dtype=torch.long, device=self.device)
         )
         return embeddings
 
@@ -197,7 +211,7 @@ class CaptionModel:
         )
 
     def _caption(self, token_ids: list[int], logprobs: list[float]) -> Generated:
-        """Return the row up to its first end token; what stands behind it is padding."""
+        """Return the row up to its first end token; the rest is padding."""
         ends = [i for i, token in enumerate(token_ids) if token in self.eos_token_ids]
         if not ends:
             return Generated(token_ids, logprobs, FinishReason.LENGTH)

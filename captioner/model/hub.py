@@ -1,7 +1,7 @@
-"""Model folders on the Hugging Face hub: the local cache where it is whole, else the hub itself until it is loaded.
+"""Model folders on the Hugging Face hub: the local cache if it is complete, else the hub itself until loading.
 
-Knows hub ids and nothing of what a model is. `HF_HUB_OFFLINE`, `HF_HUB_CACHE`, `HF_ENDPOINT` and `HF_TOKEN` work as
-everywhere. Never downloads pickles.
+Knows hub ids and nothing of what a model is; imports the hub's client only for a hub id.
+`HF_HUB_OFFLINE`, `HF_HUB_CACHE`, `HF_ENDPOINT` and `HF_TOKEN` work as usual. Never downloads pickles.
 """
 
 import json
@@ -9,23 +9,15 @@ from pathlib import Path
 
 import fsspec
 from fsspec import AbstractFileSystem
-from huggingface_hub import HfFileSystem, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from captioner.errors import BundleError
+from captioner.storage.urls import is_inside
 
 __all__ = ["MODEL_FILES", "download", "find", "is_hub"]
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
 MODEL_FILES = [*_SMALL_FILES, "*.safetensors"]
-"""What is fetched of a model folder: no pickles, no weights of other frameworks."""
+"""The files of a model folder to fetch: no pickles, no weights of other frameworks."""
 
 
 def find(hub_id: str) -> tuple[AbstractFileSystem, str]:
@@ -34,6 +26,8 @@ def find(hub_id: str) -> tuple[AbstractFileSystem, str]:
     The cached snapshot if all weights are in it, else the hub at the same commit. Raises BundleError if it is neither
     cached nor reachable, does not exist, or is gated.
     """
+    from huggingface_hub import HfFileSystem, constants
+
     repo, _, revision = hub_id.partition("@")
     snapshot = _snapshot(hub_id, repo, revision or None, _SMALL_FILES)
     if _has_weights(snapshot):
@@ -48,37 +42,39 @@ def find(hub_id: str) -> tuple[AbstractFileSystem, str]:
 
 def is_hub(fs: AbstractFileSystem) -> bool:
     """Whether a store is the hub."""
-    return isinstance(fs, HfFileSystem)
+    return bool(fs.protocol == "hf")
 
 
 def download(path: str, name: str) -> Path:
-    """Return the local folder of the hub path `org/name@commit` after fetching what is missing of it."""
+    """Return the local folder of the hub path `org/name@commit` after fetching its missing files."""
     repo, _, commit = path.partition("@")
     return _snapshot(name, repo, commit, MODEL_FILES)
 
 
 def _snapshot(hub_id: str, repo: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
     cache = constants.HF_HUB_CACHE
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise BundleError(
             f"{repo} is gated: accept its licence at {constants.ENDPOINT}/{repo}, then run `hf auth login` or set "
             "HF_TOKEN; or pass the path of a folder that holds it"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise BundleError(f"{repo} has no revision {revision!r} on the hub") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise BundleError(
             f"no model at {hub_id!r}: it is no local folder, and the hub has no such public model; check the spelling, "
             "or set HF_TOKEN if it is private"
         ) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise BundleError(
             f"no model at {hub_id!r}: it is no local folder, not in the hub cache {cache}, and {why}; {_remedy(repo)}"
         ) from error
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, errors.HfHubHTTPError) as error:
         raise BundleError(f"cannot fetch {hub_id} from the hub to {cache}: {error}; {_remedy(repo)}") from error
 
 
@@ -87,7 +83,7 @@ def _has_weights(snapshot: Path) -> bool:
     index = snapshot / "model.safetensors.index.json"
     if index.exists():
         shards = set(json.loads(index.read_text())["weight_map"].values())
-        return all((snapshot / shard).exists() for shard in shards)
+        return all(is_inside(shard) and (snapshot / shard).exists() for shard in shards)
     return any(snapshot.glob("*.safetensors")) or any(snapshot.glob("*.bin"))
 
 

@@ -1,6 +1,6 @@
 """CLIP's joint space of images and captions, where CLIPScore is a cosine: the text tower and both projections.
 
-Knows CLIP and its tokenizer; nothing of projectors, LLaMA or what a score is for (see `captioner.metrics`).
+Knows CLIP and its tokenizer; nothing of projectors, LLaMA or what a score is for (see `captioner.evaluation.metrics`).
 """
 
 from collections import defaultdict
@@ -12,9 +12,9 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 
 __all__ = ["JointSpace"]
 
-_PREFIX = "A photo depicts "  # what CLIPScore (arXiv:2104.08718) puts before each caption
+_PREFIX = "A photo depicts "  # the prefix of each caption in CLIPScore (arXiv:2104.08718)
 _LENGTH_STEP = 16  # tokens: captions of about the same length are read together
-_ROWS = {"cpu": 8, "cuda": 64}  # always as many and of one length, so that no caption depends on its neighbours
+_ROWS = {"cpu": 8, "cuda": 64}  # a fixed number of one length, so that no result depends on the others of a batch
 
 
 class JointSpace:
@@ -37,21 +37,21 @@ class JointSpace:
 
     @torch.no_grad()
     def of_pixels(self, pixel_values: Tensor) -> Tensor:
-        """Return images from what CLIP reads, float[B, 3, S, S]."""
+        """Return images from their pixel_values, float[B, 3, S, S]."""
         return self.of_pooled(self._clip.vision_model(pixel_values=pixel_values).pooler_output)
 
     @torch.no_grad()
     def of_captions(self, captions: Sequence[str]) -> Tensor:
-        """Return captions as CLIPScore reads them, cut to what the text tower holds; equal ones to the last bit."""
+        """Return captions with CLIPScore's prefix, truncated to the text tower's length; equal ones to the last bit."""
         distinct = list(dict.fromkeys(captions))
         rows = self._tokens(distinct)
         width = self._clip.text_projection.out_features
         found = torch.empty(len(rows), width, device=self._clip.device, dtype=self._clip.dtype)
-        for length, places in self._by_length(rows).items():
-            for start in range(0, len(places), self._num_rows):
-                chosen = places[start : start + self._num_rows]
-                found[chosen] = self._read([rows[place] for place in chosen], length)
-        place_of = {caption: place for place, caption in enumerate(distinct)}
+        for length, indices in self._by_length(rows).items():
+            for start in range(0, len(indices), self._num_rows):
+                chosen = indices[start : start + self._num_rows]
+                found[chosen] = self._read([rows[index] for index in chosen], length)
+        place_of = {caption: index for index, caption in enumerate(distinct)}
         return found[[place_of[caption] for caption in captions]]
 
     def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
@@ -60,21 +60,21 @@ class JointSpace:
         return ids
 
     def _by_length(self, rows: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-        """Return the places of rows by the length that they are filled up to."""
-        places = defaultdict(list)
-        for place, row in enumerate(rows):
+        """Return the indices of rows by the length that they are padded to."""
+        indices = defaultdict(list)
+        for index, row in enumerate(rows):
             rounded = -(-len(row) // _LENGTH_STEP) * _LENGTH_STEP
-            places[min(rounded, self._max_tokens)].append(place)
-        return places
+            indices[min(rounded, self._max_tokens)].append(index)
+        return indices
 
     def _read(self, rows: Sequence[Sequence[int]], length: int) -> Tensor:
-        """Return float[B, J] of token ids that begin and end as the tokenizer has it.
+        """Return float[B, J] of token ids with the tokenizer's start and end.
 
-        They are filled up with the end token: attention looks back only, and CLIP reads the state at the first end."""
+        Padded with the end token: attention is causal, and CLIP reads the state at the first end token."""
         end = int(self._tokenizer.eos_token_id)
         ids = torch.full((self._num_rows, length), end)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = torch.tensor(row)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
         pooled = self._clip.text_model(input_ids=ids.to(self._clip.device)).pooler_output
         features: Tensor = self._clip.text_projection(pooled)
         return features[: len(rows)]

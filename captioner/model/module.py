@@ -1,4 +1,4 @@
-"""How a transformers module is made from a config: checked, without initialising weights that are loaded next.
+"""Build a transformers module from a config, without initialising weights that are loaded next.
 
 Knows transformers' config and module classes in general; nothing of CLIP or LLaMA in particular.
 """
@@ -15,8 +15,10 @@ from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from captioner.errors import BundleError
+from captioner.model.configs import check_not_quantized
+from captioner.model.shapes import Shapes
 
-__all__ = ["allocate", "freeze", "parse_config"]
+__all__ = ["allocate", "freeze", "parse_config", "shapes_of"]
 
 _Config = TypeVar("_Config")
 _PretrainedConfig = TypeVar("_PretrainedConfig", bound=PretrainedConfig)
@@ -27,10 +29,7 @@ _ALLOCATING = threading.Lock()
 
 def parse_config(config_class: type[_PretrainedConfig], raw: dict[str, Any], *, where: str) -> _PretrainedConfig:
     """Return the config that a config.json describes. Raises BundleError if transformers refuses its values."""
-    if "quantization_config" in raw:
-        raise BundleError(
-            f"{where} is a quantized checkpoint; expected the original weights in float32, float16 or bfloat16"
-        )
+    check_not_quantized(raw, where=where)
     try:
         config: _PretrainedConfig = config_class.from_dict(raw)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
@@ -43,8 +42,8 @@ def allocate(
 ) -> _Module:
     """Return `build(config)` on the device in this dtype: weights allocated but not set, buffers right.
 
-    One thread at a time: torch's initialisers and default dtype are swapped for the whole process meanwhile, and two
-    swaps that overlap would restore each other's, so that no module of the process would be initialised again.
+    One thread at a time: torch's initialisers and default dtype are replaced for the whole process meanwhile, and two
+    overlapping calls would restore each other's replacements, so that no module would ever be initialised again.
     """
     with _ALLOCATING, no_init_weights(), torch.device(device), _default_dtype(dtype):
         return build(config)
@@ -53,6 +52,11 @@ def allocate(
 def freeze(module: _Module) -> _Module:
     """Return the module in evaluation mode with no gradients for any parameter."""
     return module.requires_grad_(False).eval()
+
+
+def shapes_of(module: nn.Module) -> Shapes:
+    """Return the tensors of a module, on any device, meta as well."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""What a caption is made by - CLIP, projector, LLaMA, template - found and checked, before any weight is loaded.
+"""The parts of a model - tower, projector, language model, template - found and checked before a weight is loaded.
 
-Knows how the parts must fit each other; not where they came from (`bundle`, `llava`).
+Knows how the parts must fit each other; not which layout they came from (`bundle`, `layouts`).
 """
 
 import hashlib
@@ -9,16 +9,15 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
-
 from captioner.errors import BundleError, ShapeError
-from captioner.model.caption_model import CaptionModel
-from captioner.model.clip import ClipSource, load_clip, load_tower, pixel_affine
-from captioner.model.joint_space import JointSpace
-from captioner.model.llama import LlamaSource, load_llama
-from captioner.model.module import allocate, freeze
-from captioner.model.projector import ProjectorConfig, build_projector
+from captioner.images.preprocessing import Preprocessing
+from captioner.model.anyres import AnyRes
+from captioner.model.language.language import LanguageSource
+from captioner.model.projector_config import KINDS, ProjectorConfig
+from captioner.model.prompt_writer import PromptWriter
 from captioner.model.template import Template
+from captioner.model.towers.tower import TowerSource
+from captioner.model.turns import Turns
 from captioner.model.weights import Weights
 
 __all__ = ["Parts"]
@@ -28,119 +27,162 @@ _FINGERPRINT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A whole model, not loaded."""
+    """A whole model, not loaded yet."""
 
     name: str
     kind: Literal["bundle", "llava"]
-    clip: ClipSource
-    llama: LlamaSource
+    tower: TowerSource
+    language: LanguageSource
     projector: ProjectorConfig
     projector_weights: Weights
     template: Template
+    turns: Turns
+    """How it is asked by named prompts."""
+
+    anyres: AnyRes | None = None
+    """The tiles of an image and how their patches are packed; None for a model that reads one square an image."""
+
+    newline_weights: Weights | None = None
+    """`image_newline`, of a model that reads tiles."""
+
     fitted_to: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of the `clip` and `llama` that the projector was fitted to, where that was written down."""
+    """Fingerprints of the `clip` and `llama` that the projector was fitted to, where they were recorded."""
 
     provenance: dict[str, Any] = field(default_factory=dict)
-    """What the bundle tells of how it was made."""
+    """How the bundle was made, as it records."""
 
     @cached_property
     def clip_fingerprint(self) -> str:
         """Hex digest of the vision tower."""
-        return self.clip.fingerprint()
+        return self.tower.fingerprint()
 
     @cached_property
     def llama_fingerprint(self) -> str:
-        """Hex digest of the LLaMA and its tokenizer."""
-        return self.llama.fingerprint()
+        """Hex digest of the language model and its tokenizer."""
+        return self.language.fingerprint()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of everything in the model that shapes a caption."""
-        identity = {
+        """Hex digest of everything in the model that affects a caption."""
+        identity: dict[str, Any] = {
             "version": _FINGERPRINT_VERSION,
             "clip": self.clip_fingerprint,
-            "pixels": self.clip.pixel_identity(),
+            "pixels": self.tower.pixel_identity(),
             "projector": [asdict(self.projector), self.projector_weights.fingerprint()],
             "llama": self.llama_fingerprint,
             "template": self.template.text,
-            "eos_token_ids": self.llama.eos_token_ids,
+            "eos_token_ids": self.language.eos_token_ids,
         }
+        if self.anyres and self.newline_weights:
+            identity["tiles"] = [self.anyres.identity(), self.newline_weights.fingerprint()]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def check(self) -> None:
         """Raise ShapeError or BundleError, naming both sides, unless every part fits its neighbours."""
         self._check_widths()
         self._check_image_tokens()
-        with torch.device("meta"):
-            self.projector_weights.check_fits(build_projector(self.projector))
+        self.projector_weights.check_fits(self.projector.shapes, KINDS[self.projector.kind].module)
+        self._check_tiles()
         self._check_context()
-        self._check_fitted("CLIP", self.clip_fingerprint, self.clip.folder.name)
-        self._check_fitted("LLaMA", self.llama_fingerprint, self.llama.folder.name)
+        self._check_fitted("clip", self.tower_name, self.clip_fingerprint, self.tower.folder.name)
+        self._check_fitted("llama", self.language_name, self.llama_fingerprint, self.language.folder.name)
 
-    def load(self, *, dtype: torch.dtype, device: torch.device, with_text_tower: bool = False) -> CaptionModel:
-        """Return the model on the device; the folders of all parts must be on disk.
+    @property
+    def prompt_writer(self) -> PromptWriter:
+        """What writes named prompts for it."""
+        return PromptWriter(self.turns, self.language.tokenizer)
 
-        with_text_tower: CLIP's other half too. Raises BundleError where it has none."""
-        projector = allocate(build_projector, self.projector, dtype=dtype, device=device)
-        self.projector_weights.load_into(projector)
-        num_layers = self.clip.num_layers(self.projector.vision_feature_layer) if self.projector.reads_patches else None
-        pixel_scale, pixel_shift = pixel_affine(self.clip.preprocessing, device)
-        return CaptionModel(
-            vision_tower=load_tower(self.clip, num_layers=num_layers, dtype=dtype, device=device),
-            projector=freeze(projector),
-            projector_config=self.projector,
-            llama=load_llama(self.llama, dtype=dtype, device=device),
-            tokenizer=self.llama.tokenizer,
-            template=self.template,
-            eos_token_ids=self.llama.eos_token_ids,
-            image_size=self.clip.image_size,
-            preprocessing=self.clip.preprocessing,
-            pixel_scale=pixel_scale,
-            pixel_shift=pixel_shift,
-            fingerprint=self.fingerprint,
-            joint_space=self._joint_space(dtype, device) if with_text_tower else None,
-        )
+    @property
+    def tower_name(self) -> str:
+        """The family of the vision tower, for people."""
+        return self.tower.family.name
 
-    def _joint_space(self, dtype: torch.dtype, device: torch.device) -> JointSpace:
-        clip, tokenizer = load_clip(self.clip.folder, dtype=dtype, device=device)
-        return JointSpace(clip, tokenizer, keeps_vision_tower=self.projector.reads_patches)
+    @property
+    def language_name(self) -> str:
+        """The family of the language model, for people."""
+        return self.language.family.name
 
     def _check_widths(self) -> None:
-        features = self.clip.config.hidden_size
+        features = self.tower.config.hidden_size
         if self.projector.num_features != features:
             raise ShapeError(
-                f"the projector of {self.name} reads image features of width {self.projector.num_features}, the CLIP "
-                f"in {self.clip.folder.name} gives width {features}; use the CLIP it was fitted to, or fit it anew"
+                f"the projector of {self.name} reads image features of width {self.projector.num_features}, the "
+                f"{self.tower_name} in {self.tower.folder.name} gives width {features}; use the {self.tower_name} it "
+                "was fitted to, or fit it again"
             )
-        if self.projector.width != self.llama.width:
+        if self.projector.width != self.language.width:
             raise ShapeError(
-                f"the projector of {self.name} gives embeddings of width {self.projector.width}, the LLaMA in "
-                f"{self.llama.folder.name} reads width {self.llama.width}; use the LLaMA it was fitted to, or fit anew"
+                f"the projector of {self.name} gives embeddings of width {self.projector.width}, the "
+                f"{self.language_name} in {self.language.folder.name} reads width {self.language.width}; use the "
+                f"{self.language_name} it was fitted to, or fit again"
             )
 
     def _check_image_tokens(self) -> None:
         if not self.projector.reads_patches:
+            self._check_pooled()
             return
-        self.clip.num_layers(self.projector.vision_feature_layer)
-        states = self.clip.num_patches + (self.projector.vision_feature_select_strategy == "full")
+        self.tower.num_layers(self.projector.vision_feature_layer)
+        states = self.tower.num_states - (self.projector.vision_feature_select_strategy == "default")
         if self.projector.num_image_tokens != states:
             raise ShapeError(
-                f"the projector of {self.name} says {self.projector.num_image_tokens} image tokens, the CLIP in "
-                f"{self.clip.folder.name} gives {states} patch states; expected the same number"
+                f"the projector of {self.name} says {self.projector.num_image_tokens} image tokens, the "
+                f"{self.tower_name} in {self.tower.folder.name} gives {states} patch states; expected the same number"
+            )
+
+    def _check_pooled(self) -> None:
+        if not self.tower.family.has_pooled(self.tower.config):
+            raise BundleError(
+                f"the projector of {self.name} reads the pooled state, which the {self.tower_name} in "
+                f"{self.tower.folder.name} lacks: its head is not there; expected a whole {self.tower_name}, or a "
+                "projector that reads patches"
+            )
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that stand for one image; of a model that reads tiles, the most that an image may have."""
+        return self.anyres.most_tokens if self.anyres else self.projector.num_image_tokens
+
+    def _check_tiles(self) -> None:
+        read = Preprocessing.from_config(self.tower.preprocessing)
+        resolutions = self.anyres.resolutions if self.anyres else ()
+        if read.resolutions != resolutions:
+            raise BundleError(
+                f"the config of {self.name} has image_grid_pinpoints {_pairs(resolutions)}, its image processor "
+                f"{_pairs(read.resolutions)}; expected the same in both"
+            )
+        if self.anyres is None:
+            return
+        if self.newline_weights is None or not self.newline_weights.tensors:
+            raise BundleError(
+                f"the config of {self.name} cuts images into tiles, whose rows end with image_newline, and its weights "
+                f"have none; expected image_newline of width {self.projector.width}, or a checkpoint of one tile"
+            )
+        self.newline_weights.check_fits({"image_newline": (self.projector.width,)}, self.name)
+        if self.projector.num_image_tokens != self.anyres.patches**2:
+            raise ShapeError(
+                f"{self.name} reads {self.projector.num_image_tokens} states of each tile "
+                f"(vision_feature_select_strategy {self.projector.vision_feature_select_strategy!r}), and tiles are "
+                f"packed by their {self.anyres.patches} x {self.anyres.patches} patches; expected the patches alone"
             )
 
     def _check_context(self) -> None:
-        prompt = self.template.num_tokens + self.projector.num_image_tokens
-        if prompt >= self.llama.context_length:
+        prompt = self.template.num_tokens + self.num_image_tokens
+        if prompt >= self.language.context_length:
             raise BundleError(
-                f"prompt and image of {self.name} take {prompt} tokens, the LLaMA in {self.llama.folder.name} reads "
-                f"{self.llama.context_length}; expected a shorter prompt or fewer image tokens"
+                f"prompt and image of {self.name} take {prompt} tokens, the {self.language_name} in "
+                f"{self.language.folder.name} reads {self.language.context_length}; expected a shorter prompt or fewer"
+                " image tokens"
             )
 
-    def _check_fitted(self, part: str, actual: str, where: str) -> None:
-        fitted = self.fitted_to.get(part.lower(), actual)
+    def _check_fitted(self, part: str, family: str, actual: str, where: str) -> None:
+        fitted = self.fitted_to.get(part, actual)
         if fitted != actual:
             raise BundleError(
-                f"the projector of {self.name} was fitted to another {part}: bundle.json records fingerprint "
-                f"{fitted[:12]}, {where} has {actual[:12]}; use the {part} it was fitted to, or fit the projector anew"
+                f"the projector of {self.name} was fitted to another {family}: bundle.json records fingerprint "
+                f"{fitted[:12]}, {where} has {actual[:12]}; use the {family} it was fitted to, or fit the projector"
+                " again"
             )
+
+
+def _pairs(resolutions: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in resolutions) or "none"

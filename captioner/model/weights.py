@@ -1,24 +1,26 @@
-"""Tensors in safetensors files: their headers, their identity, and how they reach a module.
+"""Tensors in safetensors files: their headers, their fingerprint, and how they are loaded into a module.
 
 Knows names, shapes and bytes; nothing of CLIP or LLaMA. Only headers are read until `load_into`. Pickles are never
 opened.
 """
 
 import hashlib
-import json
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from safetensors import safe_open
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from captioner.errors import BundleError, ShapeError
 from captioner.model.folder import Folder
+from captioner.model.shapes import Shapes
+from captioner.storage.json_text import parse_object
+from captioner.storage.urls import is_inside
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["Stored", "Weights", "read_weights"]
 
@@ -29,12 +31,12 @@ _WHOLE_BYTES = 64 << 20
 _BLOCK_BYTES = 4096
 _READERS = 16
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # computed from the config; old checkpoints store them all the same
+_BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # computed from the config; old checkpoints store them as well
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: what it is called there, and bytes `start` to `end` of the file."""
+    """One tensor in a file: its name there, and bytes `start` to `end` of the file."""
 
     file: str
     name: str
@@ -46,14 +48,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a model by the name that its module gives them."""
+    """The tensors of a model by their names in its module."""
 
     folder: Folder
     tensors: dict[str, Stored]
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers there are in all tensors."""
+        """Elements of all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
@@ -62,7 +64,7 @@ class Weights:
         return sum(tensor.end - tensor.start for tensor in self.tensors.values())
 
     def select(self, rename: Callable[[str], str | None]) -> "Weights":
-        """Return the tensors that `rename` gives a name, under that name."""
+        """Return the tensors for which `rename` returns a name, under that name."""
         named = ((rename(name), tensor) for name, tensor in self.tensors.items())
         return replace(self, tensors={name: tensor for name, tensor in named if name is not None})
 
@@ -70,7 +72,7 @@ class Weights:
         """Return a hex digest of names, dtypes, shapes and values, the same however the tensors are spread over files.
 
         Up to 64 MiB every byte counts; beyond, of each tensor the first, middle and last 4 KiB. Any retraining changes
-        those; a single number edited elsewhere in a large tensor goes unseen.
+        those; a single number edited elsewhere in a large tensor is not noticed.
         """
         with ThreadPoolExecutor(_READERS) as readers:
             contents = readers.map(self._content, self.tensors.values())
@@ -80,13 +82,9 @@ class Weights:
             ]
         return hashlib.sha256(repr(sorted(lines)).encode()).hexdigest()
 
-    def check_fits(self, module: nn.Module, *, optional: frozenset[str] = frozenset()) -> None:
-        """Raise BundleError unless the tensors are exactly those of the module; `optional` ones may be missing.
-
-        module: on any device, meta as well.
-        """
-        wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        what = f"the weights in {self.folder.name} do not fit {type(module).__name__}"
+    def check_fits(self, wanted: Shapes, of: str, *, optional: frozenset[str] = frozenset()) -> None:
+        """Raise BundleError unless the tensors are exactly these; `optional` ones may be missing. of: their module."""
+        what = f"the weights in {self.folder.name} do not fit {of}"
         missing = wanted.keys() - self.tensors.keys() - optional
         if missing:
             raise BundleError(f"{what} as its config describes it: missing {_some(missing)}")
@@ -97,9 +95,11 @@ class Weights:
             if tensor.shape != wanted[name]:
                 raise ShapeError(f"{what}: {name} is {list(tensor.shape)}, its config says {list(wanted[name])}")
 
-    @torch.no_grad()
-    def load_into(self, module: nn.Module) -> None:
+    def load_into(self, module: "nn.Module") -> None:
         """Copy each tensor that the module has from the local file to the module's device and dtype, one at a time."""
+        import torch  # here, not above: a description needs none
+        from safetensors import safe_open
+
         targets = module.state_dict(keep_vars=True)
         files = defaultdict(list)
         for name, tensor in self.tensors.items():
@@ -107,7 +107,7 @@ class Weights:
                 files[tensor.file].append((name, tensor.name))
         device = next(iter(targets.values())).device
         for file, names in files.items():
-            with safe_open(f"{self.folder.path}/{file}", framework="pt", device=str(device)) as stored:
+            with safe_open(f"{self.folder.path}/{file}", framework="pt", device=str(device)) as stored, torch.no_grad():
                 for name, stored_name in names:
                     targets[name].copy_(stored.get_tensor(stored_name))
 
@@ -136,6 +136,8 @@ def read_weights(folder: Folder, file: str | None = None) -> Weights:
 def _files(folder: Folder) -> list[str]:
     if folder.has(_INDEX):
         shards = sorted(set(folder.read_json(_INDEX)["weight_map"].values()))
+        if leaving := [shard for shard in shards if not is_inside(shard)]:
+            raise BundleError(f"{folder.name}/{_INDEX} names the file {leaving[0]!r}; expected files inside the folder")
         missing = [shard for shard in shards if not folder.has(shard)]
         if missing:
             raise BundleError(
@@ -161,18 +163,26 @@ def _read_header(folder: Folder, file: str) -> dict[str, Stored]:
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
         raise BundleError(f"{where} is not a safetensors file, or is cut ({size} bytes); copy it again")
     try:
-        header: dict[str, Any] = json.loads(folder.read(file, 8, 8 + length))
+        header = parse_object(folder.read(file, 8, 8 + length))
     except ValueError as error:
         raise BundleError(f"{where} is not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    origin = 8 + length
-    tensors = {
-        name: Stored(file, name, tensor["dtype"], tuple(tensor["shape"]), *(origin + o for o in tensor["data_offsets"]))
-        for name, tensor in header.items()
-        if not name.endswith(_BUFFERS)
-    }
+    try:
+        tensors = _tensors(header, file, origin=8 + length)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{where} has a header that is not safetensors': {error!r}; copy it again") from error
     _check_file(where, size, tensors)
     return tensors
+
+
+def _tensors(header: dict[str, Any], file: str, origin: int) -> dict[str, Stored]:
+    """Return what a header says of each tensor. Raises KeyError or TypeError for one that says something else."""
+    found: dict[str, Stored] = {}
+    for name, tensor in header.items():
+        if name != "__metadata__" and not name.endswith(_BUFFERS):
+            start, end = map(operator.index, tensor["data_offsets"])
+            shape = tuple(map(operator.index, tensor["shape"]))
+            found[name] = Stored(file, name, str(tensor["dtype"]), shape, origin + start, origin + end)
+    return found
 
 
 def _check_file(where: str, size: int, tensors: dict[str, Stored]) -> None:

@@ -1,14 +1,15 @@
-"""SQL over a caption table, by DuckDB, where it lies and as it is.
+"""SQL over a caption table in place, by DuckDB.
 
-    part_files.py      the parts as DuckDB sees them, on any store
-    views.py           captions, failures, attempts, images and runs: a table as its parts are now, and nothing else
+    part_files.py      the parts as a file system for DuckDB, on any store
+    moved_parts.py     ask again where parts were moved while they were read
+    views.py           captions, failures, attempts, images and runs
     runs.py            _run/runs/*.json as a table
     output.py          rows for a terminal, CSV, JSON or Parquet
-    summary.py         what is said of a table without SQL
-    review.py          which captions are most doubtful
-    query.py           what jobs/query.py does
+    summary.py         statistics of a table
+    review.py          the most doubtful captions
+    query.py           what jobs/query.py does, except for pages
 
-Other code asks a table by `read_rows(table, "SELECT ...")`.
+Other code reads a table by `read_rows(table, "SELECT ...")`. Knows no pages and writes no table.
 """
 
 from captioner.query.query import query

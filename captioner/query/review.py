@@ -1,4 +1,4 @@
-"""Which captions of a table are most doubtful: what a person should look at first.
+"""The most doubtful captions of a table, which a person should look at first.
 
 The doubt of a caption is the sum of
 
@@ -12,7 +12,7 @@ have counts 0. Equal doubts go by key: the same table gives the same rows. Knows
 
 from captioner.errors import ConfigError
 from captioner.query.views import Connection
-from captioner.rows import SCORES
+from captioner.schema import SCORES
 
 __all__ = ["doubtful_sql"]
 

@@ -1,6 +1,6 @@
 """`_run/runs/*.json` as a table: one row a run, what it did and with what.
 
-Knows the record that a run leaves, and takes it as it is: a field that a later release adds becomes a column.
+Knows the record that a run writes, and reads it as it is: a field that a later release adds becomes a column.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.sources.urls import join
+from captioner.storage.json_text import parse_json
 from captioner.tables import CaptionTable
 
 __all__ = ["RUNS", "read_runs"]
@@ -26,6 +26,7 @@ RUNS = pa.schema(
         ("run_id", pa.string()),
         ("started", pa.timestamp("s")),
         ("is_finished", pa.bool_()),
+        ("purpose", pa.string()),
         ("model", pa.string()),
         ("fingerprint", pa.string()),
         *_SUMMARY.items(),
@@ -42,10 +43,10 @@ def read_runs(table: CaptionTable) -> pa.Table:
     """Return the runs of a table, the first one first. A run that was killed has no summary: its counts are null.
 
     A record that cannot be read, or is being written, is left with nulls."""
-    folder = join(table.run_folder, "runs")
+    folder = table.run_folder / "runs"
     names = [name for name in table.store.names(folder) if name.endswith(".json") and not name.startswith(".")]
     with ThreadPoolExecutor(_READERS) as readers:
-        texts = list(readers.map(lambda name: table.store.read_bytes(join(folder, name)), names))
+        texts = list(readers.map(lambda name: table.store.read_bytes(folder / name), names))
     rows = [_row(name.removesuffix(".json"), text) for name, text in zip(names, texts, strict=True)]
     columns = {field.name: [row.get(field.name) for row in rows] for field in RUNS}
     columns["started"] = [_seconds(started) for started in columns["started"]]
@@ -58,7 +59,8 @@ def _row(run_id: str, text: bytes) -> dict[str, Any]:
     return {
         "run_id": run_id,
         "started": record.get("started"),
-        "is_finished": bool(summary),
+        "is_finished": bool(summary) and record.get("interrupted") is not True,
+        "purpose": _text(record.get("purpose")) or ("caption" if model else None),
         **{name: _text(model.get(key)) for name, key in (("model", "name"), ("fingerprint", "fingerprint"))},
         **{name: _number(summary.get(name)) for name in _SUMMARY},
         **{name: json.dumps(found) for name, found in _parts(record, summary)},
@@ -74,7 +76,7 @@ def _parts(record: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[tu
 
 def _object(text: bytes) -> Mapping[str, Any]:
     try:
-        return _mapping(json.loads(text))
+        return _mapping(parse_json(text))
     except ValueError:
         return {}
 

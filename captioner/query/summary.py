@@ -1,28 +1,33 @@
-"""What is said of a table without SQL: how much of what, how long, how often the same, how sure.
+"""Statistics of a table: counts, failures by reason, lengths, frequent captions, lowest scores.
 
-Whole-table figures are DuckDB's aggregates. N-grams are counted in a fixed sample of captions, and so said.
+Whole-table figures are DuckDB's aggregates. N-grams are counted in a fixed sample of captions, whose size is stated.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+
+from captioner.caption_columns import CAPTION_COLUMNS, CaptionColumn
 from captioner.query.views import Connection
 from captioner.repetition import words
-from captioner.rows import SCORES
+from captioner.schema import SCORES
+from captioner.terminal import counted, visible
 
 __all__ = ["summarize", "summary_lines"]
 
 _NUM_EXAMPLES = 5
 _NUM_BINS = 10
-_USUAL_SHARE = 0.995  # of the captions; what is longer shares one bin
+_USUAL_SHARE = 0.995  # of the captions; longer ones share the last bin
 _NUM_SAMPLED = 20_000
 _GRAM_WORDS = 3
 _BAR_WIDTH = 40
+_RUN_COLUMNS = "run_id, purpose, model, is_finished, captioned, failed, images_per_s"
 
 
 def summarize(connection: Connection) -> dict[str, Any]:
-    """Return what a table holds; figures that it cannot have, having no captions or no such score, are null."""
+    """Return the statistics of a table; those of captions or scores that it does not have are null."""
     captioned, failed = _row(connection, "SELECT (SELECT count(*) FROM captions), (SELECT count(*) FROM failures)")
     return {
         "images": captioned + failed,
@@ -36,7 +41,7 @@ def summarize(connection: Connection) -> dict[str, Any]:
         "frequent_captions": _frequent(connection),
         "frequent_3_grams": _frequent_grams(connection, captioned),
         "lowest": {score: _lowest(connection, score) for score in SCORES},
-        "runs": _dicts(connection, "FROM runs SELECT run_id, model, is_finished, captioned, failed, images_per_s"),
+        "runs": _dicts(connection, f"FROM runs SELECT {_RUN_COLUMNS}"),
     }
 
 
@@ -49,15 +54,24 @@ def _quality(connection: Connection) -> dict[str, Any]:
     )[0]
     rates = _dicts(
         connection,
-        """
-        SELECT avg(is_repetitive::INTEGER) AS repetitive_share, avg((finish_reason = 'length')::INTEGER)
-            AS truncated_share, avg((trim(caption) = '')::INTEGER) AS empty_share, avg(num_tokens) AS mean_tokens,
-            avg(mean_logprob) FILTER (isfinite(mean_logprob)) AS mean_logprob,
-            avg(clip_score) FILTER (isfinite(clip_score)) AS mean_clip_score
+        f"""
+        SELECT {"".join(_mean(column) for column in CAPTION_COLUMNS if pa.types.is_boolean(column.type))}
+            avg((finish_reason = 'length')::INTEGER) AS truncated_share,
+            avg((trim(caption) = '')::INTEGER) AS empty_share,
+            {"".join(_mean(column) for column in CAPTION_COLUMNS if not pa.types.is_boolean(column.type))}
         FROM captions
         """,
     )[0]
     return found | {name: value if value is None else round(value, 6) for name, value in rates.items()}
+
+
+def _mean(column: CaptionColumn) -> str:
+    """Return the SQL of the column's mean and a comma, empty where no summary has it."""
+    if column.mean_name is None:
+        return ""
+    is_float = pa.types.is_floating(column.type)
+    number = f"avg({column.name}) FILTER (isfinite({column.name}))" if is_float else f"avg({column.name}::INTEGER)"
+    return f"{number} AS {column.mean_name}, "
 
 
 def _histogram(connection: Connection) -> list[dict[str, int]]:
@@ -71,8 +85,8 @@ def _histogram(connection: Connection) -> list[dict[str, int]]:
         return []
     width = (usual - least) // (_NUM_BINS - 1) + 1
     last = min((greatest - least) // width, _NUM_BINS - 1)
-    place = f"least((num_tokens - {least}) // {width}, {last})"
-    counts = dict(_rows(connection, f"SELECT {place} AS bin, count(*) FROM captions GROUP BY bin"))
+    bin_number = f"least((num_tokens - {least}) // {width}, {last})"
+    counts = dict(_rows(connection, f"SELECT {bin_number} AS bin, count(*) FROM captions GROUP BY bin"))
     starts = [least + width * number for number in range(last + 1)]
     ends = [*(start - 1 for start in starts[1:]), greatest]
     return [
@@ -97,7 +111,7 @@ def _frequent_grams(connection: Connection, num_captions: int) -> dict[str, Any]
     captions = [row[0] for row in _rows(connection, f"SELECT caption FROM captions WHERE key % {step} = 0")]
     counts: Counter[str] = Counter()
     for own in map(words, captions):
-        grams = zip(*(own[place:] for place in range(_GRAM_WORDS)), strict=False)
+        grams = zip(*(own[start:] for start in range(_GRAM_WORDS)), strict=False)
         counts.update({" ".join(gram) for gram in grams})
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_NUM_EXAMPLES]
     return {"of_captions": len(captions), "grams": [{"gram": gram, "captions": count} for gram, count in ranked]}
@@ -128,23 +142,35 @@ def _dicts(connection: Connection, sql: str) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
-# As people read it
+# For people
 
 
 def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the summary as people read it."""
+    """Yield the summary as lines for people."""
+    yield from map(visible, _lines(summary))
+
+
+def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"{summary['images']:,} images: {summary['captioned']:,} captioned, {summary['failed']:,} failed"
     yield from (f"  {reason:16} {count:>12,}" for reason, count in summary["failed_by_reason"].items())
     if summary["captioned"]:
         yield from _quality_lines(summary)
         yield from _example_lines(summary)
     yield ""
-    yield f"{len(summary['runs']):,} runs of {summary['models']:,} models"
-    for run in summary["runs"][-_NUM_EXAMPLES:]:
-        end = (
-            f"{run['captioned'] or 0:,} captioned, {run['failed'] or 0:,} failed, {run['images_per_s'] or 0:g} images/s"
-        )
-        yield f"  {run['run_id']}  {run['model'] or '?'}  {end if run['is_finished'] else 'not finished'}"
+    yield f"{counted(len(summary['runs']), 'run')} of {counted(summary['models'], 'model')}"
+    yield from (f"  {run['run_id']}  {_run(run)}" for run in summary["runs"][-_NUM_EXAMPLES:])
+
+
+def _run(run: Mapping[str, Any]) -> str:
+    """Return what a run was for and what came of it."""
+    what = run["model"] or run["purpose"] or "unknown"
+    if run["captioned"] is None:
+        return f"{what}  {'finished' if run['is_finished'] else 'not finished'}"
+    if run["is_finished"] and not run["captioned"] and not run["failed"]:
+        return f"{what}  finished, nothing was left to do"
+    counts = f"{run['captioned']:,} captioned, {run['failed'] or 0:,} failed"
+    interrupted = "" if run["is_finished"] else ", interrupted"
+    return f"{what}  {counts}, {run['images_per_s'] or 0:g} images/s{interrupted}"
 
 
 def _quality_lines(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -179,16 +205,12 @@ def _counted(title: str, rows: Sequence[tuple[int, str]]) -> Iterator[str]:
 
 
 def _short(text: str, length: int = 80) -> str:
-    """Return a text on one line, of a long one the beginning."""
-    plain = _printable(text)
+    """Return a text on one line, a long one cut at its end."""
+    plain = visible(text)
     return plain if len(plain) <= length else plain[: length - 1] + "…"
 
 
 def _tail(text: str, length: int) -> str:
-    """Return a text on one line, of a long one the end: it tells image ids apart."""
-    plain = _printable(text)
+    """Return a text on one line, a long one cut at its start: the end tells image ids apart."""
+    plain = visible(text)
     return plain if len(plain) <= length else "…" + plain[1 - length :]
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)

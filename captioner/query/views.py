@@ -1,13 +1,13 @@
-"""A caption table as DuckDB's views, as its parts are now, and nothing else of the machine or the net.
+"""A caption table as views of DuckDB, which can read its parts and no other file or address.
 
     captions    one row an image that has a caption
-    failures    one row an image whose last word is a failure: its last attempt
+    failures    one row an image without a caption: its last failed attempt
     attempts    every failed attempt, those too whose image got its caption later
     images      captions and failures: one row an image
     runs        one row an invocation of the job
 
-No import: DuckDB reads of the Parquet files the columns and row groups that a query needs. A table may be written,
-mended or compacted meanwhile: a query whose parts were taken away is asked again of those that are there then.
+Nothing is imported: DuckDB reads from the Parquet files the columns and row groups that a query needs. A table may be
+written, repaired or compacted meanwhile (see `moved_parts`).
 """
 
 import contextlib
@@ -23,12 +23,13 @@ import duckdb
 import pyarrow as pa
 
 from captioner.errors import CaptionerError, ConfigError, InputError, JobError
-from captioner.query.part_files import PROTOCOL, PartFiles
+from captioner.query.moved_parts import ask_again
+from captioner.query.part_files import PROTOCOL, READ_ONLY, PartFiles
 from captioner.query.runs import read_runs
-from captioner.rows import CAPTIONS, FAILURES, RejectReason
-from captioner.sources.faults import StoreError, diagnose, output_errors
-from captioner.sources.store import Entry
-from captioner.sources.urls import has_glob, join, name, redact, scheme
+from captioner.schema import CAPTIONS, FAILURES, RejectReason
+from captioner.storage import Entry, Location
+from captioner.storage.faults import StoreError, diagnose, output_errors
+from captioner.storage.urls import name, redact
 from captioner.tables import CaptionTable
 
 __all__ = ["VIEWS", "Connection", "ask", "read_rows", "select", "stream"]
@@ -37,9 +38,9 @@ T = TypeVar("T")
 Connection = duckdb.DuckDBPyConnection
 VIEWS = ("captions", "failures", "attempts", "images", "runs")
 _FOLDERS = ("captions", "failures")
+_ROOT = f"{PROTOCOL}:/"
 _EMPTY = "empty"  # schema of the tables without rows that say what columns a view has at least
-_PARTS_BY_NAME = 16  # more are found by a pattern
-_ATTEMPTS = 5  # a compaction takes parts away once; a table that loses some all the time is not merely being written
+_WRITER = re.compile(r'"type":"(COPY|INSERT|UPDATE|DELETE|MERGE[A-Z_]*)_QUERY_NODE"')  # a quote in a text is escaped
 _SETTINGS = {
     "autoinstall_known_extensions": False,  # nothing is ever downloaded
     "autoload_known_extensions": False,
@@ -50,21 +51,21 @@ _SETTINGS = {
 
 
 def ask(table: CaptionTable, question: Callable[[Connection], T], sql: str = "") -> T:
-    """Return what `question` returns when it is given the views of a table; asked anew if parts went away meanwhile.
+    """Return the answer of `question`, which is given the views of a table and asked again if parts were moved.
 
-    sql: what it will ask, so that only the views it names are made; by default all are.
+    sql: the SELECT that it runs, so that only the views it names are made; by default all are.
     Raises ConfigError for SQL that is wrong, InputError for a part that cannot be read, JobError where neither helps.
     """
-    with output_errors(table.url):
-        for attempt in range(1, _ATTEMPTS + 1):
-            parts = _parts(table)
-            try:
-                with _connection(table, parts, sql) as connection:
-                    return question(connection)
-            except duckdb.Error as error:
-                if attempt == _ATTEMPTS or set(parts) <= set(_parts(table)):
-                    raise _explained(error, table) from error
-    raise AssertionError("unreachable")
+
+    def answer(parts: dict[str, Entry]) -> T:
+        with _connection(table, parts, sql) as connection:
+            return question(connection)
+
+    with output_errors(table.location):
+        try:
+            return ask_again(lambda: _parts(table), answer, duckdb.Error)
+        except duckdb.Error as error:
+            raise _explained(error, table) from error
 
 
 def read_rows(table: CaptionTable, sql: str) -> pa.Table:
@@ -79,7 +80,7 @@ def select(connection: Connection, sql: str) -> duckdb.DuckDBPyRelation:
 
 
 def stream(connection: Connection, sql: str, batch_rows: int) -> pa.RecordBatchReader:
-    """Return the rows of one SELECT batch by batch; what fails on the way is DuckDB's error, as before the first."""
+    """Return the rows of one SELECT batch by batch; whichever batch fails raises duckdb.Error."""
     rows = select(connection, sql).to_arrow_reader(batch_rows)
     return pa.RecordBatchReader.from_batches(rows.schema, _batches(rows))
 
@@ -87,7 +88,7 @@ def stream(connection: Connection, sql: str, batch_rows: int) -> pa.RecordBatchR
 def _batches(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
     try:
         yield from rows
-    except OSError as error:  # what Arrow's interface for streams leaves of an error is its text
+    except OSError as error:  # Arrow's interface for streams passes the text of an error only
         raise _of_duckdb(str(error)) from error
 
 
@@ -109,6 +110,11 @@ def _check_select(connection: Connection, sql: str) -> None:
             f"SQL is {statements[0].type.name}, and a caption table is only read; expected one SELECT,"
             " WITH ... SELECT, FROM, DESCRIBE or SUMMARIZE"
         )
+    [[tree]] = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchall()
+    if (writes := _WRITER.search(tree)) is not None:
+        raise ConfigError(
+            f"SQL is a WITH that holds {writes[1]}, and a caption table is only read; expected SELECTs alone"
+        )
 
 
 # The connection
@@ -119,54 +125,47 @@ def _parts(table: CaptionTable) -> dict[str, Entry]:
     return {
         f"{folder}/{name(entry.url)}": entry
         for folder in _FOLDERS
-        for entry in _entries(table, join(table.url, folder))
+        for entry in _entries(table, table.location / folder)
         if entry.url.endswith(".parquet") and not entry.is_folder and not name(entry.url).startswith((".", "_"))
     }
 
 
-def _entries(table: CaptionTable, folder: str) -> Sequence[Entry]:
-    """Return what stands in a folder; of a local one the names alone, for DuckDB asks the system for the rest."""
-    if scheme(folder) != "file":
+def _entries(table: CaptionTable, folder: Location) -> Sequence[Entry]:
+    """Return the entries of a folder; of a local one without sizes, which a query finds for the parts it reads."""
+    if not folder.is_local:
         return table.store.entries(folder)
     path = Path(table.store.path(folder))
     try:
-        return [Entry(found, None) for found in sorted(os.listdir(path))] if path.is_dir() else []  # noqa: PTH208
+        return [Entry(str(path / found), None) for found in sorted(os.listdir(path))] if path.is_dir() else []  # noqa: PTH208
     except OSError as error:
         raise StoreError(diagnose(error)) from error
 
 
 @contextlib.contextmanager
 def _connection(table: CaptionTable, parts: dict[str, Entry], sql: str) -> Iterator[Connection]:
-    """Give a connection that has the views of `sql`, or all, may read these parts, and may do nothing else."""
-    is_local = scheme(table.url) == "file"
-    root = table.store.path(table.url) if is_local else f"{PROTOCOL}:/"
+    """Yield a connection that has the views of `sql`, or all, and may read these parts and nothing else."""
     with tempfile.TemporaryDirectory(prefix="captioner-query-") as spill:
         connection = duckdb.connect(config={**_SETTINGS, "temp_directory": spill})
         try:
-            if not is_local:
-                connection.register_filesystem(PartFiles(table.store, parts))
-            folders = [f"{root}/{folder}/" for folder in _FOLDERS]
+            connection.register_filesystem(PartFiles(table.store, parts))
+            folders = [f"{_ROOT}/{folder}/" for folder in _FOLDERS]
             connection.execute(f"SET allowed_directories = {_list(folders)}")
             connection.execute("SET enable_external_access = false; SET lock_configuration = true")
-            _Views(connection, table, root, list(parts)).create(sql)
+            _Views(connection, table, list(parts)).create(sql)
             yield connection
         finally:
-            if not is_local:
-                connection.unregister_filesystem(PROTOCOL)
+            connection.unregister_filesystem(PROTOCOL)
             connection.close()
 
 
 @dataclass(frozen=True)
 class _Views:
-    """Makes the views. To make one costs the footers of some parts, so that only those are made that are named."""
+    """Makes the views that SQL names, and no others: each costs reading the footers of some parts."""
 
     connection: Connection
     table: CaptionTable
-    root: str
-    """What DuckDB calls the table."""
-
     parts: Sequence[str]
-    """`captions/part-...`, below the root."""
+    """`captions/part-...`"""
 
     def create(self, sql: str) -> None:
         """Create the views that `sql` names; all where it names none, or one that does not exist."""
@@ -194,20 +193,14 @@ class _Views:
     def _create_of_parts(self, view: str, folder: str, schema: pa.Schema) -> None:
         """Create a view of the columns of `schema`, null in parts that are older than the column, and of their own."""
         own = [part for part in self.parts if part.startswith(f"{folder}/")]
-        kinds = [self._columns(f"FROM read_parquet({self._paths([part])})") for part in _one_a_run(own)]
-        is_uniform = all(kind == kinds[0] for kind in kinds)  # what it is not takes the footers of all parts to see
-        parts = f"read_parquet({self._paths(own)}, union_by_name = {not is_uniform})"
+        kinds = [self._columns(f"FROM read_parquet({_list([f'{_ROOT}/{part}'])})") for part in _one_a_run(own)]
+        is_uniform = all(kind == kinds[0] for kind in kinds)  # if not, DuckDB reads the footers of all parts
+        parts = f"read_parquet({_list([f'{_ROOT}/{part}' for part in own])}, union_by_name = {not is_uniform})"
         found = {column: kind for columns in kinds for column, kind in columns.items()}
         if [column for column in found if column in schema.names] != schema.names:
             self._create_table(f"{_EMPTY}.{view}", schema.empty_table())
             parts = self._with_all_columns(f"{_EMPTY}.{view}", found, parts) if own else f"{_EMPTY}.{view}"
         self.connection.execute(f"CREATE VIEW {view} AS FROM {parts}")
-
-    def _paths(self, parts: Sequence[str]) -> str:
-        """Return parts of one folder as DuckDB lists them; for all of them a pattern, which it opens faster."""
-        if len(parts) > _PARTS_BY_NAME and self.root.startswith("/") and not has_glob(self.root):
-            return _list([f"{self.root}/{parts[0].partition('/')[0]}/[!._]*.parquet"])
-        return _list([f"{self.root}/{part}" for part in parts])
 
     def _with_all_columns(self, empty: str, found: Mapping[str, str], parts: str) -> str:
         """Return SQL of the parts with the columns of the table `empty`, and their own before the last one."""
@@ -254,27 +247,27 @@ _SOURCE_LINE = re.compile(r"\s*^LINE \d.*", re.MULTILINE | re.DOTALL)
 
 
 def _explained(error: duckdb.Error, table: CaptionTable) -> CaptionerError:
-    """Return what DuckDB said as an error of ours, with what a person can do about it."""
+    """Return an error of DuckDB as one of ours, with its remedy."""
     text = redact(str(error).strip())
     if isinstance(error, duckdb.OutOfMemoryException):
         return JobError(f"the query needs more memory than there is: {text.splitlines()[0]}")
-    if isinstance(error, duckdb.PermissionException):
-        return ConfigError(f"SQL reads this table and no other file: {text}")
+    if isinstance(error, duckdb.PermissionException) or READ_ONLY in text:
+        return ConfigError(f"SQL reads this table and no other file: {_cause(text)}")
     if isinstance(error, duckdb.CatalogException):
         text = _HINT_AT_CATALOG.sub("", text)
     if isinstance(error, duckdb.CatalogException | duckdb.ParserException | duckdb.BinderException):
         return ConfigError(f"{text}\nThe views are {', '.join(VIEWS)}; `DESCRIBE captions` shows the columns of one")
     if (fault := _STORE_FAULT.search(text)) is not None:
         kind = JobError if fault["reason"] == RejectReason.FETCH_FAILED else InputError
-        return kind(f"{redact(table.url)} cannot be read: {fault['detail']}")
+        return kind(f"{table.location} cannot be read: {fault['detail']}")
     is_damaged = isinstance(error, duckdb.InvalidInputException) and _DAMAGED.search(text)
     if is_damaged or isinstance(error, duckdb.IOException) or type(error) is duckdb.Error:
-        seen, where = _last_words(text), redact(table.url)
+        seen, where = _cause(text), table.location
         return InputError(f"a part of {where} cannot be read: {seen}; expected whole parts: see jobs/verify.py {where}")
     return ConfigError(f"the query failed: {text}")
 
 
-def _last_words(text: str) -> str:
-    """Return an error of a part without the SQL of the view, and without the traceback around an error of its store."""
+def _cause(text: str) -> str:
+    """Return the text of a part's error without the SQL of the view, and without the traceback of a store's error."""
     lines = [line for line in _SOURCE_LINE.sub("", text).splitlines() if line.strip()]
     return lines[-1] if "Traceback" in lines[0] else " ".join(lines)

@@ -1,66 +1,76 @@
 """Few large parts, sorted by key, in place of many small ones.
 
-The new parts are made below `_run/compact-RUN/`, read back to the last byte, and only then put in the others' place:
+The new parts are made below `_run/compact-RUN/`, read back to the last byte, and only then replace the old ones:
 
-- on a Linux file system the two folders are exchanged at one moment. Whoever lists `captions/` sees the old parts or
-  the new ones; who listed the old ones and opens them later finds them gone, and never a row twice;
+- on a Linux file system the two folders are exchanged atomically. A reader that lists `captions/` sees the old parts or
+  the new ones; one that opens old parts later finds them gone, and never a row twice;
 - on object stores, and where folders cannot be exchanged, the new parts are copied to their place and the old ones
-  removed afterwards. Whoever lists in between sees rows twice, and never one too few.
+  removed afterwards. A reader that lists in between sees rows twice, and never one too few.
 
-A crash before the exchange leaves the old table and a folder that nobody reads; one after it the new table and the old
+A crash before the exchange leaves the old table and a folder that no one reads; one after it the new table and the old
 parts in that folder; one between copying and removing leaves rows in two parts, which the next run, or
-`verify --repair`, mends to the same end (`mending`). Asks for no lease.
+`verify --repair`, drops to the same end (`repair`). Takes no lease.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from captioner.errors import JobError
-from captioner.sources.urls import join, name, redact
-from captioner.tables.parts import Stamp, is_intact, read_ahead
-from captioner.tables.table import FOLDERS, CaptionTable, columns_schema
+from captioner.storage import Location
+from captioner.storage.parquet import open_parquet_file
+from captioner.storage.urls import name, redact
+from captioner.tables.layouts import concat_parts
+from captioner.tables.parts import ROW_IDENTITY, Stamp, is_intact, read_ahead
+from captioner.tables.row_set import RowId, RowSet, row_ids
+from captioner.tables.table import FOLDERS, CaptionTable
 
 __all__ = ["STAGING", "compact"]
 
 STAGING = "compact-"
 _TARGET_BYTES = 64 << 20  # of a part: some hundred thousand rows, which still fit in memory a few times
+_MAX_ROWS = 1 << 20  # of a part whose rows compress well: those in memory do not
 _THREADS = 16
+_END: RowId = (1 << 63, 0)  # behind every row
 _READERS = 4  # old parts that are held at the same time, beside the new one
-_ORDER = {"captions": ["key"], "failures": ["key", "attempt"]}
+
+
+@dataclass(frozen=True)
+class _Span:
+    """An old part, and the rows between which all of its rows are."""
+
+    url: str
+    first: RowId
+    last: RowId
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each row of a folder is, and where it goes."""
+    """Which old parts there are, and where the new ones begin."""
 
     parts: list[str]
-    row_part: np.ndarray
-    """int32[N]: the part of each row, in the new order."""
+    spans: list[_Span]
+    """Of the parts that have rows."""
 
-    row_index: np.ndarray
-    """int64[N]: its place in that part."""
-
-    chunks: list[slice]
-    """The rows of each new part."""
-
-    is_sorted: bool
-    """True if no two parts overlap."""
+    starts: list[RowId]
+    """The first row of each new part."""
 
     @property
     def is_compact(self) -> bool:
         """True if new parts would be neither fewer nor in better order."""
-        return self.is_sorted and len(self.parts) <= len(self.chunks)
+        spans = sorted(self.spans, key=lambda span: span.first)
+        is_sorted = all(before.last < span.first for before, span in pairwise(spans))
+        return is_sorted and len(self.parts) <= len(self.starts)
 
 
 def compact(table: CaptionTable, run_id: str, target_bytes: int = _TARGET_BYTES) -> dict[str, tuple[int, int]]:
     """Make the parts of each folder few, large and sorted by key; return their number before and after.
 
-    The table's parts are whole and no row stands in two; `run_id` holds the lease and is recorded in the table.
+    The table's parts are whole and no two hold the same row; `run_id` holds the lease and is recorded in the table.
     """
     stamp = Stamp(run_id, table.digest, is_leased=True)
     return {folder: _compact(table, folder, stamp, target_bytes) for folder in FOLDERS}
@@ -70,41 +80,31 @@ def _compact(table: CaptionTable, folder: str, stamp: Stamp, target_bytes: int) 
     layout = _layout(table, folder, target_bytes)
     if layout.is_compact:
         return len(layout.parts), len(layout.parts)
-    staging = join("_run", STAGING + stamp.run_id, folder)
-    staged = [_write(table, staging, layout, chunk, stamp, _ORDER[folder]) for chunk in layout.chunks]
-    if table.store.exchange(join(table.url, folder), join(table.url, staging)):
-        _clear(table, folder, staging, layout.parts)
+    staging = table.run_folder / (STAGING + stamp.run_id)
+    stops = [*layout.starts[1:], _END]
+    staged = [
+        _write(table, staging, folder, layout.spans, start, stop, stamp)
+        for start, stop in zip(layout.starts, stops, strict=True)
+    ]
+    if table.store.exchange(table.location / folder, staging / folder):
+        _clear(table, folder, staging / folder, layout.parts)
     else:
         _replace(table, folder, staged, layout.parts)
     return len(layout.parts), len(staged)
 
 
 def _layout(table: CaptionTable, folder: str, target_bytes: int) -> _Layout:
-    parts, columns = table.parts(folder), _ORDER[folder]
-    found = [_whole(part, url) for url, part in read_ahead(lambda url: table.read(url, columns), parts)]
-    counts = [keys.num_rows for keys in found]
-    rows = pa.concat_tables([columns_schema(columns).empty_table(), *found])
-    order = np.lexsort([rows.column(column).to_numpy() for column in reversed(columns)])
-    row_part = np.repeat(np.arange(len(parts), dtype=np.int32), counts)[order]
-    size_bytes = sum(entry.size_bytes or 0 for entry in table.store.entries(join(table.url, folder)))
-    rows_per_part = max(1, target_bytes * len(order) // max(1, size_bytes))
-    return _Layout(
-        parts=parts,
-        row_part=row_part,
-        row_index=order - np.cumsum([0, *counts])[row_part],
-        chunks=list(_chunks(rows.column("key").to_numpy()[order], rows_per_part)),
-        is_sorted=int((row_part[1:] != row_part[:-1]).sum()) < max(1, len(parts)),
-    )
-
-
-def _chunks(keys: np.ndarray, num_rows: int) -> Iterator[slice]:
-    """Yield some `num_rows` of sorted keys at a time, equal ones together: a part is named by its keys."""
-    ends = np.append(np.flatnonzero(keys[1:] != keys[:-1]) + 1, len(keys))
-    start = 0
-    while start < len(keys):
-        end = int(ends[np.searchsorted(ends, min(start + num_rows, len(keys)))])
-        yield slice(start, end)
-        start = end
+    parts, rows, spans = table.parts(folder), RowSet(), []
+    for url, part in read_ahead(lambda url: table.read(url, ROW_IDENTITY[folder]), parts):
+        keys, attempts = row_ids(_whole(part, url))
+        rows.add(keys, attempts)
+        if len(keys):
+            order = np.lexsort([attempts, keys])
+            first, last = ((int(keys[place]), int(attempts[place])) for place in (order[0], order[-1]))
+            spans.append(_Span(url, first, last))
+    size_bytes = sum(entry.size_bytes or 0 for entry in table.store.entries(table.location / folder))
+    rows_per_part = min(_MAX_ROWS, max(1, target_bytes * len(rows) // max(1, size_bytes)))
+    return _Layout(parts, spans, list(rows.every(rows_per_part)))
 
 
 def _whole(part: pa.Table | None, url: str) -> pa.Table:
@@ -114,35 +114,50 @@ def _whole(part: pa.Table | None, url: str) -> pa.Table:
 
 
 def _write(
-    table: CaptionTable, folder: str, layout: _Layout, chunk: slice, stamp: Stamp, columns: Sequence[str]
+    table: CaptionTable,
+    staging: Location,
+    folder: str,
+    spans: Sequence[_Span],
+    start: RowId,
+    stop: RowId,
+    stamp: Stamp,
 ) -> str:
-    """Write one new part, read it back, and return its URL."""
-    row_part, row_index = layout.row_part[chunk], layout.row_index[chunk]
+    """Write the rows from `start` to before `stop` below `staging`, read them back, and return the part's URL."""
 
-    def rows_of(part: int) -> pa.Table:
-        with pq.ParquetFile(table.store.open(layout.parts[part])) as file:
+    def rows_of(url: str) -> pa.Table:
+        with open_parquet_file(table.store.open(url)) as file:
             rows = file.read(use_threads=False).replace_schema_metadata()
-        return rows.take(pa.array(np.sort(row_index[row_part == part])))
+        return rows.filter(pa.array(_is_between(rows, start, stop)))
 
-    pieces = [rows for _, rows in read_ahead(rows_of, np.unique(row_part).tolist(), _READERS)]
-    rows = pa.concat_tables(pieces).sort_by([(column, "ascending") for column in columns])
-    url = table.write_part(folder, rows, stamp)
+    overlapping = [span.url for span in spans if span.first < stop and span.last >= start]
+    pieces = [rows for _, rows in read_ahead(rows_of, overlapping, _READERS)]
+    rows = concat_parts(pieces).sort_by([(column, "ascending") for column in ROW_IDENTITY[folder]])
+    url = table.write_part(folder, rows, stamp, staging)
     if not is_intact(table.store.read_bytes(url)):
         raise JobError(f"{redact(url)} cannot be read back as it was written; the table is as it was")
     return url
 
 
-def _clear(table: CaptionTable, folder: str, staging: str, old: Sequence[str]) -> None:
-    """Remove the old parts from where the exchange put them; whatever else stood beside them goes back."""
+def _is_between(rows: pa.Table, start: RowId, stop: RowId) -> np.ndarray:
+    """Return bool[N], true for rows from `start` to before `stop`."""
+    keys, attempts = row_ids(rows)
+    is_from: np.ndarray = (keys > start[0]) | ((keys == start[0]) & (attempts >= start[1]))
+    is_before: np.ndarray = (keys < stop[0]) | ((keys == stop[0]) & (attempts < stop[1]))
+    is_between: np.ndarray = is_from & is_before
+    return is_between
+
+
+def _clear(table: CaptionTable, folder: str, staging: Location, old: Sequence[str]) -> None:
+    """Remove the old parts from where the exchange put them; move whatever else was beside them back."""
     compacted = {name(url) for url in old}
-    for found in table.store.names(join(table.url, staging)):
+    for found in table.store.names(staging):
         if found not in compacted:
-            table.store.move(join(table.url, staging, found), join(table.url, folder, found))
-    _for_each(lambda url: table.store.remove(join(table.url, staging, name(url))), old)
+            table.store.move(staging / found, table.location / folder / found)
+    _for_each(lambda url: table.store.remove(staging / name(url)), old)
 
 
 def _replace(table: CaptionTable, folder: str, staged: Sequence[str], old: Sequence[str]) -> None:
-    _for_each(lambda url: table.store.move(url, join(table.url, folder, name(url))), staged)
+    _for_each(lambda url: table.store.move(url, table.location / folder / name(url)), staged)
     _for_each(table.store.remove, old)
 
 

@@ -1,6 +1,9 @@
 """One part of a caption table: its name, its bytes, its footer.
 
-    part-RUN-ROWS-KEYS.parquet    the run that wrote it, how many rows, a digest of their keys
+    part-RUN-ROWS-DIGEST.parquet    the run that wrote it, how many rows, a digest of their identities
+
+The identity of a caption is its key, that of a failure its key and attempt. So two parts of one name hold the same
+rows: writing rows twice is writing them once, and no part ever replaces one of other rows.
 
 The footer says the run, the table and a digest of the whole file, so that a byte that changed anywhere - data, page
 header, footer - is found; the pages carry Parquet's own checksums besides, for other readers. Knows one part at a time
@@ -11,7 +14,7 @@ import hashlib
 import re
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -20,10 +23,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["PartName", "Stamp", "digest_of_keys", "encode", "footer", "is_intact", "read_ahead"]
+from captioner.storage.parquet import open_parquet_file
+
+__all__ = ["ROW_IDENTITY", "PartName", "Stamp", "encode", "footer", "has_digest", "is_intact", "read_ahead"]
+
+ROW_IDENTITY = {"captions": ["key"], "failures": ["key", "attempt"]}
+"""Folder -> the columns that tell its rows apart, and that they are sorted by."""
 
 _ROW_GROUP_ROWS = 131_072
-_NAME = re.compile(r"part-(?P<run_id>.+)-(?P<num_rows>\d+)-(?P<keys>[0-9a-f]{16})\.parquet")
+_NAME = re.compile(r"part-(?P<run_id>.+)-(?P<num_rows>\d+)-(?P<digest>[0-9a-f]{16})\.parquet")
 _DIGEST = "captioner.digest"
 _NO_DIGEST = "0" * 32
 _MARK = _DIGEST.encode() + b"\x18\x20"  # Thrift's compact protocol: field 2, a string, of 32 bytes
@@ -36,12 +44,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Stamp:
-    """What stands in the footer of every part: who wrote it, and for which table."""
+    """The footer of a part: the run that wrote it, and the table it is of."""
 
     run_id: str
     identity: str
     is_leased: bool = False
-    """True for a run that holds the table's lease: a part of it is written only while it still does."""
+    """True for a run that holds the table's lease: its parts are published only while it still does."""
 
     @property
     def footer(self) -> dict[bytes, bytes]:
@@ -50,25 +58,41 @@ class Stamp:
 
 
 class PartName(NamedTuple):
-    """What a part's name says of it."""
+    """The name of a part, in its pieces."""
 
     run_id: str
     num_rows: int
-    keys: str
+    digest: str
+
+    @classmethod
+    def of(cls, folder: str, run_id: str, rows: pa.Table) -> "PartName":
+        """Return the name of a part of `folder` that holds `rows`."""
+        return cls(run_id, rows.num_rows, _digest_of_rows(rows, ROW_IDENTITY[folder]))
+
+    def fits(self, folder: str, rows: pa.Table) -> bool:
+        """Return True if this names a part of `folder` that holds `rows`.
+
+        The digest may be that of the keys alone: earlier releases named failures so."""
+        return self.num_rows == rows.num_rows and self.digest in (
+            _digest_of_rows(rows, ROW_IDENTITY[folder]),
+            _digest_of_rows(rows, ["key"]),
+        )
 
     @classmethod
     def parse(cls, name: str) -> "PartName | None":
-        """Return what a name says, or None for one that no part has."""
+        """Return the pieces of a name, or None where it is not a part's."""
         found = _NAME.fullmatch(name)
-        return found and cls(found["run_id"], int(found["num_rows"]), found["keys"])
+        return found and cls(found["run_id"], int(found["num_rows"]), found["digest"])
 
     def __str__(self) -> str:
-        return f"part-{self.run_id}-{self.num_rows}-{self.keys}.parquet"
+        return f"part-{self.run_id}-{self.num_rows}-{self.digest}.parquet"
 
 
-def digest_of_keys(keys: np.ndarray) -> str:
-    """Return what stands in a part's name for its sorted int64[N] keys."""
-    return hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
+def _digest_of_rows(rows: pa.Table, columns: Sequence[str]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for column in columns:
+        digest.update(rows.column(column).to_numpy().astype(np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def encode(rows: pa.Table, stamp: Stamp) -> bytes:
@@ -82,16 +106,36 @@ def encode(rows: pa.Table, stamp: Stamp) -> bytes:
 
 
 def _sealed(data: bytes) -> bytes:
-    """Return a file with the digest of all of it in its footer, taken while zeros stand in the digest's place."""
-    place = _place_of_digest(data)
+    """Return a file with the digest of all of it in its footer, taken while zeros are in the digest's place."""
+    place = _digest_slice(data)
     assert place is not None
     return b"".join([data[: place.start], _digest(data, place), data[place.stop :]])
 
 
 def is_intact(data: bytes) -> bool:
-    """Say whether these are, to the last byte, those that `encode` once returned."""
-    place = _place_of_digest(data)
-    return place is not None and data[place] == _digest(data, place)
+    """Return True if these are, to the last byte, what `encode` returned.
+
+    Of a part from before parts had a digest, True if it can be read to its end."""
+    place = _digest_slice(data)
+    return _is_readable_without_digest(data) if place is None else data[place] == _digest(data, place)
+
+
+def has_digest(data: bytes) -> bool:
+    """Return True for a part that says in its footer what its bytes are, as all do but those of early releases."""
+    return _digest_slice(data) is not None
+
+
+def _is_readable_without_digest(data: bytes) -> bool:
+    """Return True for a part of an earlier release, which no part of this one becomes by one damaged byte."""
+    if len(data) < _TAIL.size or _DIGEST.encode() in data[-_TAIL.size - _TAIL.unpack(data[-_TAIL.size :])[0] :]:
+        return False
+    try:
+        with open_parquet_file(data) as file:
+            names = set(file.metadata.metadata or {})
+            file.read(use_threads=False)
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+    return names == {*Stamp("", "").footer, b"ARROW:schema"}
 
 
 def _digest(data: bytes, place: slice) -> bytes:
@@ -102,7 +146,7 @@ def _digest(data: bytes, place: slice) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _place_of_digest(data: bytes) -> slice | None:
+def _digest_slice(data: bytes) -> slice | None:
     if len(data) < _TAIL.size:
         return None
     size, magic = _TAIL.unpack_from(data, len(data) - _TAIL.size)
@@ -112,7 +156,7 @@ def _place_of_digest(data: bytes) -> slice | None:
 
 
 def footer(metadata: dict[bytes, bytes] | None) -> Stamp:
-    """Return what a part's key-value metadata says; empty strings where it says nothing."""
+    """Return the footer in a part's key-value metadata, with empty strings for what is missing."""
     found = metadata or {}
     run_id, identity = (found.get(name, b"").decode("utf-8", "replace") for name in Stamp("", "").footer)
     return Stamp(run_id, identity)

@@ -1,48 +1,45 @@
 """The output folder of a caption job: what it is, what it holds, how a part is added.
 
-Knows where the parts are and which rows are done; how a part looks inside is in `parts`, what is wrong with a table in
-`audit`, and how it is mended in `mending`, `repair` and `compaction`.
+Knows where the parts are and which rows are done; what a part holds is in `parts`, what is wrong with a table in
+`audit`, and how a table is changed in `repair` and `compaction`.
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from captioner.errors import JobError, OutputError
-from captioner.keys import KeySet
-from captioner.rows import CAPTIONS, FAILURES, captions_schema
-from captioner.sources import urls
-from captioner.sources.faults import StoreError
-from captioner.sources.store import Store, open_store
-from captioner.sources.urls import join, redact
+from captioner.errors import InputError, JobError, OutputError
+from captioner.schema import CAPTIONS, FAILURES, captions_schema
+from captioner.storage import Location, Place, Store, as_location, full_url, open_store, urls
+from captioner.storage.faults import ROOM_NEEDED, StoreError, diagnose, output_errors
+from captioner.storage.json_text import parse_object
+from captioner.storage.parquet import open_parquet_file
+from captioner.storage.urls import join, redact
 from captioner.tables import lease
-from captioner.tables.parts import PartName, Stamp, digest_of_keys, encode, footer, read_ahead
-from captioner.waiting import Reading, last_readings
+from captioner.tables.clock_readings import Reading, last_readings
+from captioner.tables.failures import FAILURE_COLUMNS, FailedAttempts
+from captioner.tables.identity import flatten, refusal, to_json
+from captioner.tables.keys import KeySet
+from captioner.tables.parts import PartName, Stamp, encode, footer, read_ahead
 
 __all__ = [
-    "FAILURE_COLUMNS",
     "FOLDERS",
     "CaptionTable",
     "Done",
     "PartSummary",
     "columns_schema",
-    "concat_attempts",
-    "last_attempts",
-    "light",
+    "open_table",
+    "table_around",
 ]
 
 FORMAT = 1
 FOLDERS = ("captions", "failures")
-FAILURE_COLUMNS = ["key", "attempt", "reason"]
 _GROUP = 8
 _SMALL_ROWS = 4096
 _FIELDS = {field.name: field for schema in (CAPTIONS, FAILURES) for field in schema}
@@ -58,7 +55,7 @@ class PartSummary:
     parts: tuple[str, ...] = ()
     """URLs of the files."""
     clocks: tuple[Reading, ...] = ()
-    """What the model workers' clocks said last among these rows, one reading a worker."""
+    """The last reading of each model worker's clock among these rows."""
 
     @property
     def failed(self) -> int:
@@ -68,7 +65,7 @@ class PartSummary:
 
 @dataclass
 class Done:
-    """What a table holds already.
+    """The rows that a table holds already.
 
     `keys` need no more work. `attempts` maps the keys that will be tried again to the attempts they had.
     """
@@ -77,8 +74,8 @@ class Done:
     attempts: dict[int, int] = field(default_factory=dict)
     num_captioned: int = 0
     num_failed: int = 0
-    num_doubled: int = 0
-    """Rows that stand in the table more than once: a writer that outlived its driver came late (see `mending`)."""
+    num_duplicates: int = 0
+    """Rows that another part holds too: a writer outlived its driver (see `repair.deduplicate`)."""
 
     parts: frozenset[str] = frozenset()
     """URLs of the parts that were read."""
@@ -87,10 +84,10 @@ class Done:
 class CaptionTable:
     """The output folder of a caption job."""
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
-        self.url = url.rstrip("/")
-        self.store: Store = open_store(self.url, storage_options or {})
-        self.run_folder = join(self.url, "_run")
+    def __init__(self, place: Place) -> None:
+        self.location = as_location(place).folder
+        self.store: Store = open_store(self.location)
+        self.run_folder = self.location / "_run"
 
     # What the table is
 
@@ -99,87 +96,103 @@ class CaptionTable:
         if self.store.info(self._run_file) is None:
             return None
         try:
-            return dict(json.loads(self.store.read_bytes(self._run_file)))
+            return parse_object(self.store.read_bytes(self._run_file))
         except ValueError as error:
             raise OutputError(
-                f"{redact(self._run_file)} is damaged: {error}; expected the JSON that the first run wrote."
+                f"{self._run_file} is damaged: {error}; expected the JSON that the first run wrote."
                 " Restore it, or choose another OUTPUT"
             ) from error
 
     @property
-    def _run_file(self) -> str:
-        return join(self.run_folder, "run.json")
+    def _run_file(self) -> Location:
+        return self.run_folder / "run.json"
 
-    def check(self, identity: Mapping[str, Any]) -> None:
+    def refuse_other_job(self, identity: Mapping[str, Any]) -> None:
         """Check that a run of `identity` may write here. Writes nothing.
 
-        Raises OutputError when the folder holds another run's captions, naming what differs, or nobody's parts.
+        Raises OutputError when the folder holds another run's captions, naming what differs, or parts without a run.
         """
         found, wanted = self.identity(), {"format": FORMAT, **identity}
         if found is None:
-            self._refuse_strangers()
-        elif _essence(found) != _essence(wanted):
-            raise OutputError(_difference(self.url, found, wanted))
+            self.refuse_parts("no _run/run.json")
+        elif _settings_that_count(found, wanted) != _settings_that_count(wanted, found):
+            raise OutputError(refusal(self.location, "captions of another job", found, wanted, output="OUTPUT"))
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
-        """Make this table one of `identity`, unless it is already. Raises OutputError as `check` does."""
-        self.check(identity)
+    def claim(self, identity: Mapping[str, Any], before_write: Callable[[], None] = lambda: None) -> None:
+        """Make this table one of `identity`, unless it is. Raises as `refuse_other_job` and `before_write` do."""
+        self.refuse_other_job(identity)
         if self.identity() is None:
-            self.store.write_atomic(self._run_file, _json({"format": FORMAT, **identity}))
+            self.store.write_atomic(self._run_file, to_json({"format": FORMAT, **identity}), before_write)
 
     @property
     def digest(self) -> str:
-        """Digest of what the table was made with, as it stands in each part's footer; empty where no run has begun."""
+        """Digest of what the table was made with, as in each part's footer; empty where no run has begun."""
         found = self.identity()
-        return "" if found is None else hashlib.blake2b(_json(found), digest_size=16).hexdigest()
+        return "" if found is None else hashlib.blake2b(to_json(found), digest_size=16).hexdigest()
 
-    def _refuse_strangers(self) -> None:
-        strangers = [part for folder in FOLDERS for part in self.parts(folder)]
-        if strangers:
+    def refuse_parts(self, missing: str) -> None:
+        """Raise OutputError where the table has parts. missing: what it lacks, so that no run can continue it."""
+        parts = [part for folder in FOLDERS for part in self.parts(folder)]
+        if parts:
             raise OutputError(
-                f"{redact(self.url)} holds {len(strangers)} parts but no _run/run.json, so no run can continue them;"
-                " expected an empty folder or an earlier run of this job. Choose another OUTPUT"
+                f"{self.location} holds {len(parts)} parts but {missing}, so no run can continue them;"
+                " expected an empty folder or an earlier run of this job. Restore it, or choose another OUTPUT"
             )
+
+    def other_names(self) -> list[str]:
+        """Return the names in the table's folder that are none of its own."""
+        names = {urls.name(entry.url.rstrip("/")) for entry in self.store.entries(self.location)}
+        return sorted(names - {*FOLDERS, "_run"})
 
     def record(self, run_id: str, facts: Mapping[str, Any]) -> None:
         """Write `_run/runs/<run_id>.json`: the config, the versions, later the summary."""
-        self.store.write_atomic(join(self.run_folder, "runs", f"{run_id}.json"), _json(facts))
+        self.store.write_atomic(self.run_folder / "runs" / f"{run_id}.json", to_json(facts))
+
+    def recorded(self, run_id: str) -> Mapping[str, Any]:
+        """Return what `record` has kept of a run; nothing where that cannot be read."""
+        try:
+            return parse_object(self.store.read_bytes(self.run_folder / "runs" / f"{run_id}.json"))
+        except ValueError:
+            return {}
 
     def run_ids(self) -> set[str]:
         """Return the ids of all runs that were recorded."""
-        names = self.store.names(join(self.run_folder, "runs"))
+        names = self.store.names(self.run_folder / "runs")
         return {name.removesuffix(".json") for name in names if name.endswith(".json")}
 
-    def take_lease(self, purpose: str) -> AbstractContextManager[lease.Lease]:
-        """Return what keeps every other job from writing this table; see `lease.take_lease`."""
-        return lease.take_lease(self.store, self.run_folder, purpose)
+    def take_lease(
+        self, purpose: str, timing: lease.Timing = lease.DEFAULT_TIMING
+    ) -> AbstractContextManager[lease.Lease]:
+        """Return the lease, which keeps every other job from writing this table; see `lease.take_lease`."""
+        return lease.take_lease(self.store, self.run_folder, purpose, timing)
 
     # What is done
 
     def done(self, is_retried: Callable[[str], bool]) -> Done:
-        """Return what need not be done again: every captioned row, and each failed one unless its reason is retried.
+        """Return which rows are done: every captioned row, and each failed one unless its reason is retried.
 
         Reads the key columns of all parts. Raises OutputError for a part that is torn or of another run, StoreError.
         """
         done, parts = Done(), {folder: self.parts(folder) for folder in FOLDERS}
         done.parts = frozenset(url for found in parts.values() for url in found)
         for part in self._columns(parts["captions"], ["key"]):
-            done.num_doubled += len(done.keys.add(part.column("key").to_numpy()))
+            done.num_duplicates += len(done.keys.add(part.column("key").to_numpy()))
         done.num_captioned = done.keys.count()
-        attempts = concat_attempts(map(light, self._columns(parts["failures"], FAILURE_COLUMNS)))
-        done.num_doubled += attempts.num_rows - attempts.group_by(["key", "attempt"]).aggregate([]).num_rows
-        failures = last_attempts(attempts)
-        failures = failures.filter(pa.array(~done.keys.contains(failures.column("key").to_numpy())))
-        retried = pa.array([is_retried(reason) for reason in failures.column("reason").to_pylist()], pa.bool_())
-        again, final = failures.filter(retried), failures.filter(pc.invert(retried))
-        done.attempts = dict(zip(again.column("key").to_pylist(), again.column("attempt").to_pylist(), strict=True))
-        done.keys.add(final.column("key").to_numpy())
-        done.num_failed = final.num_rows
+        failed = FailedAttempts()
+        for part in self._columns(parts["failures"], FAILURE_COLUMNS):
+            failed.add(part)
+        done.num_duplicates += failed.num_duplicates
+        for rows in failed.last(done.keys):
+            retried = pa.array([is_retried(reason) for reason in rows.column("reason").to_pylist()], pa.bool_())
+            again, final = rows.filter(retried), rows.filter(pc.invert(retried))
+            done.attempts.update(zip(again.column("key").to_pylist(), again.column("attempt").to_pylist(), strict=True))
+            done.keys.add(final.column("key").to_numpy())
+            done.num_failed += final.num_rows
         return done
 
     def parts(self, folder: str) -> list[str]:
-        """Return the URLs of the parts in `captions` or `failures`, and of whatever else readers take for one."""
-        url = join(self.url, folder)
+        """Return the URLs of the parts in `captions` or `failures`, and of other files that readers take for one."""
+        url = full_url(self.location / folder)
         names = self.store.names(url)
         return [join(url, name) for name in names if name.endswith(".parquet") and not name.startswith((".", "_"))]
 
@@ -190,13 +203,13 @@ class CaptionTable:
             if problem:
                 raise OutputError(
                     f"{redact(url)} {problem}; expected a part of this table. See what jobs/verify.py"
-                    f" {redact(self.url)} says; with --repair it puts a torn one aside"
+                    f" {self.location} says; with --repair it puts a torn one aside"
                 )
             assert part is not None
             yield part
 
     def _read_each(self, parts: Sequence[str], columns: list[str]) -> Iterator[tuple[str, pa.Table | None]]:
-        """Yield the columns of each part; a thread is asked for several at once, or asking would take as long."""
+        """Yield the columns of each part; a thread reads several in one call, which costs as much as one part."""
         groups = [parts[start : start + _GROUP] for start in range(0, len(parts), _GROUP)]
         for group, found in read_ahead(lambda group: [self.read(url, columns) for url in group], groups):
             yield from zip(group, found, strict=True)
@@ -208,7 +221,7 @@ class CaptionTable:
         """
         schema = columns_schema(columns)
         try:
-            with pq.ParquetFile(self._open(url)) as file:
+            with open_parquet_file(self._open(url)) as file:
                 part, metadata = file.read(columns=columns, use_threads=False), file.metadata.metadata
             part = part.replace_schema_metadata()
             if not part.schema.equals(schema):
@@ -220,10 +233,10 @@ class CaptionTable:
             return None
 
     def _open(self, url: str) -> Any:
-        """Return what Arrow reads a part from: a small one comes whole, in one request."""
-        said = PartName.parse(urls.name(url))
-        is_small = said is not None and said.num_rows <= _SMALL_ROWS
-        return pa.BufferReader(self.store.read_bytes(url)) if is_small else self.store.open(url)
+        """Return a file for Arrow; a small part is read whole, in one request."""
+        named = PartName.parse(urls.name(url))
+        is_small = named is not None and named.num_rows <= _SMALL_ROWS
+        return self.store.read_bytes(url) if is_small else self.store.open(url)
 
     # Writing
 
@@ -255,26 +268,27 @@ class CaptionTable:
         run_ids = pa.repeat(pa.scalar(stamp.run_id), rows.num_rows)
         return self.write_part(folder, rows.append_column("run_id", run_ids).select(schema.names).cast(schema), stamp)
 
-    def write_part(self, folder: str, rows: pa.Table, stamp: Stamp) -> str:
-        """Put rows of the table, sorted by key, on disk as one part; return its URL. Raises as `write` does."""
-        name = PartName(stamp.run_id, rows.num_rows, digest_of_keys(rows.column("key").to_numpy()))
-        url = join(self.url, folder, str(name))
+    def write_part(self, folder: str, rows: pa.Table, stamp: Stamp, root: Location | None = None) -> str:
+        """Put sorted rows of the table on disk as one part; return its URL. Raises as `write` does.
+
+        root: what `folder` lies in; by default the table."""
+        url = full_url((root or self.location) / folder / str(PartName.of(folder, stamp.run_id, rows)))
         try:
             self.store.write_atomic(url, encode(rows, stamp), lambda: self._check_lease(stamp))
         except OSError as error:
-            raise JobError(f"{redact(url)} could not be written: {error}") from error
+            fault = diagnose(error)
+            remedy = f"; {ROOM_NEEDED}" if fault.is_disk_full else ""
+            raise JobError(f"{redact(url)} could not be written: {fault.detail}{remedy}") from error
         return url
 
     def _check_lease(self, stamp: Stamp) -> None:
-        if stamp.is_leased and not lease.is_held(self.store, self.run_folder, stamp.run_id):
-            raise JobError(
-                f"run {stamp.run_id} ended, or lost {redact(self.url)} to another job: a part that came too late was"
-                " not written. The same command continues"
-            )
+        why = lease.why_not_held(self.store, self.run_folder, stamp.run_id) if stamp.is_leased else ""
+        if why:
+            raise JobError(f"{why}: a part that came too late was not written. The same command continues")
 
-    def num_written(self, run_id: str) -> int:
+    def num_written(self, run_id: str, folders: Sequence[str] = FOLDERS) -> int:
         """Return how many rows a run has put on disk so far, from the names of its parts."""
-        names = (PartName.parse(urls.name(url)) for folder in FOLDERS for url in self.parts(folder))
+        names = (PartName.parse(urls.name(url)) for folder in folders for url in self.parts(folder))
         return sum(found.num_rows for found in names if found and found.run_id == run_id)
 
     def failed_by_reason(self, run_id: str) -> dict[str, int]:
@@ -289,37 +303,42 @@ class CaptionTable:
     def sample(self, num_rows: int) -> list[dict[str, Any]]:
         """Return `image_id` and `caption` of the first rows of the table's first part."""
         for url in self.parts("captions")[:1]:
-            with pq.ParquetFile(self.store.open(url)) as file:
-                rows: list[dict[str, Any]] = next(
-                    file.iter_batches(num_rows, columns=["image_id", "caption"])
-                ).to_pylist()
+            with open_parquet_file(self.store.open(url)) as file:
+                batch = next(file.iter_batches(num_rows, columns=["image_id", "caption"]))
+                rows: list[dict[str, Any]] = batch.cast(columns_schema(["image_id", "caption"])).to_pylist()
                 return rows
         return []
+
+
+def open_table(place: Place) -> CaptionTable:
+    """Return a table that is there: a run has begun it, or it has parts. Raises InputError where none is."""
+    table = CaptionTable(place)
+    with output_errors(table.location):
+        if table.identity() is None and not any(table.parts(folder) for folder in FOLDERS):
+            raise InputError(
+                f"{table.location} is no caption table; expected the OUTPUT of jobs/caption.py, the folder in which"
+                f" captions/ and _run/ lie{_hint(table)}"
+            )
+    return table
+
+
+def _hint(table: CaptionTable) -> str:
+    """Return the table that the path is a folder of, as the end of a message; empty where it is none's."""
+    found = table_around(table.location)
+    return "" if found is None else f": {found}"
+
+
+def table_around(place: Place) -> Location | None:
+    """Return the table that a place is, or is a folder of; None where it is none. Raises StoreError."""
+    here = as_location(place).folder
+    around = [here, here.parent] if here.name in (*FOLDERS, "_run") else [here]
+    store = open_store(here)
+    return next((folder for folder in around if store.info(folder / "_run" / "run.json")), None)
 
 
 def columns_schema(columns: Iterable[str]) -> pa.Schema:
     """Return the schema of some fixed columns of either folder."""
     return pa.schema([_FIELDS[name] for name in columns])
-
-
-def light(failures: pa.Table) -> pa.Table:
-    """Return the FAILURE_COLUMNS of a part in 16 bytes a row: each reason is written once."""
-    index = failures.schema.get_field_index("reason")
-    return failures.set_column(index, "reason", failures.column(index).dictionary_encode()).replace_schema_metadata()
-
-
-def concat_attempts(failures: Iterable[pa.Table]) -> pa.Table:
-    """Return all failures, each `light`, as one table."""
-    return pa.concat_tables([light(FAILURES.empty_table().select(FAILURE_COLUMNS)), *failures])
-
-
-def last_attempts(failures: pa.Table) -> pa.Table:
-    """Return each failed key's row of the highest attempt, sorted by key."""
-    rows = failures.sort_by([("key", "ascending"), ("attempt", "ascending")])
-    keys = rows.column("key").to_numpy()
-    is_last = np.ones(len(keys), bool)
-    is_last[:-1] = keys[1:] != keys[:-1]
-    return rows.filter(pa.array(is_last))
 
 
 def _problem(part: pa.Table | None, identity: str) -> str:
@@ -329,31 +348,12 @@ def _problem(part: pa.Table | None, identity: str) -> str:
     return "" if found == identity else f"was written by another run (its footer says {found or 'nothing'})"
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+def _settings_that_count(identity: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what has to be equal in two identities.
 
-
-def _essence(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity without the model's name: what a model is, its fingerprint says, wherever it lies."""
-    return {name: value for name, value in _flat(identity) if name != "model.name"}
-
-
-def _difference(url: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    before, now = dict(_flat(found)), dict(_flat(wanted))
-    names = sorted(name for name in before | now if before.get(name) != now.get(name))
-    lines = [f"  {name}: {before.get(name)} there, {now.get(name)} now" for name in names]
-    return "\n".join(
-        [
-            f"{redact(url)} holds captions of another job; expected the same settings as before. These differ:",
-            *lines,
-            "Choose another OUTPUT, or repeat the earlier settings to continue it.",
-        ]
-    )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    Not the model's name: its fingerprint identifies it, in any folder. Not its dtype where one is `auto`,
+    which another one may mean: it is compared once the workers are known (`captioning.number_format`).
+    """
+    is_auto = "auto" in (flatten(each).get("model.dtype") for each in (identity, other))
+    without = {"model.name", "model.dtype"} if is_auto else {"model.name"}
+    return {name: value for name, value in flatten(identity).items() if name not in without}

@@ -3,23 +3,23 @@
     python -m tests.bench.clip_score [--images 192] [--rounds 7]
 
 The demo model in this process, images decoded beforehand, so that only CLIP, projector and LLaMA run; all four ways
-take turns within each round. Wall clock, medians. The demo's text tower has two layers beside the vision tower's four
-and LLaMA's five; the ratio of a real model is another.
+take turns in every round. Wall clock, medians of the ratios of each round. The demo's text tower has two layers beside
+the vision tower's four and LLaMA's five; the ratio of a real model is another, so there is no target.
 """
 
 import argparse
-import json
 import statistics
 import sys
-import time
+from functools import partial
 
 import numpy as np
 import torch
 
 from captioner import demo
+from captioner.captioning.captioner import Captioner
 from captioner.config import DecodingConfig, ImageConfig, ScoringConfig
 from captioner.images import Decoded, Decoder, Preprocessing
-from captioner.worker import Captioner
+from tests.bench.report import last_line, take_turns
 
 SEVERAL = DecodingConfig(do_sample=True, num_captions=8)
 WAYS = {
@@ -49,13 +49,8 @@ def main() -> int:
     }
     pixels = pixels_of(captioners["greedy"], options.images)
     ids = [str(number) for number in range(len(pixels))]
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    for round_ in range(options.rounds + 1):
-        for name, captioner in captioners.items():
-            start = time.perf_counter()
-            captioner.caption_pixels(pixels, ids)
-            if round_:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
+    ways = {name: partial(captioner.caption_pixels, pixels, ids) for name, captioner in captioners.items()}
+    seconds = take_turns(ways, options.rounds)
     for captioner in captioners.values():
         captioner.close()
     for name, times in seconds.items():
@@ -65,7 +60,7 @@ def main() -> int:
         label: statistics.median(one / other for one, other in zip(seconds[more], seconds[less], strict=True))
         for label, (more, less) in PAIRS.items()
     }
-    print(json.dumps({"bench": "clip_score", "images": len(pixels), "values": ratios}))
+    print(last_line("clip_score", {}, images=len(pixels), values=ratios))
     return 0
 
 

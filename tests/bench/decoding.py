@@ -10,7 +10,6 @@ Where neighbours keep the machine busy, `--cpu-time --threads 1` counts processo
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 from captioner.config import DecodingConfig
 from captioner.decoding import Engine, Request
+from tests.bench.report import last_line, take_turns
 
 USES_CPU_TIME = "--cpu-time" in sys.argv
 SHORT, LONG = (14, 56), (60, 240)
@@ -102,10 +102,10 @@ class Workload:
     def engine_for(self, decoding: DecodingConfig) -> Engine:
         return Engine(
             self.llama,
-            decoding=decoding,
+            decodings=[decoding],
             eos_token_ids=(),
             shared_prefix=self.shared,
-            prefix_len=1,
+            max_prefix_len=1,
             slots=self.case.slots,
         )
 
@@ -143,7 +143,7 @@ class Workload:
         return rows.tolist()
 
 
-def random_llama(dtype: torch.dtype) -> LlamaForCausalLM:
+def random_llama(dtype: torch.dtype, context: int = 512) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32_000,
@@ -152,7 +152,7 @@ def random_llama(dtype: torch.dtype) -> LlamaForCausalLM:
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         eos_token_id=None,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
@@ -170,13 +170,7 @@ def clock() -> float:
 
 
 def alternating(paths: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
-    for round_number in range(rounds):
-        for name in list(paths)[:: 1 if round_number % 2 else -1]:
-            start = clock()
-            paths[name]()
-            seconds[name].append(clock() - start)
-    return seconds
+    return take_turns(paths, rounds, clock=clock, has_warm_up=False)  # a case takes minutes
 
 
 def against_generate(work: Workload, rounds: int) -> tuple[list[float], list[float]]:
@@ -272,7 +266,7 @@ def main() -> None:
             f"{low:6.2f}-{high:6.2f} {sign:>4}{case.target:4.2f} {found['gemm_share']:6.0%}  {found['met']}",
             flush=True,
         )
-    print(json.dumps({"benchmark": "decoding", "threads": args.threads, "cpu_time": args.cpu_time, "targets": results}))
+    print(last_line("decoding", results, threads=args.threads, cpu_time=args.cpu_time))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ clipping, AdamW, learning rate - and its forward and backward alone. Decoding im
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -17,18 +16,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from captioner.config import TrainingConfig
-from captioner.fitting.batches import TokenizedSplit, epoch_batches, share
-from captioner.fitting.projector import ProjectorFit, end_token_id
-from captioner.fitting.team import Team
 from captioner.model.bundle import load, save_bundle
 from captioner.model.projector import ProjectorConfig, build_projector
-from tests.unit import tiny_models
+from captioner.training.fit.batches import TokenizedSplit, epoch_batches, share
+from captioner.training.fit.projector import ProjectorFit, end_token_id
+from captioner.training.fit.worker_group import WorkerGroup
+from tests.bench.report import at_most, last_line
+from tests.unit.model import tiny_models
 
 IMAGE_SIZE, CLIP_WIDTH, LLAMA_WIDTH, CAPTION_TOKENS = 64, 256, 512, 16
 NUM_IMAGES, CAPTIONS_AN_IMAGE = 512, 5
@@ -95,7 +96,7 @@ class Bench:
         self.loaded = model(folder)
         self.examples = examples(self.loaded)
         config = TrainingConfig(batch_size=batch_size)
-        self.fit = ProjectorFit(self.loaded, config, num_steps=10_000, team=Team())
+        self.fit = ProjectorFit(self.loaded, config, num_steps=10_000, group=WorkerGroup())
         lots = np.random.default_rng(1)
         shape = (NUM_IMAGES, 3, IMAGE_SIZE, IMAGE_SIZE)
         self.pixels = torch.from_numpy(lots.integers(0, 256, shape, dtype=np.uint8))
@@ -153,7 +154,7 @@ def main() -> None:
     num_examples = given.steps * given.batch_size
     gains = [again / cached for cached, again, _ in rounds]
     outside = [1 - alone / cached for cached, _, alone in rounds]
-    result = {
+    result: dict[str, Any] = {
         "cached_examples_per_s": round(num_examples / statistics.median(r[0] for r in rounds), 1),
         "encoded_again_examples_per_s": round(num_examples / statistics.median(r[1] for r in rounds), 1),
         "gain": round(statistics.median(gains), 3),
@@ -166,7 +167,8 @@ def main() -> None:
     }
     for name, value in result.items():
         print(f"{name:40} {value}", file=sys.stderr)
-    print(json.dumps(result))
+    targets = {"share_outside_the_model": at_most(result["share_outside_the_model"], 0.1)}
+    print(last_line("fitting", targets, values=result))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m tests.bench.pipeline [--images 8000] [--rounds 2] [--accelerator 1000]
 
 Ceiling: a bare loop in which two processes decode the same files by the same code, with the same environment, and a
-pretended accelerator sleeps a fixed time an image. The job: `caption_images` as users run it, on a Ray that believes to
+simulated accelerator sleeps a fixed time an image. The job: `caption_images` as users run it, on a Ray that believes to
 have one GPU, with the same sleep in the place of the model. Both take turns. Rates are those of the steady state: the
 first 20 % and the last 10 % of the images are left out. Photographs are drawn, 1024x768, and reach the model at 224
 pixels.
@@ -27,7 +27,8 @@ from unittest.mock import patch
 from captioner.config import CaptionJobConfig, ImageConfig, ModelConfig, ResourceConfig
 from captioner.images import Preprocessing, decode
 from captioner.images.child import ENVIRONMENT
-from tests.bench.images import photo
+from tests.bench.photographs import photograph
+from tests.bench.report import at_least, last_line
 from tests.bench.stand_ins import LOG, SECONDS_AN_IMAGE, SleepingWorker, run_job
 from tests.bundles import save_tiny_bundle
 
@@ -40,11 +41,11 @@ TARGET = 0.88
 
 
 def make_images(folder: Path, num_images: int) -> None:
-    """Many names for a few photographs: a job reads and decodes each name anew."""
+    """Many names for a few photographs: a job reads and decodes each name by itself."""
     folder.mkdir()
     originals = [folder.parent / f"{seed}.jpg" for seed in range(NUM_PHOTOS)]
     for seed, original in enumerate(originals):
-        original.write_bytes(photo(*SIZE, seed=seed))
+        original.write_bytes(photograph(*SIZE, seed=seed))
     for number in range(num_images):
         os.link(originals[number % NUM_PHOTOS], folder / f"{number:06d}.jpg")
 
@@ -57,7 +58,7 @@ def decode_files(paths: Sequence[str]) -> int:
 
 
 def bare(folder: Path, seconds_an_image: float) -> list[tuple[float, int]]:
-    """Return when the pretended accelerator was done with how many images, without Ray."""
+    """Return when the simulated accelerator was done with how many images, without Ray."""
     paths = sorted(str(path) for path in folder.iterdir())
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     done = []
@@ -135,7 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--accelerator", type=float, default=1000.0, help="images/s that the pretended one can do")
+    parser.add_argument("--accelerator", type=float, default=1000.0, help="images/s that the simulated one can do")
     args = parser.parse_args()
     os.environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"GPU": 1})
     work = Path(tempfile.mkdtemp())
@@ -145,8 +146,7 @@ def main() -> int:
         found = compare(work / "images", bundle, args.rounds, 1 / args.accelerator)
     finally:
         shutil.rmtree(work)
-    target = {"share": {"value": found["share"], "target": TARGET, "met": found["share"] >= TARGET}}
-    print(json.dumps({"bench": "pipeline", "images": args.images, "values": found, "targets": target}))
+    print(last_line("pipeline", {"share": at_least(found["share"], TARGET)}, images=args.images, values=found))
     return 0
 
 

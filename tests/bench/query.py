@@ -9,7 +9,6 @@ made as the job's sink makes it, in parts of 16,384 rows, and removed after.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -23,8 +22,9 @@ import pyarrow.compute as pc
 
 from captioner.query.summary import summarize
 from captioner.query.views import ask, read_rows
-from captioner.rows import captioned_schema
+from captioner.schema import captioned_schema
 from captioner.tables import CaptionTable, Stamp
+from tests.bench.report import at_most, last_line
 
 PART_ROWS = 16_384
 FAILED_SHARE = 0.01
@@ -143,9 +143,9 @@ def main() -> int:
         print(f"{options.rows:,} rows, {num_parts:,} parts, {size / 1e9:.2f} GB, made in {seconds:.0f} s")
         values = compare(table, folder, options.rounds) | others(table)
     ratios = [f"{name}_{kind}" for name in QUERIES for kind in ("ratio", "cpu_ratio")]
-    targets = {name: {"value": values[name], "target": TARGET, "met": values[name] <= TARGET} for name in ratios}
+    targets = {name: at_most(values[name], TARGET) for name in ratios}
     rounded = {name: round(value, 4) for name, value in values.items()}
-    print(json.dumps({"bench": "query", "rows": options.rows, "values": rounded, "targets": targets}))
+    print(last_line("query", targets, rows=options.rows, values=rounded))
     return 0
 
 

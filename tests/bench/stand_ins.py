@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +15,12 @@ from unittest.mock import patch
 
 import torch
 
-from captioner.caption_pipeline import caption_images
+from captioner.caption_columns import Caption
+from captioner.captioning.caption_worker import CaptionWorker
+from captioner.captioning.telemetry import EngineMonitor, Recorder
+from captioner.cluster.caption_pipeline import caption_images
 from captioner.config import CaptionJobConfig
 from captioner.model.bundle import describe
-from captioner.telemetry import Pulse, Recorder
-from captioner.worker import Caption, CaptionWorker
 
 SECONDS_AN_IMAGE, LOG = "BENCH_SECONDS_AN_IMAGE", "BENCH_LOG"
 _CAPTION = Caption(
@@ -35,15 +36,15 @@ class NullCaptioner:
     def __init__(self, image_size: int) -> None:
         self.model = SimpleNamespace(image_size=image_size)
 
-    def pulse(self, recorder: Recorder) -> Pulse:
-        return Pulse(recorder, num_busy=lambda: 0, idle_s=lambda: 0.0)
+    def monitor(self, recorder: Recorder, num_failed: Callable[[], int] = int) -> EngineMonitor:
+        return EngineMonitor(recorder, num_busy=lambda: 0, idle_s=lambda: 0.0)
 
     def caption_pixels(self, pixels: torch.Tensor, image_ids: Sequence[str]) -> list[Caption]:
         return [_CAPTION] * len(pixels)
 
 
 class SleepingCaptioner(NullCaptioner):
-    """A pretended accelerator: one batch at a time, a fixed time an image, no processor time. Notes when each ended."""
+    """A simulated accelerator: one batch at a time, a fixed time an image, no processor time. Notes when each ended."""
 
     def __init__(self, image_size: int) -> None:
         super().__init__(image_size)
@@ -66,7 +67,7 @@ class NullWorker(CaptionWorker):
 
     def __init__(self, config: CaptionJobConfig, *args: Any, **options: Any) -> None:
         captioner = self.stand_in(describe(config.model.model).image_size)
-        with patch("captioner.worker.Captioner.from_bundle", lambda *_, **__: captioner):
+        with patch("captioner.captioning.caption_worker.Captioner.from_bundle", lambda *_, **__: captioner):
             super().__init__(config, *args, **options)
 
 
@@ -78,5 +79,5 @@ class SleepingWorker(NullWorker):
 
 def run_job(config: CaptionJobConfig, worker: type[NullWorker]) -> Mapping[str, Any]:
     """Return the summary of a job that has this worker in place of the real one."""
-    with patch("captioner.worker.CaptionWorker", worker):
+    with patch("captioner.cluster.caption_stream.MODEL_WORKER", f"{worker.__module__}:{worker.__name__}"):
         return caption_images(config)

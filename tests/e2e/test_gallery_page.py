@@ -1,5 +1,6 @@
 """The gallery's page in a real Chromium: what a person does with it, and what no caption may do to it."""
 
+import itertools
 import os
 import shutil
 import time
@@ -9,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Error, sync_playwright
+from playwright.sync_api import Browser, Error, FloatRect, Locator, sync_playwright
 from playwright.sync_api import Page as Tab
 
 from captioner.config import GalleryConfig
 from captioner.gallery import Card, Page, Text, write_page
 from captioner.gallery.caption_cards import caption_card, pair_card
-from captioner.gallery_job import gallery
+from captioner.gallery.gallery_job import gallery
 from captioner.images.thumbnails import Thumbnail
-from captioner.rows import Reject, RejectReason
+from captioner.schema import Reject, RejectReason
 from tests.caption_tables import add_part, begin_table, caption_row
-from tests.pictures import encoded
+from tests.sample_images import encoded
 
 pytestmark = pytest.mark.browser
 
@@ -73,12 +74,27 @@ class Visit:
 Open = Callable[..., Visit]
 
 
+def box(found: Locator) -> FloatRect:
+    """Where an element is on the screen."""
+    rect = found.bounding_box()
+    assert rect is not None
+    return rect
+
+
+def top(found: Locator) -> float:
+    return box(found)["y"]
+
+
+def bottom(found: Locator) -> float:
+    return box(found)["y"] + box(found)["height"]
+
+
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Open]:
     """Opens pages; at the end none of them may have complained, or asked for anything."""
     visits = []
 
-    def open_page(path: Path, **context: Any) -> Visit:
+    def open_page(path: Path, fragment: str = "", **context: Any) -> Visit:
         tab = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context}).new_page()
         found = Visit(tab)
         visits.append(found)
@@ -87,7 +103,7 @@ def visit(browser: Browser) -> Iterator[Open]:
         tab.on("dialog", lambda dialog: found.complaints.append(dialog.message))
         tab.on("request", lambda request: found.requests.append(request.url))
         tab.on("response", lambda response: found.answers.append(response.url))
-        tab.goto(path.as_uri())
+        tab.goto(path.as_uri() + (f"#{fragment}" if fragment else ""))
         return found
 
     yield open_page
@@ -105,12 +121,12 @@ def card(number: int) -> Card:
     """Card N says N words more than three, and is the surer the higher N; every fifth failed."""
     if number % 5 == 4:
         refusal = Reject(RejectReason.CORRUPT, "JPEG: cut short")
-        return Card(image_id=f"in/{number:03d}.jpg", picture=refusal, texts=[], tags=["corrupt"])
+        return Card(image_id=f"in/{number:03d}.jpg", image=refusal, texts=[], tags=["corrupt"])
     caption = f"{_SUBJECTS[number % 4]} " + " ".join(["very"] * number) + " near a café"
     facts = {"mean_logprob": number / 100 - 1, "key": str(number)}
     tag = "length" if number % 5 == 3 else "stop"
     return Card(
-        image_id=f"in/{number:03d}.jpg", picture=thumbnail(number), texts=[Text.of(caption)], facts=facts, tags=[tag]
+        image_id=f"in/{number:03d}.jpg", image=thumbnail(number), texts=[Text.of(caption)], facts=facts, tags=[tag]
     )
 
 
@@ -140,16 +156,21 @@ def test_search_finds_words_of_captions_and_names_whatever_their_accents_and_cas
 def test_sorting_goes_by_score_words_or_name_either_way_round_with_failures_last(visit: Open, grid: Path) -> None:
     page = visit(grid)
     captioned = [number for number in range(20) if number % 5 != 4]
-    assert page.numbers() == list(reversed(range(20)))
+    assert page.numbers() == [*reversed(captioned), 19, 14, 9, 4]
     for kind in ("fact:mean_logprob", "words"):
         page.tab.select_option("#sort", kind)
         assert page.numbers() == [*captioned, 19, 14, 9, 4]
     page.tab.click("#turn")
     assert page.numbers() == [*reversed(captioned), 19, 14, 9, 4]
     page.tab.select_option("#sort", "name")
-    assert page.numbers() == list(reversed(range(20)))
+    assert page.numbers() == [*reversed(captioned), 19, 14, 9, 4]
     page.tab.click("#turn")
-    assert page.numbers() == list(range(20))
+    assert page.numbers() == [*captioned, 4, 9, 14, 19]
+    assert page.tab.inner_text("h2") == "4 images without a caption"
+    heading, first_failed = page.tab.locator("h2"), page.tab.locator(".card:not([hidden])").nth(16)
+    assert bottom(page.tab.locator(".card:not([hidden])").nth(15)) <= top(heading) < top(first_failed)
+    page.tab.click("#tags button[value=stop]")
+    assert page.tab.locator("h2").is_hidden()
 
 
 def test_filters_are_reasons_finish_reasons_and_lengths(visit: Open, grid: Path) -> None:
@@ -158,7 +179,7 @@ def test_filters_are_reasons_finish_reasons_and_lengths(visit: Open, grid: Path)
     assert page.numbers() == [19, 14, 9, 4]
     assert page.tab.locator(".none").first.inner_text() == "corrupt\nJPEG: cut short"
     page.tab.click("#tags button[value=length]")
-    assert page.numbers() == [19, 18, 14, 13, 9, 8, 4, 3]
+    assert page.numbers() == [18, 13, 8, 3, 19, 14, 9, 4]
     page.tab.click("#tags button[value=corrupt]")
     page.tab.click("#tags button[value=length]")
     page.tab.fill("#fewest", "8")
@@ -170,38 +191,38 @@ def test_filters_are_reasons_finish_reasons_and_lengths(visit: Open, grid: Path)
 def test_the_keyboard_moves_enlarges_and_comes_back(visit: Open, grid: Path) -> None:
     page = visit(grid)
     focused = "document.activeElement.getAttribute('aria-label')"
-    for key, expected in (("ArrowRight", 19), ("j", 18), ("ArrowRight", 17), ("k", 18), ("ArrowLeft", 19), ("End", 0)):
+    for key, expected in (("ArrowRight", 18), ("j", 17), ("ArrowRight", 16), ("k", 17), ("ArrowLeft", 18), ("End", 4)):
         page.tab.keyboard.press(key)
         assert page.tab.evaluate(focused) == f"Enlarge in/{expected:03d}.jpg", key
     page.tab.keyboard.press("ArrowUp")
     page.tab.keyboard.press("ArrowDown")
-    assert page.tab.evaluate(focused) == "Enlarge in/000.jpg"
+    assert page.tab.evaluate(focused) == "Enlarge in/004.jpg"
     page.tab.keyboard.press("Home")
     page.tab.keyboard.press("Enter")
     assert page.tab.locator("#large").is_visible()
     page.tab.keyboard.press("ArrowRight")
     assert "near a café" in page.tab.inner_text("#large-text")
     assert page.tab.inner_text("#place") == "2 of 20"
-    assert "\u22120.82" in page.tab.inner_text("#large-facts")
+    assert "\u22120.83" in page.tab.inner_text("#large-facts")
     page.tab.keyboard.press("Escape")
     assert page.tab.locator("#large").is_hidden()
-    page.wait_until(f"{focused} === 'Enlarge in/018.jpg'")
+    page.wait_until(f"{focused} === 'Enlarge in/017.jpg'")
 
 
 FOCUSED = "document.activeElement.getAttribute('aria-label')"
 
 
-def test_home_and_end_go_to_the_ends_of_a_page_that_nobody_touched(visit: Open, grid: Path) -> None:
+def test_home_and_end_go_to_the_ends_of_a_page_before_any_other_key(visit: Open, grid: Path) -> None:
     page = visit(grid)
     page.tab.keyboard.press("End")
-    assert page.tab.evaluate(FOCUSED) == "Enlarge in/000.jpg"
+    assert page.tab.evaluate(FOCUSED) == "Enlarge in/004.jpg"
     page.tab.reload()
     page.tab.keyboard.press("Home")
-    assert page.tab.evaluate(FOCUSED) == "Enlarge in/019.jpg"
+    assert page.tab.evaluate(FOCUSED) == "Enlarge in/018.jpg"
 
 
 @pytest.mark.parametrize(("key", "is_large"), [("j", False), ("Enter", True)])
-def test_the_keyboard_begins_where_somebody_has_scrolled_to(visit: Open, grid: Path, key: str, is_large: bool) -> None:
+def test_the_keyboard_begins_where_the_page_is_scrolled_to(visit: Open, grid: Path, key: str, is_large: bool) -> None:
     page = visit(grid)
     page.tab.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
     page.wait_until("scrollY > 300")
@@ -210,7 +231,7 @@ def test_the_keyboard_begins_where_somebody_has_scrolled_to(visit: Open, grid: P
     assert page.tab.locator("#large").is_visible() == is_large
     assert abs(page.tab.evaluate("scrollY") - before) < 500
     where = "document.getElementById('place').textContent" if is_large else FOCUSED
-    assert page.tab.evaluate(where) not in ("1 of 20", "Enlarge in/019.jpg")
+    assert page.tab.evaluate(where) not in ("1 of 20", "Enlarge in/018.jpg")
 
 
 def test_integers_are_shown_whole_and_columns_with_a_colon_are_sorted_by(visit: Open, tmp_path: Path) -> None:
@@ -218,7 +239,7 @@ def test_integers_are_shown_whole_and_columns_with_a_colon_are_sorted_by(visit: 
     facts = [
         {"size_bytes": 1234567 + n, "big": 2**60 + n, name: [0.3, 0.1, 0.2][n], "key": f"42949{n}"} for n in range(3)
     ]
-    cards = [Card(image_id=f"{n}.jpg", picture=thumbnail(), texts=[], facts=facts[n]) for n in range(3)]
+    cards = [Card(image_id=f"{n}.jpg", image=thumbnail(), texts=[], facts=facts[n]) for n in range(3)]
     write_page(Page(title="Three", cards=cards, scores=["big"]), str(tmp_path / "out.html"))
     page = visit(tmp_path / "out.html")
     assert page.tab.locator(".about b").all_text_contents() == [str(2**60 + n) for n in range(3)]
@@ -233,9 +254,9 @@ def test_integers_are_shown_whole_and_columns_with_a_colon_are_sorted_by(visit: 
 
 
 @pytest.mark.parametrize("search", ["café", "cafe", "CAFÉ"])
-def test_what_is_found_is_marked_whatever_its_accents(visit: Open, tmp_path: Path, search: str) -> None:
+def test_the_words_searched_for_are_marked_whatever_their_accents(visit: Open, tmp_path: Path, search: str) -> None:
     texts = ("a café", "un cafe\u0301 noir", "CAFE")
-    cards = [Card(image_id=text, picture=thumbnail(), texts=[Text.of(text)]) for text in texts]
+    cards = [Card(image_id=text, image=thumbnail(), texts=[Text.of(text)]) for text in texts]
     write_page(Page(title="Coffee", cards=cards), str(tmp_path / "out.html"))
     page = visit(tmp_path / "out.html")
     page.tab.fill("#find", search)
@@ -245,7 +266,7 @@ def test_what_is_found_is_marked_whatever_its_accents(visit: Open, tmp_path: Pat
 
 def test_words_are_counted_in_any_script(visit: Open, tmp_path: Path) -> None:
     texts = ("一只狗坐在草地上", "the man's hat, a hat", "")
-    cards = [Card(image_id=f"{n}.jpg", picture=thumbnail(), texts=[Text.of(texts[n])]) for n in range(3)]
+    cards = [Card(image_id=f"{n}.jpg", image=thumbnail(), texts=[Text.of(texts[n])]) for n in range(3)]
     write_page(Page(title="Words", cards=cards), str(tmp_path / "out.html"))
     page = visit(tmp_path / "out.html")
     assert page.tab.locator(".about").all_inner_texts() == ["0.jpg\n8 words", "1.jpg\n5 words", "2.jpg"]
@@ -262,7 +283,7 @@ def test_an_image_that_failed_is_marked_as_wrong_though_a_person_has_described_i
     assert page.tab.locator(".about").all_inner_texts()[-1] == "a.jpg"
 
 
-def test_enter_enlarges_the_first_picture_before_anything_was_touched(visit: Open, grid: Path) -> None:
+def test_enter_enlarges_the_first_image_before_anything_was_touched(visit: Open, grid: Path) -> None:
     page = visit(grid)
     page.tab.keyboard.press("Enter")
     assert page.tab.inner_text("#place") == "1 of 20"
@@ -272,7 +293,7 @@ def test_enter_enlarges_the_first_picture_before_anything_was_touched(visit: Ope
     assert page.tab.evaluate("document.activeElement.id") == "find"
 
 
-def test_dark_and_light_follow_the_system_until_they_are_told(visit: Open, grid: Path) -> None:
+def test_dark_and_light_follow_the_system_until_the_button_is_pressed(visit: Open, grid: Path) -> None:
     def luminance(page: Visit) -> int:
         colour = page.tab.evaluate("getComputedStyle(document.body).backgroundColor")
         return int(colour.removeprefix("rgb(").split(",")[0])
@@ -286,24 +307,24 @@ def test_dark_and_light_follow_the_system_until_they_are_told(visit: Open, grid:
     assert luminance(dark) < 60
 
 
-def test_a_phone_shows_whole_pictures_and_never_scrolls_sideways(visit: Open, grid: Path) -> None:
+def test_a_phone_shows_whole_images_and_never_scrolls_sideways(visit: Open, grid: Path) -> None:
     page = visit(grid, viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True, device_scale_factor=2)
     assert page.tab.evaluate("document.documentElement.scrollWidth") == 360
-    picture = page.tab.locator(".frame img").first
-    box = picture.bounding_box()
+    image = page.tab.locator(".frame img").first
+    box = image.bounding_box()
     assert box is not None
     assert box["width"] > 300
     assert page.tab.evaluate("parseFloat(getComputedStyle(document.querySelector('.text')).fontSize)") >= 16
-    picture.tap()
+    image.tap()
     assert page.tab.locator("#large").is_visible()
     assert page.tab.evaluate("document.getElementById('large').scrollWidth") == 360
     page.tab.locator("#after").tap()
-    assert page.tab.inner_text("#place") == "3 of 20"
+    assert page.tab.inner_text("#place") == "2 of 20"
     page.tab.locator("#close").tap()
 
 
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (360, 640)])
-def test_a_phone_shows_the_picture_that_it_enlarges_though_much_is_said_of_it(
+def test_a_phone_shows_the_image_that_it_enlarges_though_much_is_said_of_it(
     visit: Open, tmp_path: Path, width: int, height: int
 ) -> None:
     row = {**caption_row(0, "in/000.jpg", "a brown dog"), **{f"column_{n}": n for n in range(16)}}
@@ -316,12 +337,156 @@ def test_a_phone_shows_the_picture_that_it_enlarges_though_much_is_said_of_it(
     assert page.tab.evaluate("document.activeElement.id") == "large-about"
 
 
-def test_pictures_are_decoded_and_keep_their_shape(visit: Open, grid: Path) -> None:
+def test_images_are_decoded_and_keep_their_shape(visit: Open, grid: Path) -> None:
     page = visit(grid)
     page.wait_until("document.querySelector('.frame img').naturalWidth > 0")
     box = page.tab.locator(".frame img").first.bounding_box()
     assert box is not None
     assert box["width"] / box["height"] == pytest.approx(48 / 40, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty cards of a table, with long captions, names, scores and every chip that there is."""
+    path = tmp_path_factory.mktemp("photos") / "out.html"
+    reasons = ("corrupt", "empty", "not_an_image", "forbidden", "too_many_pixels")
+    cards = []
+    for n in range(60):
+        row = caption_row(
+            n, f"in/{n:03d}-a_rather_long_name_of_a_file.jpg", "a brown dog beside a lake, " * (1 + n % 3)
+        )
+        why = ("low clip_score", "low min_logprob, truncated", "low mean_logprob, repetitive", "")[n % 4]
+        row |= {"clip_score": n / 60, "finish_reason": ("stop", "length")[n % 3 == 0], "why": why}
+        failed = {"image_id": row["image_id"], "key": n, "reason": reasons[n // 12], "detail": "what was seen"}
+        image = Thumbnail(encoded("WEBP", n, (80, 60)), 80, 60)
+        cards.append(caption_card(failed if n % 12 == 5 else row, image, path=f"/data/in/{n:03d}.jpg"))
+    page = Page(title="Photos", cards=cards, lines=["One line.", "Another."], scores=["clip_score", "mean_logprob"])
+    write_page(page, str(path))
+    return path
+
+
+def num_above_the_fold(page: Visit) -> int:
+    """How many images are whole on the screen before it is scrolled."""
+    return int(
+        page.tab.evaluate(
+            "[...document.querySelectorAll('.card:not([hidden]) .frame')]"
+            ".filter((frame) => frame.getBoundingClientRect().bottom <= innerHeight).length"
+        )
+    )
+
+
+def test_dense_shows_at_least_twice_the_images_above_the_fold(visit: Open, photos: Path) -> None:
+    for size, at_least in (((1440, 1000), 14), ((390, 844), 4), ((2560, 1440), 40)):
+        page = visit(photos, viewport={"width": size[0], "height": size[1]})
+        roomy = num_above_the_fold(page)
+        page.tab.click("#dense")
+        assert num_above_the_fold(page) >= max(2 * roomy, at_least), size
+        assert page.tab.evaluate("document.documentElement.scrollWidth") == size[0]
+        page.tab.keyboard.press("d")
+        assert num_above_the_fold(page) == roomy
+
+
+TOOLS = ("#find", "#sort", "#turn", "#fewest", "#most", "#count", "#dense", "#theme")
+
+
+@pytest.mark.parametrize("width", [1000, 1440, 2560])
+def test_the_tools_stand_in_one_row_whatever_is_chosen(visit: Open, photos: Path, width: int) -> None:
+    page = visit(photos, viewport={"width": width, "height": 900})
+    height = box(page.tab.locator("#tools"))["height"]
+    page.tab.locator("#tags button").nth(2).click()
+    page.tab.select_option("#sort", "fact:mean_logprob")
+    page.tab.click("#turn")
+    page.tab.fill("#fewest", "3")
+    boxes = [box(page.tab.locator(name)) for name in TOOLS]
+    middles = [one["y"] + one["height"] / 2 for one in boxes]
+    assert max(middles) - min(middles) < 4
+    for left, right in itertools.pairwise(boxes):
+        assert left["x"] + left["width"] <= right["x"] + 16
+    assert boxes[-1]["x"] + boxes[-1]["width"] <= width
+    assert box(page.tab.locator("#tools"))["height"] == height
+    tops = {box(tag)["y"] for tag in page.tab.locator("#tags button").all()}
+    assert len(tops) == 1
+
+
+def test_a_phone_keeps_its_tools_in_two_rows_at_the_top_large_enough_for_a_thumb(visit: Open, photos: Path) -> None:
+    page = visit(photos, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True, device_scale_factor=2)
+    page.tab.locator("#tags button").nth(1).tap()
+    page.tab.evaluate("scrollTo(0, 1500)")
+    page.wait_until("scrollY > 1000")
+    tools = box(page.tab.locator("#tools"))
+    assert (tools["y"], tools["height"] < 110) == (0, True)
+    targets = "[...document.querySelectorAll('#tools :is(input, select, button)')]"
+    sizes = page.tab.evaluate(f"{targets}.map((e) => [e.id, e.offsetWidth, e.offsetHeight])")
+    assert [found for found in sizes if found[1] < 40 or found[2] < 40] == []
+    assert len({box(page.tab.locator(name))["y"] for name in ("#find", "#dense", "#theme")}) == 1
+    assert page.tab.evaluate("document.documentElement.scrollWidth") == 390
+    page.tab.locator(".card:not([hidden]) .frame").nth(5).tap()
+    buttons = "[...document.querySelectorAll('#large button')].map((e) => Math.min(e.offsetWidth, e.offsetHeight))"
+    assert min(page.tab.evaluate(buttons)) >= 40
+
+
+def test_what_is_chosen_stands_in_the_address_and_is_chosen_again_from_it(visit: Open, grid: Path) -> None:
+    page = visit(grid)
+    page.tab.fill("#find", "café near")
+    page.tab.select_option("#sort", "fact:mean_logprob")
+    page.tab.click("#turn")
+    page.tab.fill("#most", "20")
+    page.tab.click("#tags button[value=length]")
+    page.tab.click("#dense")
+    chosen = page.numbers()
+    fragment = page.tab.url.partition("#")[2]
+    assert fragment == "find=caf%C3%A9+near&sort=fact%3Amean_logprob&turned=yes&most=20&only=length&view=dense"
+    again = visit(grid, fragment=fragment)
+    assert again.numbers() == chosen != []
+    assert again.tab.url == page.tab.url
+    assert again.tab.evaluate("document.body.className") == "dense"
+    again.tab.evaluate("location.hash = 'only=corrupt'")
+    again.wait_until("!document.body.classList.contains('dense')")
+    assert again.numbers() == [19, 14, 9, 4]
+    again.tab.click("#tags button[value=corrupt]")
+    assert again.tab.url == grid.as_uri()
+    again.tab.focus(".skip")
+    again.tab.keyboard.press("Enter")
+    assert again.tab.evaluate("document.activeElement.id") == "cards"
+    assert len(again.numbers()) == 20
+
+
+def test_an_address_that_asks_for_what_is_not_there_shows_everything_and_runs_nothing(visit: Open, grid: Path) -> None:
+    hostile = "sort=fact%3A__proto__&only=%3Cscript%3E&fewest=x&turned=maybe&view=%22%3E%3Cimg+src%3Dx%3E&cards"
+    page = visit(grid, fragment=hostile)
+    assert len(page.numbers()) == 20
+    assert page.tab.url == grid.as_uri()
+
+
+def test_id_and_path_of_an_image_are_copied(visit: Open, photos: Path) -> None:
+    page = visit(photos, permissions=["clipboard-read", "clipboard-write"])
+    page.tab.locator(".frame").first.click()
+    for button, copied in (("#copy-id", "in/000-a_rather_long_name_of_a_file.jpg"), ("#copy-path", "/data/in/000.jpg")):
+        page.tab.click(button)
+        page.wait_until("document.getElementById('copied').value !== ''")
+        assert page.tab.evaluate("navigator.clipboard.readText()") == copied
+    assert "/data/in/000.jpg" in page.tab.inner_text("#large-facts")
+    page.tab.keyboard.press("Escape")
+    page.tab.keyboard.press("ArrowRight")
+    page.tab.keyboard.press("c")
+    page.wait_until("document.getElementById('said').value === 'Id copied'")
+    assert page.tab.evaluate("navigator.clipboard.readText()") == "in/001-a_rather_long_name_of_a_file.jpg"
+
+
+def test_a_page_without_the_clipboard_of_a_safe_origin_copies_all_the_same(visit: Open, photos: Path) -> None:
+    page = visit(photos, permissions=["clipboard-read", "clipboard-write"])
+    page.tab.locator(".frame").first.click()
+    page.tab.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
+    page.tab.click("#copy-path")
+    page.wait_until("document.getElementById('copied').value === 'Path copied'")
+    assert page.tab.evaluate("navigator.clipboard.readText()") == "/data/in/000.jpg"
+
+
+def test_chips_on_the_cards_are_words(visit: Open, photos: Path) -> None:
+    page = visit(photos)
+    chips = set(page.tab.locator(".card .chip").all_text_contents())
+    assert chips == {"complete", "cut off", "poor match", "unsure", "one unsure word", "repetitive"}
+    assert page.tab.locator("#tags button").first.inner_text().split("\n")[0] not in ("stop", "length")
 
 
 HOSTILE = (
@@ -345,8 +510,9 @@ def test_no_caption_name_column_or_title_can_run_or_disturb_the_page(visit: Open
     cards = [
         Card(
             image_id=text,
-            picture=Reject(RejectReason.CORRUPT, text) if number % 2 else thumbnail(),
+            image=Reject(RejectReason.CORRUPT, text) if number % 2 else thumbnail(),
             texts=[Text.of(text, label=text)],
+            path=text,
             facts={text: text, "__proto__": text, "constructor": 1.0},
             tags=[text, "__proto__"],
         )
@@ -402,7 +568,7 @@ def test_the_page_asks_the_network_for_nothing_and_needs_one_file(visit: Open, g
     assert [url for url in page.requests if not url.startswith("data:")] == [grid.as_uri()]
 
 
-def test_two_runs_stand_side_by_side_with_their_differences_marked_for_eyes_and_ears(
+def test_two_runs_stand_side_by_side_with_differences_marked_visibly_and_for_screen_readers(
     visit: Open, tmp_path: Path
 ) -> None:
     before = caption_row(0, "in/000.jpg", "a red dog on a hill")
@@ -435,7 +601,7 @@ def test_five_hundred_images_stay_below_fifteen_megabytes_and_scroll(visit: Open
     table, _ = begin_table(str(tmp_path / "captions"), str(images))
     add_part(table, [caption_row(n, f"{images}/{n:03d}.jpg", f"a picture numbered {n}") for n in range(500)])
     output = tmp_path / "out.html"
-    summary = gallery(GalleryConfig(table=table.url, output=str(output), sample=500))
+    summary = gallery(GalleryConfig(table=str(table.location), output=str(output), sample=500))
     assert (summary["pictures"], summary["size_bytes"]) == (500, output.stat().st_size)
     assert summary["size_bytes"] < 15_000_000
     page = visit(output)

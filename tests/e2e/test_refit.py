@@ -1,4 +1,4 @@
-"""The demo's projector fitted anew by the real command, at a smaller setting than its own, beside the shipped one."""
+"""The demo's projector fitted again by the real command, at a smaller setting than its own, beside the shipped one."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from captioner.captioning.captioner import Captioner
 from captioner.demo import scenes
-from captioner.worker import Captioner
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -2,6 +2,7 @@
 of unbroken runs."""
 
 import io
+import math
 import tarfile
 import threading
 import time
@@ -17,7 +18,8 @@ import pytest
 
 from tests.bundles import save_tiny_bundle
 from tests.faults.running_job import Job, flags, table
-from tests.pictures import BROKEN, encoded
+from tests.http_server import serving
+from tests.sample_images import BROKEN, encoded
 
 NUM_IMAGES = 1500
 _LATENCY_S = 0.02
@@ -38,6 +40,20 @@ class SlowStore(ThreadingHTTPServer):
     latency_s = 0.0
     num_served = 0
     files: ClassVar[dict[str, bytes]] = {}
+    _most_served: float = math.inf
+    _turn = threading.Condition()
+
+    def hold_after(self, num: float) -> None:
+        """Answer so many more requests, and the others only once this is called again: no job outruns its test."""
+        with self._turn:
+            self._most_served = self.num_served + num
+            self._turn.notify_all()
+
+    def take_turn(self) -> None:
+        """Return when one more request may be answered."""
+        with self._turn:
+            self._turn.wait_for(lambda: self.num_served < self._most_served)
+            self.num_served += 1
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: those who ask are killed in the middle."""
@@ -49,7 +65,7 @@ class _SlowAnswer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         assert isinstance(self.server, SlowStore)
         time.sleep(self.server.latency_s)
-        self.server.num_served += 1
+        self.server.take_turn()
         data = self.server.files.get(self.path)
         self.send_response(404 if data is None else 200)
         self.send_header("Content-Length", str(len(data or b"")))
@@ -69,12 +85,8 @@ def store() -> Iterator[SlowStore]:
         data = bad[seed // 50 % len(bad)] if seed % 50 == 49 else encoded(seed=seed)
         if data is not None:
             server.files[f"/{seed:05d}.jpg"] = data
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +109,7 @@ def start(bundle: str, store: SlowStore) -> Iterator[Callable[..., Job]]:
 
     yield begin
     store.latency_s = 0
+    store.hold_after(math.inf)
     for job in jobs:
         job.kill_everything()
 

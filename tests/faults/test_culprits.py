@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from tests.faults.running_job import ROOT, Job, verified
-from tests.pictures import encoded
+from tests.sample_images import encoded
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import save_tiny_bundle
-from tests.pictures import encoded
+from tests.sample_images import encoded
 
 pytestmark = pytest.mark.slow
 
@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 1500
 _JOB = """
 import json, sys
-from captioner.caption_pipeline import joined_cluster
+from captioner.cluster.session import joined_cluster
 from captioner.config import ImageConfig, LabelsConfig, ModelConfig, ResourceConfig
-from captioner.feature_pipeline import compute_features
-from captioner.feature_plan import plan_features
-from captioner.labels import read_labels
+from captioner.cluster.feature_pipeline import compute_features
+from captioner.training.features.feature_plan import plan_features
+from captioner.training.labels.labels import read_labels
 from captioner.model.bundle import describe
 
 labels_path, run_folder, bundle = sys.argv[1:]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioner.fitting.state import FitState
+from captioner.training.fit.fit_state import FitState
 from tests.labelled_scenes import write_labels
-from tests.unit import tiny_models
+from tests.unit.model import tiny_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -67,7 +67,7 @@ class Fit:
     def step(self) -> int:
         """The step of the checkpoint, 0 for none."""
         try:
-            return FitState.result((self.output / "_run" / "checkpoint.pt").read_bytes()).step
+            return FitState.read((self.output / "_run" / "checkpoint.pt").read_bytes()).step
         except FileNotFoundError:
             return 0
 

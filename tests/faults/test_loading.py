@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import save_tiny_bundle
-from tests.pictures import encoded
+from tests.sample_images import encoded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # for a machine with other work
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name != "captioner.worker":
+        if name != "captioner.captioning.caption_worker":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

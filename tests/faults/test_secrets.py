@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Bucket
 from tests.faults.running_job import Job
-from tests.pictures import encoded
+from tests.sample_images import encoded
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ KILLS_A_LIFE = 5  # then the driver or all of its Ray goes too
 TARGETS = ("captioner", "decoder", "decode child", "reader", "writer")
 
 
-def test_a_table_outlives_twenty_random_kills(
+def test_a_table_survives_twenty_random_kills(
     start: Callable[..., Job], store: SlowStore, images: Path, unbroken: pd.DataFrame, tmp_path: Path
 ) -> None:
     moments, killed, output = random.Random(2026), Counter[str](), tmp_path / "table"

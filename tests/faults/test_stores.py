@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 from captioner.config import InputConfig
-from captioner.sources import freeze, open_store, read_unit
-from captioner.sources.faults import StoreError
+from captioner.inputs import freeze, read_unit
+from captioner.storage import open_store
+from captioner.storage.faults import StoreError
 from tests.conftest import Bucket
 from tests.faults.conftest import SlowStore, table_of, tar_of
 from tests.faults.faulting_proxy import KINDS, FaultingProxy, Outage, Weather
@@ -38,7 +39,7 @@ def options(s3: Bucket, proxy: FaultingProxy) -> dict[str, Any]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captioner.sources.store.fsspec_store.pause_s", lambda *_: 0.02)
+    monkeypatch.setattr("captioner.storage.fsspec_store.pause_s", lambda *_: 0.02)
 
 
 @pytest.mark.usefixtures("quick")
@@ -62,7 +63,7 @@ def test_tars_and_tables_are_read_whole_through_any_fault(
 def test_a_listing_through_faults_has_every_object_once(
     s3: Bucket, proxy: FaultingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("captioner.sources.store.s3.PAGE_SIZE", 50)
+    monkeypatch.setattr("captioner.storage.s3_store.PAGE_SIZE", 50)
     names = [f"in/{number:05d}.jpg" for number in range(320)]
     s3.fs.pipe({f"{s3.name}/{name}": b"x" for name in names})
     proxy.weather = [Weather(seed=5, share=0.5, kinds=["throttled", "reset", "short"], burst=1)]
@@ -75,9 +76,7 @@ def test_a_listing_through_faults_has_every_object_once(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_through_faults_is_there_whole_or_not_at_all(
-    s3: Bucket, proxy: FaultingProxy, kind: str
-) -> None:
+def test_a_file_written_through_faults_is_whole_or_absent(s3: Bucket, proxy: FaultingProxy, kind: str) -> None:
     proxy.weather = [Weather(seed=7, share=0.5, kinds=[kind], burst=2)]
     store, data = open_store(s3.url, options(s3, proxy)), random.Random(0).randbytes(9 << 20)  # several parts on S3
     written = []

@@ -22,7 +22,7 @@ sys.stdin.read()
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """The address of a running cluster of two CPUs."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # a local cluster makes a token of its own, which nobody else has
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # a local cluster makes a token of its own, which no other process has
     head = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _HEAD],
         stdin=subprocess.PIPE,

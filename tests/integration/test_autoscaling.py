@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,17 +18,18 @@ import pandas as pd
 import pytest
 
 from captioner.config import VerifyConfig
-from captioner.verification import verify
+from captioner.tables.verification import verify
 from tests.bundles import save_tiny_bundle
+from tests.http_server import serving
 from tests.integration.clusters import LocalCluster, autoscaling_cluster, node_type, wait_until
-from tests.pictures import encoded
+from tests.sample_images import encoded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 3000
 MOST_NODES = 2  # of the kind that is killed
-LATENCY_S = 1.0  # 75 s of fetching, forty at a time; until nobody has to wait any longer
+LATENCY_S = 1.0  # 75 s of fetching, forty at a time; until no image has to wait any longer
 
 
 def node_types(*, num_decode: int, num_model: int) -> dict[str, Any]:
@@ -150,7 +151,7 @@ class _SlowStore(ThreadingHTTPServer):
     """The URLs of what it serves, one a line."""
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: those who ask are killed in the middle."""
+        """Say nothing: its clients are killed amid their requests."""
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +162,8 @@ def slow_store(images: Path) -> Iterator[_SlowStore]:
     server.listed.write_text(
         "".join(f"http://127.0.0.1:{server.server_port}/{path.name}\n" for path in sorted(images.iterdir()))
     )
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +219,7 @@ def assert_whole(history: History) -> None:
 
 def test_the_job_waits_for_gpus_and_says_so(history: History) -> None:
     assert history.num_gpu_nodes[0] == 0
-    assert "waiting for GPUs: the cluster has 0, a worker needs 1" in history.log
+    assert re.search(r"waiting for GPUs: .*, a worker needs 1", history.log)  # the first node may have come by then
 
 
 def test_all_gpu_nodes_come_while_there_is_work_and_go_when_there_is_none(history: History) -> None:
@@ -239,7 +236,7 @@ def test_decoding_never_takes_a_gpu_node(history: History, decode_history: Histo
     assert history.stages_of_decoders == decode_history.stages_of_decoders == {"decode"}
 
 
-def test_a_killed_gpu_node_costs_no_row_and_doubles_none(history: History) -> None:
+def test_a_killed_gpu_node_loses_no_row_and_duplicates_none(history: History) -> None:
     assert_whole(history)
 
 
@@ -250,7 +247,7 @@ def test_a_killed_gpu_node_is_replaced(history: History) -> None:
     assert history.new_nodes(attrgetter("model_nodes"))
 
 
-def test_a_killed_decode_node_costs_no_row_and_doubles_none(decode_history: History) -> None:
+def test_a_killed_decode_node_loses_no_row_and_duplicates_none(decode_history: History) -> None:
     assert_whole(decode_history)
 
 

@@ -6,6 +6,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from captioner.caption_pipeline import ReadSlices, _end_of_reading, caption_images, joined_cluster
+from captioner.caption_columns import Caption
+from captioner.captioning.captioner import Captioner
+from captioner.cluster.caption_pipeline import caption_images
+from captioner.cluster.interrupts import StopRequest
+from captioner.cluster.ray_private import drop_unread_tasks
+from captioner.cluster.session import joined_cluster
+from captioner.cluster.sources_and_sinks import ReadSlices
 from captioner.config import (
     CaptionJobConfig,
     DecodingConfig,
@@ -27,13 +34,13 @@ from captioner.config import (
     VerifyConfig,
 )
 from captioner.errors import JobError, OutputError
-from captioner.rows import CAPTIONS
-from captioner.slices import Slice
-from captioner.sources import Unit
-from captioner.stopping import Stop
-from captioner.verification import verify
+from captioner.inputs import Unit
+from captioner.inputs.slices import Slice
+from captioner.schema import CAPTIONS
+from captioner.tables.verification import verify
 from tests.conftest import Bucket
-from tests.pictures import BROKEN, encoded
+from tests.sample_images import BROKEN, encoded
+from tests.unit.model.tiled_llavas import SIZES, photographs, save_llava_next
 
 pytestmark = [
     pytest.mark.usefixtures("on_ray"),
@@ -69,6 +76,31 @@ def with_broken(folder: Path) -> Path:
     for reason, data in BROKEN.items():
         (folder / f"broken-{reason}.jpg").write_bytes(data)
     return folder
+
+
+def test_a_captioner_in_tiles_captions_images_of_all_shapes_as_it_does_alone(tmp_path: Path) -> None:
+    llava = save_llava_next(tmp_path / "llava")
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(photographs()):
+        image.save(tmp_path / "images" / f"{number:03d}.png")
+    with_broken(tmp_path / "images")
+    config = job(tmp_path / "images", str(tmp_path / "out"), str(llava))
+    config = replace(
+        config,
+        image=ImageConfig(max_image_pixels=88_000),
+        model=replace(config.model, device="cpu", dtype="float32"),
+    )
+    summary = caption_images(config)
+    assert sums_of(summary) == (len(SIZES) + len(BROKEN), len(SIZES), len(BROKEN))
+    with Captioner.from_bundle(config.model, config.decoding, slots="4") as captioner:
+        expected = {f"{number:03d}.png": captioner.caption(image) for number, image in enumerate(photographs())}
+    found = captions(str(tmp_path / "out"))
+    for name, text, width, height in zip(found.image_id, found.caption, found.width, found.height, strict=True):
+        outcome = expected[Path(name).name]
+        assert isinstance(outcome, Caption)
+        assert text == outcome.caption
+        assert (width, height) == SIZES[int(Path(name).stem)]
+    assert captioner.model.num_image_tokens == 16 + 8 * 9
 
 
 def sums_of(summary: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -227,12 +259,12 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, output: str, bundle: str, caps
     config = job(images, output, bundle)
     summary = caption_images(CaptionJobConfig(**{**vars(config), "dry_run": True}))
     assert (summary["images"], summary["units"], summary["left"]) == (3, 1, 3)
-    assert "images    3 in 1 units" in capsys.readouterr().out
+    assert "images    3 in 1 units" in capsys.readouterr().err
     assert not Path(output).exists()
 
 
 def test_a_job_that_is_to_stop_takes_back_the_read_tasks_that_were_not_begun(tmp_path: Path) -> None:
-    stop, num_slices = Stop(), 300
+    stop, num_slices = StopRequest(), 300
 
     class Noting:  # here: Ray's workers cannot import this module
         def read(self, piece: Slice) -> Iterator[pa.Table]:
@@ -243,13 +275,13 @@ def test_a_job_that_is_to_stop_takes_back_the_read_tasks_that_were_not_begun(tmp
     def ask_soon() -> None:
         while not list(tmp_path.iterdir()):
             time.sleep(0.01)
-        stop.number = signal.SIGINT
+        stop.signal_number = signal.SIGINT
 
     unit = Unit(ordinal=0, kind="listing", path="", name="", num_rows=num_slices, size_bytes=None)
     slices = [Slice(unit=unit, start=number, stop=number + 1, attempts={}) for number in range(num_slices)]
     with joined_cluster():
         rows = ray.data.read_datasource(ReadSlices(Noting(), slices), override_num_blocks=num_slices)
-        rows.context.custom_execution_callback_classes = [_end_of_reading(stop)]
+        drop_unread_tasks(rows, stop)
         threading.Thread(target=ask_soon, daemon=True).start()
         came = {start for block in ray.get(rows.materialize().to_arrow_refs()) for start in block["start"].to_pylist()}
     begun = {int(file.name) for file in tmp_path.iterdir()}

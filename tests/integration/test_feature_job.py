@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from captioner.caption_pipeline import joined_cluster
+from captioner.captioning.decode_worker import DecodeWorker
+from captioner.cluster.feature_pipeline import compute_features
+from captioner.cluster.session import joined_cluster
 from captioner.config import ImageConfig, LabelsConfig, ModelConfig, ResourceConfig
-from captioner.decode_worker import DecodeWorker
-from captioner.examples import FeatureSet, gather
-from captioner.feature_pipeline import compute_features
-from captioner.feature_plan import STAMPED, FeaturePlan, plan_features
-from captioner.feature_worker import FeatureWorker
-from captioner.labels import read_labels
 from captioner.model.bundle import describe
+from captioner.training.features.examples import FeatureSet, gather
+from captioner.training.features.feature_plan import VERSION_COLUMNS, FeaturePlan, plan_features
+from captioner.training.features.feature_worker import FeatureWorker
+from captioner.training.labels.labels import read_labels
 from tests.conftest import Bucket
-from tests.pictures import BROKEN, encoded
-from tests.unit import tiny_models
+from tests.sample_images import BROKEN, encoded
+from tests.unit.model import tiny_models
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own sockets, when a driver leaves its cluster
@@ -55,7 +55,10 @@ def plan(labels_path: str, run_folder: str, bundle: str, options: dict[str, obje
 def compute_here(planned: FeaturePlan, bundle: str) -> list[str]:
     """Do what the stream does, in this process; return the names of the images that were decoded."""
     model = describe(bundle)
-    decode, encode = DecodeWorker(planned.job, model.preprocessing, STAMPED), FeatureWorker(model.clip, ModelConfig())
+    decode, encode = (
+        DecodeWorker(planned.job, model.preprocessing, VERSION_COLUMNS),
+        FeatureWorker(model.clip, ModelConfig()),
+    )
     tables = [table for piece in planned.slices() for table in planned.reader.read(piece)]
     for table in tables:
         planned.cache.write(encode(decode(table)))

@@ -11,8 +11,12 @@ import pandas as pd
 import pytest
 from ray import cloudpickle
 
-from captioner.caption_pipeline import caption_images, joined_cluster
-from captioner.caption_tokens import tokenize_examples
+from captioner.captioning.resources import Cluster
+from captioner.cluster.caption_pipeline import caption_images
+from captioner.cluster.fit_stream import train
+from captioner.cluster.projector_training import fit_projector
+from captioner.cluster.session import joined_cluster
+from captioner.cluster.training_group import training_group
 from captioner.command_line import run
 from captioner.config import (
     CaptionJobConfig,
@@ -26,18 +30,17 @@ from captioner.config import (
 )
 from captioner.demo import scenes
 from captioner.errors import JobError
-from captioner.examples import gather
-from captioner.fit_plan import llama_of, open_output, plan_fit
-from captioner.fit_worker import FitTask, take_part
-from captioner.fitting.output import FitOutput
-from captioner.fitting.state import FitState
-from captioner.fitting.team import Team
 from captioner.model.bundle import describe
-from captioner.projector_training import _train, _workers, fit_projector
-from captioner.resources import Cluster
+from captioner.training.features.caption_tokens import tokenize_examples
+from captioner.training.features.examples import gather
+from captioner.training.fit.fit_output import FitOutput
+from captioner.training.fit.fit_plan import llama_of, open_output, plan_fit
+from captioner.training.fit.fit_state import FitState
+from captioner.training.fit.fit_worker import FitTask, run_fit_worker
+from captioner.training.fit.worker_group import WorkerGroup
 from tests.labelled_scenes import write_labels
 from tests.tensorboard_events import scalars
-from tests.unit import tiny_models
+from tests.unit.model import tiny_models
 
 pytestmark = [
     pytest.mark.slow,
@@ -118,7 +121,7 @@ def test_every_step_is_a_row_and_the_loss_falls(fitted):
     assert [row["step"] for row in found if "val_loss" in row] == [4, 8, 12]
 
 
-def test_tensorboard_is_told_every_figure_of_every_row(fitted):
+def test_tensorboard_gets_every_figure_of_every_row(fitted):
     found = scalars(fitted[0] / "_run" / "tensorboard")
     assert found == {int(row["step"]): pytest.approx(row, rel=1e-6) for row in rows(fitted[0])}
 
@@ -130,7 +133,7 @@ def test_the_run_folder_shows_curves_and_images_beside_their_captions(fitted):
     shown = [scene for scene in scenes.examples("validation", NUM_IMAGES["validation"]) if scene.image_id in page]
     assert len(shown) == 6
     assert all(scene.captions[0] in page for scene in shown)
-    assert page.count("data:image") + page.count('"picture"') >= 6
+    assert page.count('"image": {') + page.count('"image":{') == 6
 
 
 def test_two_workers_and_one_give_the_same_losses(fitted, command, tmp_path):
@@ -142,7 +145,7 @@ def test_two_workers_and_one_give_the_same_losses(fitted, command, tmp_path):
     copy_start(output, alone)
     plan = plan_of(command)
     tokens = tokenize_examples(features, llama_of(plan), plan.start.template, config, alone)
-    state = take_part(FitTask(alone, features, tokens, config, "auto", "cpu", 1), "cpu", lambda _row: None)
+    state = run_fit_worker(FitTask(alone, features, tokens, config, "auto", "cpu", 1), "cpu", lambda _row: None)
     for row, expected in zip(state.history, rows(output), strict=True):
         for name in (
             "loss",
@@ -161,7 +164,7 @@ class OnceBroken(FitOutput):
 
     def read(self, name):
         broken = Path(f"{self.url}-broken")
-        if name == "checkpoint.pt" and Team.of_process_group().rank == 1 and not broken.exists():
+        if name == "checkpoint.pt" and WorkerGroup.of_torch().rank == 1 and not broken.exists():
             broken.touch()
             raise JobError("this worker alone cannot read it")
         return super().read(name)
@@ -190,7 +193,7 @@ def trained(command, features, output):
     run_folder = FitOutput(command[1]).run_folder
     plan = replace(plan_fit(config, open_output(config), run_folder), output=output)
     with joined_cluster() as cluster:
-        _train(plan, features, _workers(plan.config.resources, cluster))
+        train(plan, features, training_group(plan.config.resources, cluster))
 
 
 @pytest.mark.usefixtures("fitted", "on_ray")
@@ -200,7 +203,7 @@ def test_an_error_of_one_worker_alone_is_tried_again_and_leaves_no_trace(command
     trained(command, features_of(command), output)
     assert Path(f"{output.url}-broken").exists(), "the injector did nothing"
     assert time.monotonic() - start < 300, "the other worker waited for its exchange to time out"
-    assert FitState.result(FitOutput(output.url).read("checkpoint.pt")).step == 12
+    assert FitState.read(FitOutput(output.url).read("checkpoint.pt")).step == 12
 
 
 @pytest.mark.usefixtures("fitted", "on_ray")
@@ -213,7 +216,7 @@ def test_an_error_that_all_workers_meet_ends_the_fit_at_once(command, tmp_path):
 
 @pytest.mark.parametrize(("workers", "asked"), [("1:2", (1, 2)), ("2", 2)])
 def test_a_range_of_workers_is_one_for_ray_train_too(workers, asked):
-    found = _workers(FitResourceConfig(workers=workers), Cluster(cpus=2, gpus=0)).scaling()
+    found = training_group(FitResourceConfig(workers=workers), Cluster(cpus=2, gpus=0)).scaling()
     assert (found.num_workers, found.resources_per_worker) == (asked, {"CPU": 1.0})
     assert found.elasticity_enabled == (workers == "1:2")
 
@@ -244,7 +247,7 @@ def copy_start(output, alone):
         alone.write(f"start/{file.name}", file.read_bytes())
 
 
-def test_the_bundle_goes_straight_into_the_caption_job(fitted, command, on_ray, tmp_path):
+def test_the_caption_job_takes_the_bundle_of_a_fit(fitted, command, on_ray, tmp_path):
     images = str(Path(command[0]).parent / "*.png")
     config = CaptionJobConfig(
         input_path=images, output=str(tmp_path / "captions"), model=ModelConfig(model=str(fitted[0]))
@@ -280,23 +283,23 @@ def test_a_bundle_captions_with_no_other_llama(fitted, tmp_path, capsys):
     assert "was fitted to another LLaMA" in capsys.readouterr().err
 
 
-def test_a_bundle_of_somebody_else_is_not_written_over(fitted, command, capsys):
+def test_a_bundle_that_no_fit_wrote_is_not_overwritten(fitted, command, capsys):
     _, start = fitted[0], fitted[0] / "_run" / "start"
     assert run(FitConfig, fit_projector, [command[0], str(start), *command[2:]]) == 2
-    assert "somebody else's" in capsys.readouterr().err
+    assert "no fit has written it" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(command, tmp_path, capsys):
     assert run(FitConfig, fit_projector, [command[0], str(tmp_path / "new"), *command[2:], "--dry-run"]) == 0
     captured = capsys.readouterr()
-    assert "linear 48 -> 2 x 64" in captured.out
+    assert "linear 48 -> 2 x 64" in captured.err
     summary = json.loads(captured.out.splitlines()[-1])
     assert (summary["steps"], summary["features_missing"]) == (12, 60)
     assert not (tmp_path / "new").exists()
 
 
 def test_the_checkpoint_holds_the_end(fitted):
-    state = FitState.result((fitted[0] / "_run" / "checkpoint.pt").read_bytes())
+    state = FitState.read((fitted[0] / "_run" / "checkpoint.pt").read_bytes())
     assert state.step == 12
     assert state.best is not None
     assert state.best.step in (4, 8, 12)
@@ -304,6 +307,6 @@ def test_the_checkpoint_holds_the_end(fitted):
 
 def test_a_llava_checkpoint_has_no_parts_to_tie_together(tmp_path, capsys):
     tiny_models.save_llava(tmp_path / "llava")
-    arguments = [str(tmp_path), str(tmp_path / "out"), "--model", str(tmp_path / "llava")]
+    arguments = ["demo", str(tmp_path / "out"), "--model", str(tmp_path / "llava")]
     assert run(FitConfig, fit_projector, arguments) == 2
     assert "expected a bundle, or the two by --clip and --llama" in capsys.readouterr().err

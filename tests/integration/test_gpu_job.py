@@ -20,7 +20,7 @@ def captions_of(scenes: Path, output: Path, *flags: str) -> pd.Series:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-def test_a_job_on_a_card_writes_the_captions_that_one_on_cpus_writes(tmp_path: Path) -> None:
+def test_a_job_on_a_gpu_writes_the_captions_of_one_on_cpus(tmp_path: Path) -> None:
     assert torch.cuda.is_available()
     write_folder(tmp_path / "scenes", "test", NUM_SCENES)
     on_cpus = captions_of(tmp_path / "scenes", tmp_path / "cpu", "--gpus-per-worker", "0")

@@ -34,10 +34,11 @@ def run(job: str, *arguments: str) -> dict[str, Any]:
 def test_a_job_that_was_planned_says_what_was_predicted_for_it(tmp_path: Path) -> None:
     images, output = tmp_path / "scenes", tmp_path / "captions"
     write_folder(images, "train", 300)
-    planned = run("plan.py", str(images), str(output), "--sample", "64", "--gpu-hourly", "2.5", "--cpu-hourly", "0.04")
+    job = (str(images), str(output), "--model", "demo")
+    planned = run("plan.py", *job, "--sample", "64", "--gpu-hourly", "2.5", "--cpu-hourly", "0.04")
     assert (planned["images"], planned["sample"]) == (300, 64)
     assert planned["here"]["price_per_million"] > 0
     assert planned["here"]["hours"] > 0
-    captioned = run("caption.py", str(images), str(output))
+    captioned = run("caption.py", *job)
     assert (captioned["read"], captioned["captioned"]) == (300, 300)
     assert captioned["predicted"]["seconds"] == pytest.approx(planned["here"]["hours"] * 3600, abs=0.5)

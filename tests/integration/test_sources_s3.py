@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 import tarfile
-import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,9 +16,11 @@ import pytest
 
 from captioner.config import ImageConfig, InputConfig
 from captioner.errors import InputError
-from captioner.rows import Reject, RejectReason
-from captioner.sources import Fetcher, count_images, freeze, load_frozen, open_store, read_unit
-from captioner.sources.faults import StoreError
+from captioner.inputs import Fetcher, count_images, freeze, load_frozen, read_unit
+from captioner.schema import Reject, RejectReason
+from captioner.storage import Location, open_store
+from captioner.storage.faults import StoreError
+from tests.http_server import serving
 
 ODD_NAMES = ["a b.jpg", "ü.jpg", "50%.jpg", "%20.jpg", "#1.jpg", "q?.jpg", "{a,b}.jpg", "*.jpg", "[x].jpg", "a::b.jpg"]
 ODD_NAMES += ["'\".jpg", "~.jpg", "a+b&c=d.jpg", "/double.jpg", "v?versionId=3.jpg", "end .jpg", "back\\slash.jpg"]
@@ -30,11 +31,11 @@ def _config(s3, **options):
 
 
 def _rows(s3, path, config, run):
-    frozen = freeze(path, config, run, s3.storage_options)
+    frozen = freeze(path, config, Location(run, s3.storage_options))
     tables = [
         table
         for unit in frozen.units
-        for table in read_unit(unit, frozen.columns, config, run_folder=run, output_options=s3.storage_options)
+        for table in read_unit(unit, frozen.columns, config, run_folder=Location(run, s3.storage_options))
     ]
     return pa.concat_tables(tables).to_pylist()
 
@@ -71,7 +72,7 @@ def test_a_prefix_of_odd_names_is_listed_and_every_object_fetched(s3, run):
     assert sorted(row["uri"] for row in rows) == sorted(f"{s3.url}/in/{name}" for name in ODD_NAMES)
     outcomes = Fetcher(f"{s3.url}/in", config, ImageConfig()).fetch([row["uri"] for row in rows])
     assert [f"{s3.url}/in/{outcome.decode()}" for outcome in outcomes] == [row["uri"] for row in rows]
-    assert load_frozen(run, s3.storage_options).skipped == {"folder marker": 2, ".json": 1}
+    assert load_frozen(Location(run, s3.storage_options)).skipped == {"folder marker": 2, ".json": 1}
 
 
 @pytest.mark.parametrize("name", [name for name in ODD_NAMES if not name.startswith("/")])
@@ -116,7 +117,7 @@ def test_tars_are_read_from_the_bucket(s3, run):
     config = _config(s3)
     rows = _rows(s3, f"{s3.url}/in", config, run)
     assert [row["data"] for row in rows] == [bytes([n]) * 1000 for n in (0, 1, 2, 0, 1)]
-    frozen = load_frozen(run, s3.storage_options)
+    frozen = load_frozen(Location(run, s3.storage_options))
     assert [count_images(unit, frozen.columns, config) for unit in frozen.units] == [3, 2]
 
 
@@ -144,7 +145,7 @@ def test_the_usual_environment_variables_take_the_place_of_options(s3):
     s3.put("in/a.jpg", b"from the bucket")
     program = f"""
 from captioner.config import ImageConfig, InputConfig
-from captioner.sources import Fetcher, freeze
+from captioner.inputs import Fetcher, freeze
 frozen = freeze({s3.url!r}, InputConfig(), {s3.url + "/out/_run"!r})
 print(frozen.num_images, Fetcher({s3.url!r}, InputConfig(), ImageConfig()).fetch([{s3.url + "/in/a.jpg"!r}]))
 """
@@ -161,13 +162,13 @@ print(frozen.num_images, Fetcher({s3.url!r}, InputConfig(), ImageConfig()).fetch
         ("-no-such-bucket/x", r"cannot be listed: HTTP 404, .*bucket does not exist"),
     ],
 )
-def test_what_is_not_there_is_an_error_before_anything_is_written(s3, path, message):
+def test_a_missing_input_is_an_error_before_anything_is_written(s3, path, message):
     with pytest.raises(InputError, match=message):
-        freeze(s3.url + path, _config(s3), f"{s3.url}/out/_run", s3.storage_options)
+        freeze(s3.url + path, _config(s3), Location(f"{s3.url}/out/_run", s3.storage_options))
     assert open_store(s3.url, s3.storage_options).names(f"{s3.url}/out/_run") == []
 
 
-def test_an_upload_is_whole_or_not_there(s3):
+def test_an_upload_is_whole_or_absent(s3):
     store = open_store(s3.url, s3.storage_options)
     url = f"{s3.url}/out/a b#1.parquet"
     store.write_atomic(url, b"first")
@@ -181,7 +182,7 @@ def test_an_upload_is_whole_or_not_there(s3):
     assert store.info(url) is None
 
 
-def test_a_folder_is_seen_as_it_is_now_and_not_as_it_was(s3):
+def test_a_listing_shows_the_folder_as_it_is_now(s3):
     store = open_store(s3.url, s3.storage_options)
     s3.put("out/a", b"")
     assert store.names(f"{s3.url}/out") == ["a"]
@@ -232,17 +233,13 @@ class _Listing(BaseHTTPRequestHandler):
 @pytest.fixture
 def endless_bucket():
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Listing)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
     login = {"key": "k", "secret": "s", "client_kwargs": {"region_name": "us-east-1"}}
-    yield {"endpoint_url": f"http://127.0.0.1:{server.server_port}", **login}
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield {"endpoint_url": f"http://127.0.0.1:{server.server_port}", **login}
 
 
 def test_a_listing_five_times_as_long_takes_no_more_memory(endless_bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr("captioner.sources.listing.ROWS_PER_LISTING", 1_000)
+    monkeypatch.setattr("captioner.inputs.listing.ROWS_PER_LISTING", 1_000)
 
     def peak_bytes(num, told):
         tracemalloc.start()
@@ -262,12 +259,12 @@ def test_a_listing_five_times_as_long_takes_no_more_memory(endless_bucket, tmp_p
 def test_a_listing_stamps_objects_as_asking_for_each_does(s3):
     uris = [s3.put(f"many/{number:03}.jpg", b"x" * number) for number in range(120)]
     few = Fetcher(f"{s3.url}/many", _config(s3), ImageConfig())
-    alone = [few.stamps([uri])[0] for uri in uris[:3]]
-    *found, missing, other = few.stamps([*uris, f"{s3.url}/many/gone.jpg", s3.put("elsewhere.jpg", b"y")])
+    alone = [few.versions([uri])[0] for uri in uris[:3]]
+    *found, missing, other = few.versions([*uris, f"{s3.url}/many/gone.jpg", s3.put("elsewhere.jpg", b"y")])
     assert found[:3] == alone
     assert len(set(found)) == 120
     assert missing.reason == RejectReason.MISSING
     assert other
     s3.put("many/007.jpg", b"z" * 7)
-    again = few.stamps(uris)
-    assert [uri for uri, stamp, before in zip(uris, again, found, strict=True) if stamp != before] == [uris[7]]
+    again = few.versions(uris)
+    assert [uri for uri, version, before in zip(uris, again, found, strict=True) if version != before] == [uris[7]]

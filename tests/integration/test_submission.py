@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from captioner.captioning.telemetry import METRICS
 from captioner.config import VerifyConfig
-from captioner.telemetry import METRICS
-from captioner.verification import verify
+from captioner.tables.verification import verify
 from tests.bundles import save_tiny_bundle
 from tests.conftest import S3Server
 from tests.integration.clusters import LocalCluster, job_server
-from tests.pictures import encoded
+from tests.sample_images import encoded
 
 pytest.importorskip("aiohttp_cors", reason="the job server needs pip install -c constraints.txt '.[cluster]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
@@ -111,7 +111,7 @@ class _scraped:  # noqa: N801
 
 
 def summary_of(done: "subprocess.CompletedProcess[str]") -> dict[str, object]:
-    [line] = [line for line in done.stdout.splitlines() if line.startswith('{"read"')]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith('{"ok"')]
     found: dict[str, object] = json.loads(line)
     return found
 
@@ -123,13 +123,13 @@ def test_a_submitted_job_captions_a_bucket_and_ends_well(submissions: Submission
     assert verify(VerifyConfig(table=submissions.url, storage_options=s3_server.storage_options))["ok"]
 
 
-def test_its_log_is_lines_and_no_bar(submissions: Submissions) -> None:
+def test_the_log_of_a_submission_has_lines_and_no_bar(submissions: Submissions) -> None:
     assert "captioner workers=" in submissions.first.stdout
     assert "\r" not in submissions.first.stdout
     assert "image/s" not in submissions.first.stdout
 
 
-def test_submitted_again_it_continues(submissions: Submissions) -> None:
+def test_a_job_that_is_submitted_again_continues(submissions: Submissions) -> None:
     assert submissions.second.returncode == 0, submissions.second.stdout
     found = summary_of(submissions.second)
     assert (found["read"], found["skipped_done"]) == (0, NUM_IMAGES + 1)
@@ -140,7 +140,7 @@ def test_a_job_that_cannot_run_makes_the_submission_fail_with_its_words(submissi
     assert "error: --max-new-tokens is 0; expected at least 1" in submissions.wrong.stdout
 
 
-def test_prometheus_is_served_every_metric_that_we_name(submissions: Submissions) -> None:
+def test_prometheus_gets_every_metric_that_we_name(submissions: Submissions) -> None:
     expected = {f"ray_{name}" + ("_total" if metric.kind == "counter" else "") for name, metric in METRICS.items()}
     assert submissions.metrics == expected
 

@@ -4,12 +4,13 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.config import DecodingConfig
 from captioner.decoding import Generation, Request
-from tests.unit.decoding_models import engine_of, random_prefixes, tiny_llama
+from tests.hypothesis_profiles import max_examples
+from tests.unit.decoding.decoding_models import engine_of, random_prefixes, tiny_llama
 
 NUM_IMAGES = 12
 STRATEGIES = {
@@ -30,17 +31,30 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+LENGTHS = {
+    "one token": [1] * NUM_IMAGES,
+    "two tokens": [2] * NUM_IMAGES,
+    "short": [5, 1, 3, 2] * 3,
+    "long and short": [90, 1, 64, 65, 130, 2] * 2,
+}
+
+
 @cache
 def llama_of(kv_heads: int):
     return tiny_llama(num_key_value_heads=kv_heads)
 
 
+def images_of(kv_heads: int, lengths: str) -> list[torch.Tensor]:
+    longest = random_prefixes(llama_of(kv_heads), NUM_IMAGES, max(LENGTHS[lengths]))
+    return [image[:length] for image, length in zip(longest, LENGTHS[lengths], strict=True)]
+
+
 @cache
-def alone(kv_heads: int, strategy: str, prefix_len: int) -> dict[int, Generation]:
+def alone(kv_heads: int, strategy: str, lengths: str) -> dict[int, Generation]:
     llama = llama_of(kv_heads)
     decoding = DecodingConfig(max_new_tokens=18, **STRATEGIES[strategy])
-    images = random_prefixes(llama, NUM_IMAGES, prefix_len)
-    engine = engine_of(llama, decoding, prefix_len=prefix_len, slots=3)
+    images = images_of(kv_heads, lengths)
+    engine = engine_of(llama, decoding, max_prefix_len=max(LENGTHS[lengths]), slots=3)
     requests = [Request(i, image, seed=i, max_new_tokens=limit_of(i)) for i, image in enumerate(images)]
     return {request.id: next(engine.generate([request])) for request in requests}
 
@@ -49,21 +63,21 @@ def limit_of(image: int) -> int:
     return 18 if image % 3 else 4 + image
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@max_examples(25)
 @given(
     kv_heads=st.sampled_from([2, 8]),
     strategy=st.sampled_from(sorted(STRATEGIES)),
-    prefix_len=st.sampled_from([1, 2, 5]),
+    lengths=st.sampled_from(sorted(LENGTHS)),
     slots=st.integers(3, 40),
     order=st.lists(st.integers(0, NUM_IMAGES - 1), min_size=1, max_size=40),
     pauses=st.lists(st.integers(0, 3), min_size=40, max_size=40),
 )
-def test_an_image_gets_the_caption_it_gets_alone(kv_heads, strategy, prefix_len, slots, order, pauses):
-    expected = alone(kv_heads, strategy, prefix_len)
+def test_an_image_gets_the_caption_it_gets_alone(kv_heads, strategy, lengths, slots, order, pauses):
+    expected = alone(kv_heads, strategy, lengths)
     llama = llama_of(kv_heads)
     decoding = DecodingConfig(max_new_tokens=18, **STRATEGIES[strategy])
-    engine = engine_of(llama, decoding, prefix_len=prefix_len, slots=slots)
-    images = random_prefixes(llama, NUM_IMAGES, prefix_len)
+    engine = engine_of(llama, decoding, max_prefix_len=max(LENGTHS[lengths]), slots=slots)
+    images = images_of(kv_heads, lengths)
     found = []
     for place, image in enumerate(order):
         while not engine.num_free:

@@ -10,18 +10,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data  # noqa: F401 - brings Ray's own column types, as every process of a job has them
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.config import InputConfig
 from captioner.errors import CaptionerError
-from captioner.sources import Columns, Limits, Unit, freeze, open_store, read_unit
+from captioner.inputs import Columns, Limits, Unit, freeze, read_unit
+from captioner.storage import open_store
+from tests.hypothesis_profiles import max_examples
 
-QUICK = settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 COLUMNS = Columns(kept=(pa.field("txt", pa.string()), pa.field("n", pa.string())), kept_from=("txt", "n"))
 ODD = [b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"9" * 12, b"\x80" + b"\xff" * 11, b"-1", b'"', b"\n", b"\\ud800"]
 
@@ -95,7 +92,7 @@ def with_sums(data: bytes) -> bytes:
     return bytes(fixed)
 
 
-@QUICK
+@max_examples(150)
 @given(damaged(TARS), st.sampled_from([bytes, gzip.compress]))
 def test_a_tar_with_any_header_never_raises(data: bytes, pack: Callable[[bytes], bytes]) -> None:
     folder = f"memory://{uuid.uuid4().hex}"
@@ -110,7 +107,7 @@ def test_a_tar_with_any_header_never_raises(data: bytes, pack: Callable[[bytes],
     assert all((row["data"] is None) == (row["reason"] is not None) for row in rows)
 
 
-@QUICK
+@max_examples(150)
 @given(damaged(TABLES), st.booleans())
 def test_a_damaged_table_is_refused_or_gives_each_row_once(tmp_path: Path, data: bytes, keeps: bool) -> None:
     path = tmp_path / "t.parquet"
@@ -125,7 +122,7 @@ def test_a_damaged_table_is_refused_or_gives_each_row_once(tmp_path: Path, data:
     assert sorted(row["key"] for row in rows) == list(range(frozen.num_images or 0))
 
 
-@QUICK
+@max_examples(150)
 @given(damaged(LISTS), st.sampled_from(["txt", "csv", "tsv"]))
 def test_a_damaged_list_is_refused_or_gives_each_row_once(tmp_path: Path, data: bytes, ending: str) -> None:
     path = tmp_path / f"list.{ending}"

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
 from captioner.config import ImageConfig
 from captioner.images import Decoded, Preprocessing, decode
-from captioner.rows import Reject
+from captioner.schema import Reject
+from tests.hypothesis_profiles import max_examples
 
 CLIP = Preprocessing(size=32, shortest_edge=32)
 CONFIG = ImageConfig(max_image_pixels=200_000)
@@ -22,20 +23,17 @@ KINDS = {
     "TIFF": {"compression": "tiff_lzw"},
 }
 MODES = {"SPIDER": "F", "XBM": "1", "MSP": "1"}
-MANY = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
 
 
 @cache
 def file(kind: str, mode: str) -> bytes:
     """A small real file with EXIF, a text chunk or a second frame where its format has them."""
     noise = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-    picture, exif, buffer = Image.fromarray(noise).convert(mode), Image.Exif(), io.BytesIO()
+    image, exif, buffer = Image.fromarray(noise).convert(mode), Image.Exif(), io.BytesIO()
     exif[0x0112], exif[0x010E] = 6, "a description"
-    frames = {"save_all": True, "append_images": [picture]} if kind in ("GIF", "PNG", "WEBP") else {}
+    frames = {"save_all": True, "append_images": [image]} if kind in ("GIF", "PNG", "WEBP") else {}
     marked = {"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF") else {}
-    picture.save(buffer, kind, **KINDS[kind], **frames, **marked)
+    image.save(buffer, kind, **KINDS[kind], **frames, **marked)
     return buffer.getvalue()
 
 
@@ -80,13 +78,13 @@ def assert_pixels_or_reason(data: bytes) -> None:
         outcome.detail.encode()
 
 
-@MANY
+@max_examples(150)
 @given(damaged())
 def test_a_damaged_file_of_any_format_gives_pixels_or_a_reason(data: bytes) -> None:
     assert_pixels_or_reason(data)
 
 
-@MANY
+@max_examples(150)
 @given(st.binary(max_size=300) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
 @example(b"P6\n-1 5\n255\n")
 @example(b"\0" * 64)
@@ -94,15 +92,15 @@ def test_random_bytes_give_pixels_or_a_reason(data: bytes) -> None:
     assert_pixels_or_reason(data)
 
 
-@MANY
+@max_examples(150)
 @given(files(), st.binary(max_size=200))
-def test_a_known_start_with_a_random_rest_gives_pixels_or_a_reason(data: bytes, rest: bytes) -> None:
+def test_a_known_header_followed_by_random_bytes_gives_pixels_or_a_reason(data: bytes, rest: bytes) -> None:
     assert_pixels_or_reason(data[:16] + rest)
 
 
-@settings(max_examples=60, deadline=None)
+@max_examples(60)
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from(["L", "RGB", "RGBA", "1", "I;16"]))
-def test_a_picture_of_any_size_and_mode_gives_pixels(width: int, height: int, mode: str) -> None:
+def test_an_image_of_any_size_and_mode_gives_pixels(width: int, height: int, mode: str) -> None:
     outcome = decode(png(width, height, mode), CLIP, CONFIG)
     assert isinstance(outcome, Decoded)
     assert (outcome.width, outcome.height) == (width, height)

@@ -1,13 +1,14 @@
 """Flags, config files, exit codes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from captioner.command_line import parse, run
-from captioner.config import CaptionJobConfig
+from captioner.config import CaptionJobConfig, EvaluateConfig
 from captioner.errors import ConfigError, InputError, JobError
 
 
@@ -29,7 +30,7 @@ def test_flags_of_every_group_stand_at_the_top_level() -> None:
 
 def test_lists_are_written_with_commas_and_mappings_as_json() -> None:
     config = caption_config("in", "out", "--keep-columns", "a,b=c", "--storage-options", '{"anon": true}')
-    assert config.input.kept == {"a": "a", "c": "b"}
+    assert config.input.kept_columns == {"a": "a", "c": "b"}
     assert config.input.storage_options == {"anon": True}
 
 
@@ -46,6 +47,95 @@ def test_a_config_file_sets_what_flags_do_not(tmp_path: Path) -> None:
     assert (config.input_path, config.output, config.input.limit) == ("in", "out", 7)
     assert config.input.keep_columns == ("a", "b")
     assert config.decoding.do_sample
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("workers: 1:8", "resources.workers", "1:8"),
+        ("workers: 8", "resources.workers", "8"),
+        ("seed: 010", "decoding.seed", 10),
+        ("keep_columns: [no, yes]", "input.keep_columns", ("no", "yes")),
+        ("keep_columns: no, yes", "input.keep_columns", ("no", "yes")),
+        ("keep_columns: 2026-01-01", "input.keep_columns", ("2026-01-01",)),
+        ("stop: ['a, b']", "decoding.stop", ("a, b",)),
+        ("stop: ['[\"x\"]']", "decoding.stop", ('["x"]',)),
+        ("stop: []", "decoding.stop", ()),
+        ("do_sample: yes", "decoding.do_sample", True),
+        ("do-sample: false", "decoding.do_sample", False),
+        ("limit: null", "input.limit", None),
+        ("limit:", "input.limit", None),
+        ("image_column: 'null'", "input.image_column", "null"),
+        ("image_column: -x", "input.image_column", "-x"),
+        ("length_penalty: .5", "decoding.length_penalty", 0.5),
+        ("storage_options: {anon: true, port: 9000, key: 010, x: 'no', y: [1, null]}", "input.storage_options",
+         {"anon": True, "port": 9000, "key": "010", "x": "no", "y": [1, None]}),
+        ("storage_options: '{\"anon\": true}'", "input.storage_options", {"anon": True}),
+        ("", "input.limit", None),
+    ],
+)  # fmt: skip
+def test_a_file_means_what_the_flags_mean(tmp_path: Path, text: str, name: str, value: object) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    config: Any = caption_config("in", "out", "--config", str(tmp_path / "job.yaml"))
+    for part in name.split("."):
+        config = getattr(config, part)
+    assert (config, type(config)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "paths"),
+    [
+        ("input_path: in", ["out"], ("in", "out")),
+        ("output: out", ["in"], ("in", "out")),
+        ("output: out", [], ("demo", "out")),
+        ("input_path: in\noutput: out", [], ("in", "out")),
+        ("input_path: in\noutput: out", ["other"], ("other", "out")),
+        ("input_path: in", ["other", "out"], ("other", "out")),
+        ("limit: 3", ["--num-beams", "4", "in", "--do-sample", "--num-beams=1", "out"], ("in", "out")),
+    ],
+)
+def test_words_without_a_flag_are_those_that_the_file_leaves_open(
+    tmp_path: Path, text: str, arguments: list[str], paths: tuple[str, str]
+) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    config = caption_config("--config", str(tmp_path / "job.yaml"), *arguments)
+    assert (config.input_path, config.output) == paths
+
+
+def test_a_file_and_flags_are_checked_together(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("num_captions: 4\ndo_sample: false\n")
+    config = caption_config("in", "out", "--config", str(tmp_path / "job.yaml"), "--do-sample")
+    assert (config.decoding.num_captions, config.decoding.do_sample) == (4, True)
+
+
+def test_gates_of_a_file_and_of_flags_all_hold(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("min: [cider=0.5, bleu_4=0.1]\n")
+    config = parse(EvaluateConfig, ["a.csv", "b.csv", "--config", str(tmp_path / "job.yaml"), "--min", "rouge_l=0.2"])
+    assert config.min == ["cider=0.5", "bleu_4=0.1", "rouge_l=0.2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("limit: [1]", "line 1: limit holds a list; expected one value"),
+        ("x: 1", "unknown setting x; expected one of"),
+        ("limit: 1\nlimit: 2", "line 2: limit is set twice; expected once"),
+        ("do_sample: maybe", "line 1: do_sample is maybe; expected true or false"),
+        ("storage_options: {anon: no}", "storage_options.anon is no; expected true or false, or quotes around a text"),
+        ("storage_options: [1]", "storage_options holds a list; expected a mapping"),
+        ("- 1", "holds a list; expected `name: value` lines"),
+        ("[" * 5000, "job.yaml is nested too deep"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused_by_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        caption_config("in", "out", "--config", str(tmp_path / "job.yaml"))
+
+
+def test_a_text_with_a_comma_is_written_as_a_json_list() -> None:
+    assert caption_config("in", "out", "--stop", '["a, b", "c"]').decoding.stop == ("a, b", "c")
+    assert caption_config("in", "out", "--stop", '["a').decoding.stop == ('["a',)
 
 
 def test_a_broken_config_file_is_not_quoted_for_it_may_hold_a_secret(tmp_path: Path) -> None:
@@ -79,6 +169,10 @@ def test_an_unknown_setting_in_a_file_is_named_with_the_nearest_known_one(tmp_pa
         (["in", "out", "--gpus-per-worker", "1.5"], "--gpus-per-worker is 1.5; expected a share of one GPU, or a whol"),
         (["in", "out", "--decode-timeout-s", "inf"], "--decode-timeout-s is inf; expected more than 0, at most 86400"),
         (["in", "out", "--top-p", "1.5"], "--top-p is 1.5; expected above 0, at most 1"),
+        (["in", "out", "--temperature", "0.7"], "--temperature is 0.7; expected --do-sample with it"),
+        (["in", "out", "--top-p", "0.9"], "--top-p is 0.9; expected --do-sample with it"),
+        (["in", "out", "--top-k", "5"], "--top-k is 5; expected --do-sample with it"),
+        (["in", "out", "--min-p", "0.1", "--num-beams", "2"], "--min-p is 0.1; expected --do-sample with it"),
         (["in", "out", "--num-captions", "3"], "--num-captions is 3; expected 1, or --do-sample, or --num-beams >= it"),
         (["in", "out", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
     ],

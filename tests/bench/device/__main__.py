@@ -31,27 +31,29 @@ import transformers
 
 from tests.bench.device.parts import TARGETS, Figures, parts
 from tests.bench.device.rig import Rig
+from tests.bench.report import at_least, at_most
 
 
 def measure(rig: Rig, only: str = "", out: Path | None = None, seconds: float = math.inf) -> dict[str, Any]:
     """Return the report of every part whose name begins with one of `only`, printing each as it is known."""
-    report = {"benchmark": "device", **machine(rig), "parts": {}}
+    report = {"benchmark": "device", **machine(rig), "parts": {}, "targets": {}}
     start = time.monotonic()
     for name, part in parts(rig).items():
         if name.startswith(tuple(only.split(","))):
             is_late = time.monotonic() - start > seconds
-            report["parts"][name] = found = {"left_out": True} if is_late else _timed(name, part)
+            report["parts"][name] = found = {"left_out": True} if is_late else _timed(part)
+            report["targets"] |= _targets(name, found)
             print(f"{name:28}", "  ".join(f"{key} {_short(value)}" for key, value in found.items()), flush=True)
             if out:
                 out.write_text(json.dumps(report) + "\n")
     return report
 
 
-def _timed(name: str, part: Callable[[], Figures]) -> Figures:
+def _timed(part: Callable[[], Figures]) -> Figures:
     """Return what a part found, or its error, and the seconds that it took."""
     start = time.monotonic()
     try:
-        found = _judged(name, part())
+        found = part()
     except Exception as error:  # what it is does not matter: the other parts' figures do
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -76,11 +78,13 @@ def machine(rig: Rig) -> dict[str, Any]:
     }
 
 
-def _judged(name: str, figures: Figures) -> Figures:
-    """Add to a part's figures the target of each that has one, and whether it was met."""
-    targets = {key: target for (part, key), target in TARGETS.items() if part == name}
-    met = {key: figures[key] >= target if target > 0 else figures[key] <= -target for key, target in targets.items()}
-    return figures | ({"targets": {key: abs(target) for key, target in targets.items()}, "met": met} if met else {})
+def _targets(name: str, figures: Figures) -> dict[str, Any]:
+    """Return the targets of a part's figures, each by the names of part and figure."""
+    return {
+        f"{part}.{key}": at_least(figures[key], target) if target > 0 else at_most(figures[key], -target)
+        for (part, key), target in TARGETS.items()
+        if part == name and key in figures
+    }
 
 
 def _short(value: Any) -> str:
@@ -95,7 +99,7 @@ def main() -> None:
     parser.add_argument("--price", type=float, default=2.5, help="dollars an hour that the card costs")
     parser.add_argument("--only", default="", help="parts whose name begins with one of these, with commas between")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no part after so long")
-    parser.add_argument("--out", type=Path, help="file to keep the report in, written anew after each part")
+    parser.add_argument("--out", type=Path, help="file to keep the report in, written again after each part")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     rig = Rig(torch.device(args.device), is_tiny=args.tiny, rounds=args.rounds, price=args.price)

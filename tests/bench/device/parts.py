@@ -15,18 +15,18 @@ from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, DynamicCache, LlamaForCausalLM
 
+from captioner.captioning.captioner import Captioner
+from captioner.captioning.resources import GPU_CALLS
 from captioner.config import DecodingConfig
 from captioner.decoding import Engine, Request
 from captioner.model.bundle import load, save_bundle
-from captioner.model.image_encoder import ImageEncoder
-from captioner.model.recording import recorder_for
+from captioner.model.cuda_graphs import recorder_for
+from captioner.model.image_encoder import ENCODE_ROWS, ImageEncoder
 from captioner.model.template import Template
-from captioner.resources import GPU_CALLS
-from captioner.worker import ENCODE_ROWS, Captioner
-from tests.bench.decoding import caption_lengths
-from tests.bench.device.rig import LONG, SHORT, Case, Rig, Workload
-from tests.unit.decoding_models import assert_same_or_tied, token_ids
-from tests.unit.tiny_models import preprocessor_config, write_json
+from tests.bench.decoding import LONG, SHORT, caption_lengths
+from tests.bench.device.rig import Case, Rig, Workload
+from tests.unit.decoding.decoding_models import assert_same_or_tied, token_ids
+from tests.unit.model.tiny_models import preprocessor_config, write_json
 
 Figures = dict[str, Any]
 
@@ -38,7 +38,7 @@ TARGETS: dict[tuple[str, str], float] = {
     ("pixels_mean14_256_prompt9", "images_per_s"): 950.0,
     ("profile", "busy_share"): 0.9,
 }
-"""What is wanted on one H100, by part and figure: at least, or, where negative, at most."""
+"""Targets on one H100, by part and figure: at least this, or, where negative, at most."""
 
 CASES = (
     *(Case(name=f"greedy_mean14_{slots}", slots=slots, is_compiled=True, options={}) for slots in (128, 256, 64)),
@@ -176,7 +176,7 @@ def logits(rig: Rig) -> Figures:
     engine.admit([Request(i, image[None]) for i, image in enumerate(images)])
     for _ in range(12):
         engine.step()
-    written = torch.from_numpy(engine._strategy._chains._token_ids[:16, :12]).to(rig.device)
+    written = torch.from_numpy(engine._strategy._sequences._token_ids[:16, :12]).to(rig.device)
     engine.step()
     ours = engine._model.newest_logits(torch.arange(16, device=rig.device))
     prefixes = torch.stack([torch.cat([shared, image[None]]) for image in images])
@@ -285,13 +285,13 @@ def _encoder(rig: Rig) -> ImageEncoder:
 
 def _engine(llama: LlamaForCausalLM, shared: torch.Tensor, *, max_new_tokens: int = 16, **settings: Any) -> Engine:
     decoding = DecodingConfig(max_new_tokens=max_new_tokens)
-    return Engine(llama, decoding=decoding, eos_token_ids=(), shared_prefix=shared, prefix_len=1, **settings)
+    return Engine(llama, decodings=[decoding], eos_token_ids=(), shared_prefix=shared, max_prefix_len=1, **settings)
 
 
 def end_after(captioner: Captioner, lengths: dict[int, int]) -> None:
     """Give each image's request its own limit: random weights would never end a caption."""
-    submit = captioner._engine.submit
-    captioner._engine.submit = lambda requests: submit(
+    submit = captioner.engine.submit
+    captioner.engine.submit = lambda requests: submit(
         [replace(request, max_new_tokens=lengths[int(request.id)]) for request in requests]
     )
 
@@ -299,7 +299,7 @@ def end_after(captioner: Captioner, lengths: dict[int, int]) -> None:
 def _counted_steps(captioner: Captioner) -> list[None]:
     """Return a list that grows by one with each step of the captioner's engine."""
     steps: list[None] = []
-    engine = captioner._engine._engine
+    engine = captioner.engine._engine
     begin_step = engine.begin_step
     engine.begin_step = lambda: steps.append(None) or begin_step()
     return steps

@@ -14,16 +14,19 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from captioner.config import DecodingConfig
 from captioner.decoding import Engine, Request
 from captioner.model.caption_model import CaptionModel
+from captioner.model.cuda_graphs import recorder_for
 from captioner.model.module import allocate, freeze
 from captioner.model.projector import ProjectorConfig, build_projector
+from captioner.model.prompt_writer import PromptWriter
 from captioner.model.quick_gelu import fuse_quick_gelu
-from captioner.model.recording import recorder_for
 from captioner.model.template import DEFAULT_TEMPLATE, Template
-from tests.bench.decoding import EndAt, caption_lengths
-from tests.unit.tiny_models import llama3_tokenizer, preprocessor_config
+from captioner.model.towers.clip import CLIP
+from captioner.model.turns import FittedTurns
+from captioner.model.vision import VisionEncoder
+from tests.bench.decoding import SHORT, EndAt, caption_lengths
+from tests.bench.report import take_turns
+from tests.unit.model.tiny_models import llama3_tokenizer, preprocessor_config
 
-SHORT, LONG = (14, 56), (60, 240)
-"""Mean and greatest number of tokens of a caption."""
 LLAMA_3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -65,19 +68,23 @@ class Rig:
         )
         tokenizer, side = self.tokenizer(), self.clip_settings["image_size"]
         return CaptionModel(
-            vision_tower=fuse_quick_gelu(
-                self.random(CLIPVisionModel, CLIPVisionConfig(**self.clip_settings), self.dtype)
+            vision=VisionEncoder(
+                tower=fuse_quick_gelu(self.random(CLIPVisionModel, CLIPVisionConfig(**self.clip_settings), self.dtype)),
+                family=CLIP,
+                width=self.clip_settings["hidden_size"],
+                image_size=side,
+                pixel_scale=torch.full((3, 1, 1), 1 / 127.5, device=self.device),
+                pixel_shift=torch.full((3, 1, 1), -1.0, device=self.device),
             ),
             projector=freeze(build_projector(config).to(self.device, self.dtype)),
             projector_config=config,
             llama=llama,
             tokenizer=tokenizer,
             template=Template.parse(DEFAULT_TEMPLATE, tokenizer),
+            prompt_writer=PromptWriter(FittedTurns(DEFAULT_TEMPLATE), tokenizer),
             eos_token_ids=(),
-            image_size=side,
+            context_length=llama.config.max_position_embeddings,
             preprocessing=preprocessor_config(side),
-            pixel_scale=torch.full((3, 1, 1), 1 / 127.5, device=self.device),
-            pixel_shift=torch.full((3, 1, 1), -1.0, device=self.device),
             fingerprint="random",
         )
 
@@ -108,21 +115,17 @@ class Rig:
         return torch.randint(0, 256, (number, 3, side, side), dtype=torch.uint8)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        self._wait()
-        start = time.perf_counter()
+        start = self.clock()
         work()
-        self._wait()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def median_seconds(self, work: Callable[[], object], times: int) -> float:
         return statistics.median(self.seconds(work) for _ in range(times))
 
     def in_turn(self, ways: dict[str, Callable[[], object]]) -> list[dict[str, float]]:
-        """Seconds of each way in each round, after one round to warm up; every other round in reversed order."""
-        for way in ways.values():
-            way()
-        orders = [list(ways)[:: -1 if number % 2 else 1] for number in range(self.rounds)]
-        return [{name: self.seconds(ways[name]) for name in order} for order in orders]
+        """Seconds of each way in each round, after one round to warm up."""
+        seconds = take_turns(ways, self.rounds, clock=self.clock)
+        return [dict(zip(ways, times, strict=True)) for times in zip(*seconds.values(), strict=True)]
 
     @cached_property
     def bandwidth(self) -> float:
@@ -131,9 +134,11 @@ class Rig:
         target = torch.empty_like(source)
         return 2 * len(source) / min(self.seconds(lambda: target.copy_(source)) for _ in range(9))
 
-    def _wait(self) -> None:
+    def clock(self) -> float:
+        """Seconds, read once the device has done all that it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +172,10 @@ class Workload:
         """Images that `generate` captions, the first ones."""
         self.engine = Engine(
             self.llama,
-            decoding=self.decoding,
+            decodings=[self.decoding],
             eos_token_ids=(),
             shared_prefix=self.shared,
-            prefix_len=1,
+            max_prefix_len=1,
             slots=self.slots,
             recorder=recorder_for(rig.device) if is_recorded else None,
         )
@@ -183,7 +188,7 @@ class Workload:
         return sum(1 for _ in self.engine.generate(self.requests()))
 
     def fill(self, num_tokens: int) -> None:
-        """Seat as many images as there are slots, each for so many tokens, and take them to mid caption."""
+        """Admit an image to every slot, each for so many tokens, and decode until mid caption."""
         self.engine.admit(
             [Request(i, one, max_new_tokens=num_tokens) for i, one in enumerate(self.images[: self.batch])]
         )

@@ -1,0 +1,127 @@
+"""The workers of a fit, one process a GPU, as Ray Train starts them, loses them and starts them again.
+
+What each of them computes is in `training.fit`; what they tell the driver in `fit_reports`.
+"""
+
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from captioner.captioning.resources import Cluster
+from captioner.cluster.ray_private import without_cleaner
+from captioner.cluster.supervision import report_to
+from captioner.cluster.worker_errors import WorkerError, reporting_errors
+from captioner.config import FitResourceConfig, worker_range
+from captioner.errors import CaptionerError, ResourceError
+from captioner.training.fit.fit_state import Row
+from captioner.training.fit.fit_worker import FitTask, run_fit_worker
+
+__all__ = ["TRAIN", "TrainingGroup", "training_group"]
+
+log = logging.getLogger("captioner")
+
+TRAIN: Any = ray.train
+"""Ray Train: version 1 for a type checker, version 2 at run time."""
+
+_POLL_S = 0.5
+_AGREE_S = 5.0  # within which all workers meet an error that all of them meet
+
+
+@dataclass(frozen=True)
+class TrainingGroup:
+    """How many workers there are, and what each of them reserves."""
+
+    fewest: int
+    most: int
+    cpus: float
+    gpus: float
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of torch in each worker."""
+        return max(1, int(self.cpus))
+
+    def scaling(self) -> Any:
+        """Return Ray Train's own form of this."""
+        return TRAIN.ScalingConfig(
+            num_workers=self.fewest if self.fewest == self.most else (self.fewest, self.most),
+            use_gpu=self.gpus > 0,
+            resources_per_worker={"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})},
+        )
+
+    def trainer(self, task: FitTask, reports: Any, max_failures: int, scratch: str) -> TorchTrainer:
+        """Return what runs the task to its end. scratch: a folder for Ray's own notes, which are not needed later."""
+        shares_card = 0 < self.gpus < 1  # NCCL cannot have two workers on one card
+        trainer: TorchTrainer = without_cleaner(TorchTrainer)(
+            fit_worker,
+            train_loop_config={"task": task, "reports": reports},
+            torch_config=TorchConfig(backend="gloo") if shares_card else None,
+            scaling_config=self.scaling(),
+            run_config=TRAIN.RunConfig(
+                name="fit",
+                storage_path=scratch,
+                failure_config=TRAIN.FailureConfig(max_failures=max_failures),
+                logging_config=TRAIN.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        return trainer
+
+
+def training_group(config: FitResourceConfig, cluster: Cluster) -> TrainingGroup:
+    """Return the workers of a fit on a cluster. Raises ResourceError for more than there is."""
+    gpus = config.gpus_per_worker
+    gpus = (1.0 if cluster.gpus else 0.0) if gpus is None else gpus
+    every = max(1, int(cluster.gpus / gpus)) if gpus else 1
+    fewest, most = worker_range(config.workers, "--workers") or (every, every)
+    cpus = min(1.0, cluster.cpus / most) if gpus else max(1.0, cluster.cpus // most)
+    short = [f"{fewest * gpus:g} GPUs; there are {cluster.gpus:g}"] if fewest * gpus > cluster.gpus else []
+    short += [f"{fewest * cpus:g} CPUs; there are {cluster.cpus:g}"] if fewest * cpus > cluster.cpus else []
+    if short and not cluster.can_grow:
+        raise ResourceError(f"--workers {config.workers} needs {short[0]}. Lower --workers or --gpus-per-worker")
+    log.info("fit workers=%d:%d worker_gpus=%g worker_cpus=%g", fewest, most, gpus, cpus)
+    return TrainingGroup(fewest, most, cpus, gpus)
+
+
+def fit_worker(config: dict[str, Any]) -> None:
+    """Take one worker's part in the fit.
+
+    An error of ours that every worker meets would come again, so it ends the fit; after any other Ray Train restarts
+    the group.
+    """
+    reports = config["reports"]
+
+    def on_row(row: Row) -> None:
+        reports.add_row.remote(row)
+
+    worker = f"rank {TRAIN.get_context().get_world_rank()}"
+    reports.add_start.remote(worker, _description())
+    with reporting_errors(report_to(reports, worker)):
+        try:
+            run_fit_worker(config["task"], str(get_device()), on_row)
+        except CaptionerError as error:
+            if not _is_shared(WorkerError.of(error), reports):
+                raise
+
+
+def _description() -> str:
+    """Return which worker this is and where: each start is a line of the log, and a lost worker is found by its pid."""
+    context = TRAIN.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    return f"fit worker={rank} of={size} pid={os.getpid()} node={socket.gethostname()}"
+
+
+def _is_shared(error: WorkerError, reports: Any) -> bool:
+    """Return whether all workers have met the same error; those that have not wait for this one in an exchange."""
+    context = TRAIN.get_context()
+    ray.get(reports.note_shared_error.remote(error, context.get_world_rank(), context.get_world_size()))
+    give_up = time.monotonic() + _AGREE_S
+    while not ray.get(reports.shared_error.remote()) and time.monotonic() < give_up:
+        time.sleep(_POLL_S)
+    return bool(ray.get(reports.shared_error.remote()))

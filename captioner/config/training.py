@@ -1,0 +1,100 @@
+"""Flags for the training of a projector."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from captioner.config.checks import check, flag_name
+
+__all__ = ["TrainingConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the projector is trained. An example is one caption with its image; a step is one update of the weights."""
+
+    projector: Literal["linear", "mlp"] = "linear"
+    """What turns CLIP's pooled state into --image-tokens embeddings: one linear map, or two with a GELU between."""
+
+    image_tokens: int = 1
+    """Embeddings that LLaMA reads for one image."""
+
+    epochs: int = 1
+    """Passes over the examples."""
+
+    captions_per_epoch: Literal["all", "one"] = "all"
+    """What an epoch shows of an image that has several captions: all of them, or one, drawn for each epoch."""
+
+    max_steps: int | None = None
+    """Steps to take, whatever --epochs says."""
+
+    batch_size: int = 256
+    """Examples of one step, over all workers and micro-batches: the weights do not depend on their number."""
+
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in which each worker computes its share of a step; more take less memory."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW, reached after the warm-up; a cosine then lowers it to 0."""
+
+    warmup_steps: int | None = None
+    """Warm-up steps, in which the learning rate rises. By default 3 % of all steps."""
+
+    weight_decay: float = 0.0
+    """Weight decay of AdamW, on matrices."""
+
+    max_grad_norm: float = 1.0
+    """Clip the gradient norm to this."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the order of the examples."""
+
+    max_caption_tokens: int = 64
+    """Longest caption, in tokens, for training and for validation; longer labels are truncated."""
+
+    gradient_checkpointing: bool = False
+    """Recompute LLaMA's activations in the backward pass instead of keeping them: slower, far less memory."""
+
+    log_every: int = 10
+    """Steps between two lines of progress and of metrics.jsonl."""
+
+    eval_every: int | None = None
+    """Steps between two evaluations.
+    By default a twentieth of the fit, but at least 250 and at most an epoch."""
+
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints; one is also saved every three minutes.
+    By default a twentieth of the fit, but at least 250 and at most an epoch."""
+
+    num_measured_images: int = 1000
+    """Random validation images whose captions give the loss at each evaluation."""
+
+    num_scored_images: int = 200
+    """How many of these are captioned and scored with BLEU and CIDEr-D at each evaluation; 0 for none."""
+
+    keep_best_by: Literal["val_loss", "cider"] = "val_loss"
+    """Which weights are saved: those with the lowest loss, or the highest CIDEr-D, on the validation split."""
+
+    early_stop: int = 0
+    """End the fit after this many evaluations without a better one; 0 for never."""
+
+    def __post_init__(self) -> None:
+        counts = ("image_tokens", "epochs", "batch_size", "gradient_accumulation_steps", "max_caption_tokens")
+        for name in (*counts, "num_measured_images"):
+            check(getattr(self, name) >= 1, flag_name(name), getattr(self, name), "at least 1")
+        for name in ("max_steps", "log_every", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, flag_name(name), value, "at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            check(0 < value < math.inf, flag_name(name), value, "more than 0")
+        for name in ("warmup_steps", "weight_decay", "num_scored_images", "early_stop", "seed"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value < math.inf, flag_name(name), value, "0 or more")
+        fewest = self.gradient_accumulation_steps
+        check(self.batch_size >= fewest, "--batch-size", self.batch_size, f"at least its {fewest} parts")
+        most = self.num_measured_images
+        is_known = self.num_scored_images <= most
+        check(is_known, "--num-scored-images", self.num_scored_images, f"at most --num-measured-images ({most})")
+        is_scored = self.keep_best_by == "val_loss" or self.num_scored_images > 0
+        check(is_scored, "--num-scored-images", self.num_scored_images, "more than 0 with --keep-best-by cider")

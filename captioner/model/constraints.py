@@ -1,0 +1,87 @@
+"""Constraints on what a caption may be: a choice of texts, a regular expression, a JSON schema.
+
+llguidance works out from the tokenizer which tokens may come next. Knows tokenizers and token ids; not how tokens are
+chosen.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from captioner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Constraint"]
+
+_KEPT_STATES = 256
+
+
+class Constraint:
+    """The texts that a caption may be, for one tokenizer. Call `allowed_tokens` as the engine does, from one thread."""
+
+    def __init__(self, spec: Mapping[str, Any], tokenizer_json: str, eos_token_ids: Sequence[int], where: str) -> None:
+        """Compile a constraint.
+
+        spec: `{"choice": [...]}`, `{"regex": "..."}` or `{"json_schema": {...}}`. tokenizer_json: as in tokenizer.json.
+        Raises ConfigError, naming `where`, for a grammar that llguidance does not take."""
+        from llguidance import LLMatcher, LLTokenizer  # here, not above: a job without constraints needs none of it
+
+        self._tokenizer = LLTokenizer(tokenizer_json, eos_token=list(eos_token_ids))
+        grammar = _grammar(spec)
+        problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
+        if problem:
+            raise ConfigError(f"{where}: {_first_line(problem)}; expected one that llguidance takes")
+        self._matcher: Any = LLMatcher(self._tokenizer, grammar)
+        self._states: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+
+    def allowed_tokens(self, token_ids: Sequence[int]) -> "Tensor":
+        """Return bool[V], true for each token that may follow these, V the tokenizer's words; the end tokens once the
+        text is whole."""
+        import torch
+
+        state = self._state(tuple(token_ids))
+        return torch.frombuffer(bytearray(state.compute_logit_bias()), dtype=torch.uint8) != 0
+
+    def _state(self, token_ids: tuple[int, ...]) -> Any:
+        """Return the matcher behind these tokens: most often that of all but the last one, a token further."""
+        known = self._states.get(token_ids)
+        if known is None:
+            before = self._states.get(token_ids[:-1]) if token_ids else None
+            known = (before or self._matcher).deep_copy()  # others may go on from it
+            rest = token_ids if before is None else token_ids[-1:]
+            known.consume_tokens(list(rest))
+            self._states[token_ids] = known
+            if len(self._states) > _KEPT_STATES:
+                self._states.popitem(last=False)
+        return known
+
+
+def _grammar(spec: Mapping[str, Any]) -> str:
+    """Return a grammar in llguidance's Lark; a space may stand before the text, as many tokenizers write it."""
+    [(kind, value)] = spec.items()
+    if kind == "choice":
+        body = " | ".join(map(json.dumps, value))
+    elif kind == "regex":
+        body = f"/{_escaped(value)}/"
+    else:
+        body = f"%json {json.dumps(value)}"
+    return f'start: SPACE? text\nSPACE: " "\ntext: {body}'
+
+
+def _escaped(regex: str) -> str:
+    """Return a regular expression for between slashes, on one line."""
+    escaped, is_quoted = [], False
+    for letter in regex:
+        escaped.append("\\/" if letter == "/" and not is_quoted else "\\n" if letter == "\n" else letter)
+        is_quoted = letter == "\\" and not is_quoted
+    return "".join(escaped)
+
+
+def _first_line(problem: str) -> str:
+    lines = [line.strip() for line in problem.splitlines() if line.strip()]
+    return (
+        lines[0] if not lines[0].endswith(":") else " ".join(lines[:1] + [line for line in lines if "error:" in line])
+    )

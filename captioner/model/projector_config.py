@@ -1,0 +1,114 @@
+"""The shape of a projector, as a bundle records it, and the tensors that it has.
+
+Knows no torch. The modules are in `projectors`; a new kind is a file there and an entry in `KINDS` here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from captioner.errors import BundleError, ShapeError
+from captioner.model.configs import ACTIVATIONS
+from captioner.model.shapes import Shapes, linear_shapes
+
+__all__ = ["KINDS", "Kind", "ProjectorConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """The shape of a projector and which features it reads."""
+
+    kind: str
+    """A key of `KINDS`."""
+
+    num_features: int
+    """Width of the image features, CLIP's hidden size."""
+
+    width: int
+    """Width of the output embeddings, LLaMA's hidden size."""
+
+    num_image_tokens: int = 1
+    """Embeddings that stand for one image."""
+
+    vision_feature_layer: int = -2
+    """For patch features: the hidden state of CLIP to read, numbered as in transformers: 0 is the first input."""
+
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    """For patch features: `default` drops the CLS state, `full` keeps it."""
+
+    hidden_act: str = "gelu"
+    """Activation between the two layers of `mlp`, by transformers' name."""
+
+    has_bias: bool = True
+    """Whether its linear maps add a bias."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise BundleError(f"unknown projector kind {self.kind!r}; expected one of {', '.join(sorted(KINDS))}")
+        for name in ("num_features", "width", "num_image_tokens"):
+            if not getattr(self, name) >= 1:
+                raise ShapeError(f"projector {name} is {getattr(self, name)}; expected at least 1")
+        if self.hidden_act not in ACTIVATIONS:
+            raise BundleError(
+                f"unknown projector activation {self.hidden_act!r}; expected a name of transformers' ACT2FN"
+            )
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise BundleError(
+                f"vision_feature_select_strategy is {self.vision_feature_select_strategy!r}; expected default or full"
+            )
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether it reads the patch states of one layer rather than the pooled CLS state."""
+        return KINDS[self.kind].reads_patches
+
+    @property
+    def shapes(self) -> Shapes:
+        """Its tensors."""
+        return KINDS[self.kind].shapes(self)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a kind of projector without its module."""
+
+    file: str
+    """Name of its file in `projectors`."""
+
+    module: str
+    """Name of its class."""
+
+    reads_patches: bool
+    """Whether it reads the patch states of one layer rather than the pooled CLS state."""
+
+    shapes: Callable[[ProjectorConfig], Shapes]
+    """Its tensors."""
+
+
+def _linear(config: ProjectorConfig) -> Shapes:
+    return linear_shapes("", config.num_features, config.num_image_tokens * config.width, has_bias=config.has_bias)
+
+
+def _patch_linear(config: ProjectorConfig) -> Shapes:
+    return linear_shapes("", config.num_features, config.width, has_bias=config.has_bias)
+
+
+def _pooled_mlp(config: ProjectorConfig) -> Shapes:
+    return _two_layers(config, config.num_image_tokens * config.width)
+
+
+def _mlp(config: ProjectorConfig) -> Shapes:
+    return _two_layers(config, config.width)
+
+
+def _two_layers(config: ProjectorConfig, gives: int) -> Shapes:
+    first = linear_shapes("linear_1", config.num_features, config.width, has_bias=config.has_bias)
+    return first | linear_shapes("linear_2", config.width, gives, has_bias=config.has_bias)
+
+
+KINDS = {
+    "linear": Kind(file="linear", module="LinearProjector", reads_patches=False, shapes=_linear),
+    "pooled_mlp": Kind(file="pooled_mlp", module="PooledMlpProjector", reads_patches=False, shapes=_pooled_mlp),
+    "patch_linear": Kind(file="patch_linear", module="PatchLinearProjector", reads_patches=True, shapes=_patch_linear),
+    "mlp": Kind(file="mlp", module="MlpProjector", reads_patches=True, shapes=_mlp),
+}

@@ -1,0 +1,22 @@
+"""Named prompts: what `--prompts FILE` says, the texts that it holds, and what a text becomes for one image.
+
+Knows YAML, texts and the values of an image's columns; no tokens, models, images or tables.
+"""
+
+from captioner.prompts.json_column import column_type, parse_answer
+from captioner.prompts.prompts_file import CAPTION, read_prompts
+from captioner.prompts.spec import Prompt, WeightedText
+from captioner.prompts.text import PromptText, Segment
+from captioner.prompts.weighted_choice import weighted_choice
+
+__all__ = [
+    "CAPTION",
+    "Prompt",
+    "PromptText",
+    "Segment",
+    "WeightedText",
+    "column_type",
+    "parse_answer",
+    "read_prompts",
+    "weighted_choice",
+]

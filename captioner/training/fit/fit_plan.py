@@ -1,0 +1,299 @@
+"""The plan of a fit: labels read, CLIP and LLaMA joined by a projector with random weights, images and steps counted.
+
+Everything that can be refused is refused here, before Ray starts. Loads no weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from captioner.config import Dtype, FitConfig, ModelConfig
+from captioner.config.checks import check
+from captioner.errors import BundleError, ConfigError
+from captioner.model.bundle import BundleDescription, describe, save_bundle
+from captioner.model.folder import Folder, open_folder
+from captioner.model.language.language import LanguageSource
+from captioner.model.language.table import read_language
+from captioner.model.projector_config import ProjectorConfig
+from captioner.model.template import DEFAULT_TEMPLATE
+from captioner.model.tokenizer import read_tokenizer
+from captioner.model.towers.table import read_tower
+from captioner.storage.urls import absolute, join, local_path, redact, scheme, server
+from captioner.training.features.feature_plan import FeaturePlan, plan_features
+from captioner.training.fit.fit_output import FitOutput
+from captioner.training.fit.schedule import examples_per_epoch, num_steps_of
+from captioner.training.labels.labels import Labels, read_labels
+
+__all__ = ["FitPlan", "llama_of", "model_options", "open_output", "plan_fit", "save_initial_bundle"]
+
+_KINDS = {"linear": "linear", "mlp": "pooled_mlp"}
+_NOT_IN_IDENTITY = ("log_every", "checkpoint_every", "gradient_checkpointing")
+_LATER = {"captions_per_epoch": "all"}
+"""Settings that older fits do not record, and their values in these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitPlan:
+    """One fit, checked."""
+
+    config: FitConfig
+    output: FitOutput
+    labels: Labels
+    start: BundleDescription
+    """The bundle with the initial weights."""
+
+    features: FeaturePlan
+    identity: dict[str, Any]
+    """Everything that decides on the final weights; no credentials, no resources."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole fit, if every image has features."""
+        training, count = self.config.training, self.labels.counts()["train"]
+        shown = examples_per_epoch(training, num_images=count.num_images, num_captions=count.num_captions)
+        return num_steps_of(training, shown)
+
+    @property
+    def tensorboard_folder(self) -> str | None:
+        """Folder of TensorBoard's events; None if the config asks for none."""
+        return local_path(join(self.output.run_folder, "tensorboard")) if self.config.target.tensorboard else None
+
+    @property
+    def model_options(self) -> dict[str, object]:
+        """Storage options of CLIP and LLaMA."""
+        return model_options(self.config, self.output)
+
+    def for_workers(self, *, has_gpus: bool) -> "FitPlan":
+        """Return the plan for workers with or without GPUs: features have a dtype."""
+        dtype = _features_dtype(self.config, has_gpus=has_gpus)
+        if dtype == self.features.model.dtype:
+            return self
+        run_folder = self.features.run_folder
+        features = _features(self.config, self.output, self.labels, self.start, run_folder, dtype)
+        return replace(self, features=features)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of the plan for people."""
+        counts = self.labels.counts()
+        splits = ", ".join(f"{name} {c.num_images:,} images {c.num_captions:,} captions" for name, c in counts.items())
+        unused = {**self.labels.failed, **self.labels.left_out}
+        out = "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in unused.items()) if unused else ""
+        training = self.config.training
+        yield f"labels    {redact(self.config.labels.labels_path)}: {splits}{out}"
+        yield f"clip      {self.start.clip} ({self.start.clip_parameters:,} parameters, frozen)"
+        yield f"llama     {self.start.llama} ({self.start.llama_parameters:,} parameters, frozen)"
+        projector = self.start.projector
+        yield (
+            f"projector {projector.kind} {projector.num_features} -> {projector.num_image_tokens} x {projector.width}"
+            f" ({self.start.projector_parameters:,} parameters, fitted)"
+        )
+        yield f"template  {self.start.template!r}"
+        yield f"features  {len(self.features.missing):,} of {self.labels.table.num_rows:,} images to compute"
+        shown = ", one caption an image and epoch" if training.captions_per_epoch == "one" else ""
+        yield f"steps     {self.num_steps:,} of {training.batch_size:,} examples{shown}"
+        yield f"output    {redact(self.output.url)}"
+
+
+def open_output(config: FitConfig) -> FitOutput:
+    """Return the output folder, after checking that only this fit may have written it."""
+    output = absolute(config.target.output)
+    found = FitOutput(output, _options_at(output, config))
+    found.check_owner()
+    return found
+
+
+def _options_at(url: str, config: FitConfig) -> dict[str, object]:
+    """Return the storage options of a URL: the output's on the output's server, else those of LABELS on theirs.
+
+    If LABELS is local, its options are for any remote store: it needs none itself."""
+    own, of_labels = config.target.output_storage_options, config.labels.storage_options
+    of = server(absolute(url))
+    if own is not None and of == server(absolute(config.target.output)):
+        return own
+    local = server("/")
+    return of_labels if server(config.labels.labels_path) in (of, local) and of != local else {}
+
+
+def model_options(config: FitConfig, output: FitOutput) -> dict[str, object]:
+    """Return the storage options of the initial bundle, which the parts that it names share on its server alone.
+
+    Those of a local bundle are for its parts. Raises ConfigError for parts on another store than a remote bundle's."""
+    part, given = _named_part(config), config.model.model_storage_options
+    if scheme(output.url) == "file":
+        return _part_options(part, config)
+    is_shared = given is None or server(absolute(part)) in (server(absolute(output.url)), server("/"))
+    check(
+        is_shared,
+        "--model-storage-options",
+        f"given for {redact(part)}, which {redact(output.url)} will name",
+        "an OUTPUT_BUNDLE of this machine or on the model's own store",
+    )
+    return output.storage_options
+
+
+def _named_part(config: FitConfig) -> str:
+    return config.model.model or config.model.clip or "demo"
+
+
+def _part_options(part: str, config: FitConfig) -> dict[str, object]:
+    """Return the storage options of a model: those given, else those of the output or LABELS where it is theirs."""
+    given = config.model.model_storage_options
+    is_named = server(absolute(part)) == server(absolute(_named_part(config)))
+    return given if given is not None and is_named else _options_at(part, config)
+
+
+def plan_fit(
+    config: FitConfig, output: FitOutput, run_folder: str, take_lease: Callable[[], object] = lambda: None
+) -> FitPlan:
+    """Return the plan of a fit; facts about the labels are written below `run_folder`.
+
+    take_lease: called before the first byte is written, once no model is left to refuse. Raises UsageError for what
+    cannot run: labels, models, another fit's output, a flag out of range.
+    """
+    import torch  # here and below, not above: a wrong path is refused without it
+
+    with TemporaryDirectory() as folder:
+        start = save_initial_bundle(config, folder, model_options(config, output))
+    identity = _identity(config, start)
+    output.refuse_other_fit(identity)  # before anything is written there
+    _check_context(config, start)
+    take_lease()
+    output.refuse_other_fit(identity)  # again: another fit may have begun here while this one waited for the lease
+    labels = read_labels(config.labels, run_folder, output.storage_options)
+    _check_validation(config, labels)
+    identity["labels"] = labels.fingerprint
+    output.refuse_other_fit(identity)
+    dtype = _features_dtype(config, has_gpus=torch.cuda.is_available())
+    return FitPlan(
+        config=config,
+        output=output,
+        labels=labels,
+        start=start,
+        features=_features(config, output, labels, start, run_folder, dtype),
+        identity=identity,
+    )
+
+
+def _features_dtype(config: FitConfig, *, has_gpus: bool) -> Dtype:
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    is_cpu = not has_gpus or config.model.device == "cpu" or config.resources.gpus_per_worker == 0
+    return "float32" if is_cpu else "bfloat16"
+
+
+def _features(
+    config: FitConfig, output: FitOutput, labels: Labels, start: BundleDescription, run_folder: str, dtype: Dtype
+) -> FeaturePlan:
+    shared = config.target.features
+    folder = absolute(shared) if shared else join(output.run_folder, "features")
+    return plan_features(
+        labels,
+        start,
+        ModelConfig(dtype=dtype, device=config.model.device),
+        config.image,
+        run_folder=run_folder,
+        features_folder=folder,
+        features_options=_options_at(folder, config) if shared else output.storage_options,
+        clip_options=model_options(config, output),
+        output_options=output.storage_options,
+    )
+
+
+def save_initial_bundle(config: FitConfig, folder: str, options: Mapping[str, Any] | None = None) -> BundleDescription:
+    """Write the bundle with the initial weights, a function of the seed, and return its description."""
+    import torch
+
+    from captioner.model.projector import build_projector
+
+    clip, llama, template = _parts(config)
+    projector = ProjectorConfig(
+        kind=_KINDS[config.training.projector],
+        num_features=int(read_tower(_folder(clip, config)).config.hidden_size),
+        width=read_language(_folder(llama, config), template=template).width,
+        num_image_tokens=config.training.image_tokens,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        weights = build_projector(projector)
+    return save_bundle(
+        folder, weights, projector, clip=clip, llama=llama, template=template, storage_options=dict(options or {})
+    )
+
+
+def llama_of(plan: FitPlan) -> LanguageSource:
+    """Return the LLaMA of a fit, not loaded."""
+    return read_language(_folder(plan.start.llama, plan.config), template=plan.start.template)
+
+
+def _folder(part: str, config: FitConfig) -> Folder:
+    return open_folder(part, _part_options(part, config) or None)
+
+
+def _parts(config: FitConfig) -> tuple[str, str, str]:
+    """Return tower, language model and template. Raises BundleError for a model that has neither of its own."""
+    model = config.model
+    if model.clip and model.llama:
+        return model.clip, model.llama, model.template or _default_template(model.llama, config)
+    named = model.model or "demo"
+    found = describe(named, _part_options(named, config) or None, allow_remote_parts=model.allow_remote_parts)
+    if found.kind != "bundle":
+        raise BundleError(
+            f"{found.name} is a LLaVA checkpoint, whose CLIP and LLaMA are not stored apart; expected a bundle, or the"
+            " two by --clip and --llama"
+        )
+    return _absolute_part(found.clip), _absolute_part(found.llama), model.template or found.template
+
+
+def _default_template(language_model: str, config: FitConfig) -> str:
+    """Return the tokenizer's start token, where it has one, and the image."""
+    tokenizer = read_tokenizer(_folder(language_model, config))
+    if "<|begin_of_text|>" in tokenizer.get_added_vocab():
+        return DEFAULT_TEMPLATE
+    return f"{tokenizer.bos_token or ''}{{image}}"
+
+
+def _absolute_part(part: str) -> str:
+    """Return the name of CLIP or LLaMA for any process: the absolute path of a local folder."""
+    is_local = "://" not in part and Path(part).is_dir()
+    return str(Path(part).resolve()) if is_local else part
+
+
+def _check_context(config: FitConfig, start: BundleDescription) -> None:
+    prompt = start.num_prompt_tokens + start.num_image_tokens
+    room = start.context_length - prompt
+    longest = config.training.max_caption_tokens
+    if longest > room:
+        raise ConfigError(
+            f"--max-caption-tokens is {longest}; the LLaMA reads {start.context_length} tokens, of which prompt and"
+            f" image take {prompt}: expected at most {room}"
+        )
+
+
+def _check_validation(config: FitConfig, labels: Labels) -> None:
+    """Raise ConfigError if the config chooses weights by their validation figures and there is no validation image."""
+    if labels.counts()["validation"].num_images:
+        return
+    training = config.training
+    asked = [f"--early-stop {training.early_stop}"] if training.early_stop else []
+    asked += ["--keep-best-by cider"] if training.keep_best_by == "cider" else []
+    if asked:
+        raise ConfigError(
+            f"{asked[0]} needs a validation split; LABELS have no image in it. Name one with --split-column, give it"
+            " images with --validation-share, or leave the flag out"
+        )
+
+
+def _identity(config: FitConfig, start: BundleDescription) -> dict[str, Any]:
+    training = {name: value for name, value in asdict(config.training).items() if name not in _NOT_IN_IDENTITY}
+    training = {name: value for name, value in training.items() if value != _LATER.get(name, ...)}
+    return {
+        "clip": start.clip_fingerprint,
+        "llama": start.llama_fingerprint,
+        "template": start.template,
+        "projector": asdict(start.projector),
+        "training": training,
+        "dtype": config.model.dtype,
+        "fast_decode": config.image.fast_decode,
+    }

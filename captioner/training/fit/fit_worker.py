@@ -1,0 +1,79 @@
+"""One worker of a fit, without Ray: load the models, resume from the checkpoint, take every step, keep checkpoints.
+
+Every worker computes; only the first one writes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from captioner.config import TrainingConfig
+from captioner.model.bundle import load
+from captioner.training.features.caption_tokens import CaptionTokens
+from captioner.training.features.examples import FeatureSet
+from captioner.training.fit.fit_loop import Listener, fit_projector
+from captioner.training.fit.fit_output import FitOutput
+from captioner.training.fit.fit_state import FitState, Row
+from captioner.training.fit.run_folder import RunFolderWriter
+from captioner.training.fit.validation import Validation
+from captioner.training.fit.worker_group import WorkerGroup
+
+__all__ = ["FitTask", "run_fit_worker"]
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """Everything a worker needs to know; small, can be pickled."""
+
+    output: FitOutput
+    features: FeatureSet
+    tokens: CaptionTokens
+    training: TrainingConfig
+    dtype: str
+    device: str
+    num_threads: int
+    model_options: Mapping[str, Any] | None = None
+    """Storage options of CLIP, LLaMA and the initial bundle; by default those of the output."""
+
+
+def run_fit_worker(task: FitTask, device: str, on_row: Callable[[Row], None]) -> FitState:
+    """Fit as one worker of this process's group and return the last state. The first worker calls `on_row`."""
+    torch.set_num_threads(task.num_threads)
+    device = task.device if task.device != "auto" else device
+    model = load(
+        task.output.initial_bundle_url,
+        dtype=_dtype(task.dtype, device),
+        device=device,
+        storage_options=dict(task.model_options or task.output.storage_options) or None,
+        allow_remote_parts=True,  # this fit has written the bundle
+    )
+    group = WorkerGroup.of_torch()
+    return fit_projector(
+        model,
+        task.tokens.load("train", task.features.features_of("train")),
+        _validation(task),
+        task.training,
+        group=group,
+        examples=task.features.fingerprint,
+        saved=task.output.read("checkpoint.pt"),
+        listener=RunFolderWriter(task.output, on_row).listener if group.rank == 0 else Listener(),
+    )
+
+
+def _validation(task: FitTask) -> Validation | None:
+    """Return the split to evaluate on; None if there are no validation images."""
+    examples = task.features.validation_sample(task.training)
+    if not len(examples):
+        return None
+    scored = examples.captions[: task.training.num_scored_images]
+    return Validation(task.tokens.load("validation", examples.features), scored)
+
+
+def _dtype(name: str, device: str) -> str:
+    """Return the dtype of the frozen weights. Never float16: its gradients vanish."""
+    if name != "auto":
+        return name
+    has_bfloat16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_bfloat16 else "float32"

@@ -1,0 +1,32 @@
+"""A job leaves the process that runs it as it was."""
+
+from pathlib import Path
+
+import pytest
+
+from captioner.cluster.caption_pipeline import caption_images
+from captioner.config import CaptionJobConfig, DecodingConfig, ModelConfig
+from tests.process_state import process_state
+from tests.sample_images import encoded
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own sockets, when a driver leaves its cluster
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),  # Ray Data copies its own deprecated settings
+]
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_job_leaves_the_process_as_it_was(
+    is_local: bool, ray_address: str, tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "" if is_local else ray_address)
+    (tmp_path / "image.jpg").write_bytes(encoded(seed=1))
+    config = CaptionJobConfig(
+        input_path=str(tmp_path / "image.jpg"),
+        output=str(tmp_path / "out"),
+        model=ModelConfig(model=bundle),
+        decoding=DecodingConfig(max_new_tokens=2),
+    )
+    before = process_state()
+    caption_images(config)
+    assert process_state() == before

@@ -1,0 +1,158 @@
+"""The two workers of a caption job, without Ray: rows in = rows out."""
+
+import re
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from captioner.caption_columns import Caption
+from captioner.captioning.caption_worker import CaptionWorker, limit_gpu_memory
+from captioner.captioning.captioner import Captioner
+from captioner.captioning.decode_worker import DecodeWorker
+from captioner.config import CaptionJobConfig, ImageConfig, ModelConfig
+from captioner.errors import JobError
+from captioner.model.bundle import describe
+from captioner.schema import captioned_schema, decoded_schema, source_schema
+from captioner.storage.stop_file import StopFile
+from tests.sample_images import BROKEN, encoded
+from tests.unit.captioning.conftest import DECODING
+
+KEPT = [pa.field("label", pa.string())]
+
+
+def source(rows: list[dict[str, object]]) -> pa.Table:
+    """Rows as read: keys and ids are made from the place."""
+    base = {"attempt": 1, "label": "kept"}
+    return pa.Table.from_pylist(
+        [{"key": key, "image_id": f"image-{key}", **base, **row} for key, row in enumerate(rows)], source_schema(KEPT)
+    )
+
+
+def job(folder: Path, bundle: str, **image: object) -> CaptionJobConfig:
+    return CaptionJobConfig(
+        input_path=str(folder),
+        output=str(folder / "out"),
+        image=ImageConfig(**image),  # type: ignore[arg-type]
+        model=ModelConfig(model=bundle),
+        decoding=DECODING,
+    )
+
+
+def test_every_row_is_decoded_or_rejected_in_its_place(tmp_path: Path, bundle: str) -> None:
+    (tmp_path / "one.png").write_bytes(encoded("PNG"))
+    rows = source(
+        [
+            {"data": encoded("JPEG", size=(60, 50))},
+            {"uri": str(tmp_path / "one.png")},
+            {"uri": str(tmp_path / "gone.png")},
+            {"reason": "corrupt", "detail": "the tar ends here"},
+            *({"data": data} for data in BROKEN.values()),
+        ]
+    )
+    decoder = DecodeWorker(job(tmp_path, bundle, max_image_pixels=50_000), describe(bundle).preprocessing, KEPT)
+    decoded = decoder(rows)
+    assert decoded.schema == decoded_schema(32, KEPT)
+    assert decoded.column("key").to_pylist() == rows.column("key").to_pylist()
+    assert decoded.column("reason").to_pylist() == [None, None, "missing", "corrupt", *BROKEN]
+    assert decoded.column("pixels").is_valid().to_pylist() == [True, True, *[False] * 6]
+    assert (decoded["width"][0].as_py(), decoded["height"][0].as_py()) == (60, 50)
+    assert decoded["size_bytes"][1].as_py() == len(encoded("PNG"))
+    assert set(decoded.column("label").to_pylist()) == {"kept"}
+
+
+def test_a_worker_logs_the_image_that_was_slow_to_decode(
+    tmp_path: Path, bundle: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = source([{"data": b"none"}, {"data": encoded("JPEG", size=(60, 50))}])
+    with caplog.at_level("INFO", "captioner"):
+        DecodeWorker(job(tmp_path, bundle), describe(bundle).preprocessing, KEPT, slow_s=1000)(rows)
+        assert "slow_decode" not in caplog.text
+        DecodeWorker(job(tmp_path, bundle), describe(bundle).preprocessing, KEPT, slow_s=0)(rows)
+    slowest = rows["image_id"][1].as_py()
+    assert re.search(rf"slow_decode images=1 of=1 slowest={slowest} decode_ms=\d+", caplog.text)
+
+
+def test_rows_that_were_read_before_a_job_is_to_stop_are_left_to_the_next_run(tmp_path: Path, bundle: str) -> None:
+    rows, stop = source([{"data": encoded("JPEG")}]), StopFile(str(tmp_path / "_run"), "run-1")
+    worker = DecodeWorker(job(tmp_path, bundle), describe(bundle).preprocessing, KEPT, stop)
+    assert worker(rows).num_rows == 1
+    stop.write()
+    assert worker(rows).num_rows == 0
+    assert worker(rows).schema == decoded_schema(32, KEPT)
+
+
+def test_rows_that_wait_for_a_busy_model_when_a_job_is_to_stop_are_left_to_the_next_run(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, stop = job(tmp_path, bundle), StopFile(str(tmp_path / "_run"), "run-1")
+    decoded = DecodeWorker(config, describe(bundle).preprocessing, KEPT)(source([{"data": encoded("JPEG")}] * 2))
+    worker, has_begun, may_end = CaptionWorker(config, KEPT, stop=stop), threading.Event(), threading.Event()
+    caption_pixels = worker.captioner.caption_pixels
+
+    def slow(*arguments: object) -> list[Caption]:
+        has_begun.set()
+        may_end.wait(30)
+        return caption_pixels(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker.captioner, "caption_pixels", slow)
+    begun: list[pa.Table] = []
+    thread = threading.Thread(target=lambda: begun.append(worker(decoded)))
+    thread.start()
+    assert has_begun.wait(30)
+    stop.write()
+    waiting = worker(decoded)
+    assert (waiting.num_rows, waiting.schema) == (0, captioned_schema(KEPT))
+    may_end.set()
+    thread.join()
+    assert begun[0].column("caption").null_count == 0
+    assert worker(decoded).column("caption").null_count == 0, "an idle model takes what comes"
+    worker.captioner.close()
+
+
+def test_rejects_pass_the_model_and_every_other_row_gets_its_caption(
+    tmp_path: Path, bundle: str, captioner: Captioner
+) -> None:
+    rows = source([{"data": encoded(seed=1)}, {"data": b""}, {"data": encoded(seed=2)}])
+    config = job(tmp_path, bundle)
+    captioned = CaptionWorker(config, KEPT)(DecodeWorker(config, describe(bundle).preprocessing, KEPT)(rows))
+    assert captioned.schema == captioned_schema(KEPT)
+    assert captioned.column("reason").to_pylist() == [None, "empty", None]
+    expected = [one for one in captioner.caption([encoded(seed=1), encoded(seed=2)]) if isinstance(one, Caption)]
+    assert captioned.column("caption").to_pylist() == [str(expected[0]), None, str(expected[1])]
+    assert captioned.column("num_tokens").to_pylist() == [expected[0].num_tokens, None, expected[1].num_tokens]
+    assert set(captioned.column("finish_reason").to_pylist()) <= {"length", "stop", None}
+    assert captioned["mean_logprob"][0].as_py() >= captioned["min_logprob"][0].as_py()
+
+
+def test_a_store_that_refuses_a_whole_batch_ends_the_job_unless_its_rows_failed_before(
+    tmp_path: Path, bundle: str
+) -> None:
+    decoder = DecodeWorker(job(tmp_path, bundle), describe(bundle).preprocessing, KEPT)
+    refused = [{"uri": f"memory2://nobody/{n}.jpg"} for n in range(256)]
+    again = decoder(source([{**row, "attempt": 2} for row in refused]))
+    assert set(again.column("reason").to_pylist()) == {"fetch_failed"}
+    with pytest.raises(JobError, match="256 images in a row did not arrive"):
+        decoder(source(refused))
+
+
+def test_a_batch_of_rejects_needs_no_model(tmp_path: Path, bundle: str) -> None:
+    config = job(tmp_path, bundle)
+    rows = DecodeWorker(config, describe(bundle).preprocessing, KEPT)(source([{"data": b""}]))
+    assert CaptionWorker(config, KEPT)(rows).column("caption").to_pylist() == [None]
+
+
+@pytest.mark.parametrize(
+    ("gpus_per_worker", "is_available", "kept"),
+    [(0.25, True, [0.25]), (1, True, []), (4, True, []), (0, True, []), (None, True, []), (0.25, False, [])],
+)
+def test_a_worker_that_shares_a_gpu_keeps_to_its_share_of_the_memory(
+    gpus_per_worker: float | None, is_available: bool, kept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", found.append)
+    limit_gpu_memory(gpus_per_worker)
+    assert found == kept

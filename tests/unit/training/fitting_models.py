@@ -1,0 +1,72 @@
+"""A model, features and captions to fit on, at toy size, at random."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from captioner.config import TrainingConfig
+from captioner.model.bundle import load, save_bundle
+from captioner.model.caption_model import CaptionModel
+from captioner.model.projector import ProjectorConfig, build_projector
+from captioner.training.fit.batches import TokenizedSplit
+from captioner.training.fit.projector import end_token_id
+from captioner.training.fit.validation import Validation
+from tests.unit.model import tiny_models
+
+TEMPLATE = "<|begin_of_text|>Look: {image} It shows "
+NUM_TRAIN, NUM_VALIDATION = 40, 12
+
+
+def save_model(folder: Path, *, kind: str = "linear", image_tokens: int = 2, template: str = TEMPLATE) -> str:
+    tiny_models.save_clip(folder / "clip")
+    tiny_models.save_llama(folder / "llama")
+    config = ProjectorConfig(
+        kind=kind,
+        num_features=tiny_models.CLIP_WIDTH,
+        width=tiny_models.LLAMA_WIDTH,
+        num_image_tokens=image_tokens,
+    )
+    torch.manual_seed(7)
+    save_bundle(folder, build_projector(config), config, clip="clip", llama="llama", template=template)
+    return str(folder)
+
+
+def fresh(model_folder: str, dtype: str = "float32") -> CaptionModel:
+    return load(model_folder, dtype=dtype, device="cpu")
+
+
+def captions(num_images: int, *, seed: int) -> list[list[str]]:
+    rng = np.random.default_rng(seed)
+    words = ["red", "blue", "a", "square", "there is", "of"]
+    return [
+        [" ".join(rng.choice(words, rng.integers(1, 6))) for _ in range(rng.integers(1, 4))] for _ in range(num_images)
+    ]
+
+
+def features(num_images: int, *, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(num_images, tiny_models.CLIP_WIDTH)).astype(np.float16)
+
+
+def split(model: CaptionModel, num_images: int, *, seed: int, max_tokens: int = 64) -> TokenizedSplit:
+    return TokenizedSplit.tokenize(
+        features(num_images, seed=seed),
+        captions(num_images, seed=seed),
+        model.tokenizer,
+        end_token_id=end_token_id(model.tokenizer, model.template.text, model.eos_token_ids),
+        max_tokens=max_tokens,
+    )
+
+
+def train_split(model: CaptionModel) -> TokenizedSplit:
+    return split(model, NUM_TRAIN, seed=1)
+
+
+def validation(model: CaptionModel, num_scored: int = 0) -> Validation:
+    return Validation(split(model, NUM_VALIDATION, seed=2), captions(NUM_VALIDATION, seed=2)[:num_scored])
+
+
+def config(**changes: object) -> TrainingConfig:
+    settings = TrainingConfig(batch_size=8, epochs=2, learning_rate=1e-2, log_every=3, num_scored_images=0)
+    return replace(settings, **changes)  # type: ignore[arg-type]

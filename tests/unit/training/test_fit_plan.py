@@ -1,0 +1,229 @@
+"""What a fit refuses before anything is started, and what it plans: models, first weights, steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from captioner.command_line import parse
+from captioner.config import FitConfig
+from captioner.errors import BundleError, ConfigError, InputError, ShapeError
+from captioner.model.bundle import load, load_vision
+from captioner.training.fit.fit_plan import open_output, plan_fit, save_initial_bundle
+from tests.bundles import save_tiny_bundle
+from tests.labelled_scenes import write_labels
+from tests.unit.model import tiny_models
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    return str(write_labels(tmp_path_factory.mktemp("labels"), {"train": 9, "validation": 3}))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    return str(tiny_models.save_clip(folder / "clip")), str(tiny_models.save_llama(folder / "llama"))
+
+
+def plan_of(*arguments):
+    config = parse(FitConfig, list(arguments))
+    output = open_output(config)
+    return plan_fit(config, output, output.run_folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.csv", "out"], "--model is missing; expected a bundle, or --clip and --llama"),
+        (["x.csv"], "OUTPUT_BUNDLE is missing"),
+        (["x.csv", "out", "--clip", "c"], "--clip without --llama"),
+        (["x.csv", "out", "--clip", "c", "--llama", "l", "--model", "m"], "--model is m; expected either a bundle"),
+        (["--batch-size", "4", "--gradient-accumulation-steps", "5"], "--batch-size is 4; expected at least its 5"),
+        (["--learning-rate", "0"], "--learning-rate is 0"),
+        (["--max-steps", "0"], "--max-steps is 0"),
+        (["--keep-best-by", "cider", "--num-scored-images", "0"], "--num-scored-images is 0; expected more than 0"),
+        (["--num-measured-images", "9", "--num-scored-images", "10"], "--num-scored-images is 10; expected at most"),
+        (["--seed", "-1"], "--seed is -1; expected 0 or more"),
+        (["--workers", "3:1"], "--workers is 3:1"),
+        (["--device", "cuda:1"], "--device is cuda:1; expected auto or cpu"),
+        (["demo", "s3://bucket/out", "--tensorboard"], "--tensorboard is given with s3://bucket/out"),
+    ],
+)
+def test_a_flag_that_cannot_be_met_is_refused_by_name(arguments, message):
+    with pytest.raises(ConfigError) as raised:
+        parse(FitConfig, arguments)
+    assert message in str(raised.value)
+
+
+def test_without_arguments_the_demo_is_fitted():
+    config = parse(FitConfig, [])
+    assert (config.labels.labels_path, config.target.output, config.model.model) == ("demo", "demo-refit", None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_any_tower_and_language_model_of_the_tables_are_tied_together(labels, tmp_path, kind):
+    tower = str(tiny_models.save_siglip(tmp_path / "tower"))
+    language = str(tiny_models.save_language(tmp_path / "language", kind))
+    names = ["--vision-tower", tower, "--language-model", language]
+    plan = plan_of(labels, str(tmp_path / "out"), *names)
+    assert (plan.start.clip, plan.start.llama) == (tower, language)
+    assert plan.start.template == "<|begin_of_text|>{image}"
+    save_initial_bundle(parse(FitConfig, [labels, str(tmp_path / "out"), *names]), str(tmp_path / "bundle"))
+    model = load(str(tmp_path / "bundle"), device="cpu")
+    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert model.encode(pixels).shape == (2, 1, 64)
+    assert torch.equal(load_vision(tower, device="cpu").pooled(pixels), model.features(pixels))
+
+
+def test_a_siglip_without_its_head_has_no_pooled_state_to_fit_to(labels, parts, tmp_path):
+    tower = str(tiny_models.save_siglip(tmp_path / "tower", vision_use_head=False))
+    with pytest.raises(BundleError, match=r"reads the pooled state, which the SigLIP in \S+ lacks: its head is not"):
+        plan_of(labels, str(tmp_path / "out"), "--clip", tower, "--llama", parts[1])
+
+
+def test_clip_and_llama_are_tied_together_without_any_bundle(labels, parts, tmp_path):
+    plan = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], "--image-tokens", "3")
+    assert (plan.start.clip, plan.start.llama) == parts
+    assert (plan.start.projector.kind, plan.start.num_image_tokens) == ("linear", 3)
+    assert plan.start.template == "<|begin_of_text|>{image}"
+    assert plan.labels.counts()["train"] == (9, 18)
+    assert len(plan.features.missing) == 12
+
+
+def test_a_bundle_gives_clip_llama_and_template_but_not_its_projector(labels, tmp_path):
+    bundle = save_tiny_bundle(tmp_path / "bundle")
+    plan = plan_of(labels, str(tmp_path / "out"), "--model", bundle, "--projector", "mlp")
+    assert plan.start.clip == f"{bundle}/clip"
+    assert plan.start.projector.kind == "pooled_mlp"
+
+
+def test_one_caption_an_image_makes_an_epoch_shorter_and_another_fit(labels, parts, tmp_path):
+    models = [labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], "--batch-size", "3"]
+    every, one = plan_of(*models), plan_of(*models, "--captions-per-epoch", "one")
+    assert (every.num_steps, one.num_steps) == (6, 3)
+    assert "captions_per_epoch" not in every.identity["training"]
+    assert one.identity["training"]["captions_per_epoch"] == "one"
+    assert [line for line in one.lines() if line.endswith("3 examples, one caption an image and epoch")]
+
+
+def test_the_first_weights_follow_from_the_seed(labels, parts, tmp_path):
+    def first(name, *flags):
+        config = parse(FitConfig, [labels, "out", "--clip", parts[0], "--llama", parts[1], *flags])
+        torch.rand(3)
+        save_initial_bundle(config, str(tmp_path / name))
+        return load_file(tmp_path / name / "projector.safetensors")["weight"]
+
+    assert torch.equal(first("a"), first("b"))
+    assert not torch.equal(first("a"), first("c", "--seed", "1"))
+
+
+def test_a_caption_longer_than_the_llama_reads_is_refused(labels, parts, tmp_path):
+    flags = ["--clip", parts[0], "--llama", parts[1], "--max-caption-tokens", "511"]
+    with pytest.raises(ConfigError, match="expected at most 510"):
+        plan_of(labels, str(tmp_path / "out"), *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_the_tokenizer_does_not_know_is_refused(labels, parts, tmp_path):
+    flags = ["--clip", parts[0], "--llama", parts[1], "--template", "<|nobody|>{image}"]
+    with pytest.raises(BundleError, match="nobody"):
+        plan_of(labels, str(tmp_path / "out"), *flags)
+
+
+def test_a_llama_where_a_clip_should_be_is_refused(labels, parts, tmp_path):
+    with pytest.raises((BundleError, ShapeError)):
+        plan_of(labels, str(tmp_path / "out"), "--clip", parts[1], "--llama", parts[0])
+
+
+def test_labels_that_are_not_there_are_named(parts, tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        plan_of(str(tmp_path / "nowhere.jsonl"), str(tmp_path / "o"), "--clip", parts[0], "--llama", parts[1])
+
+
+def test_other_labels_into_the_same_bundle_are_refused(labels, parts, tmp_path):
+    flags = [str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1]]
+    plan = plan_of(labels, *flags)
+    plan.output.claim(plan.identity)
+    other = tmp_path / "other"
+    other.mkdir()
+    changed = write_labels(other, {"train": 10, "validation": 3})
+    with pytest.raises(Exception, match=r"labels: .* there, .* now"):
+        plan_of(str(changed), *flags)
+
+
+def test_what_changes_no_weight_may_change_in_a_rerun(labels, parts, tmp_path):
+    flags = [labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1]]
+    plan = plan_of(*flags)
+    plan.output.claim(plan.identity)
+    again = plan_of(*flags, "--workers", "1:2", "--checkpoint-every", "7", "--log-every", "3", "--max-failures", "0")
+    assert again.identity == plan.identity
+
+
+def test_the_lines_of_a_plan_name_what_will_be_done(labels, parts, tmp_path):
+    plan = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], "--batch-size", "6")
+    text = "\n".join(plan.lines())
+    assert "train 9 images 18 captions" in text
+    assert "steps     3 of 6 examples" in text
+    assert json.dumps(plan.identity)
+
+
+@pytest.mark.parametrize("flags", [["--early-stop", "3"], ["--keep-best-by", "cider"]])
+def test_a_choice_between_weights_is_refused_where_nothing_judges_them(labels, parts, tmp_path, flags):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    path = str(write_labels(alone, {"train": 9}))
+    models = ["--clip", parts[0], "--llama", parts[1], "--validation-share", "0"]
+    with pytest.raises(ConfigError, match=f"{' '.join(flags)} needs a validation split; .* --validation-share"):
+        plan_of(path, str(tmp_path / "out"), *models, *flags)
+    assert plan_of(path, str(tmp_path / "out"), *models)
+
+
+def test_features_of_a_gpu_and_of_a_cpu_are_two_caches(labels, parts, tmp_path):
+    plan = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1])
+    on_cpu, on_gpu = (plan.for_workers(has_gpus=has_gpus).features for has_gpus in (False, True))
+    assert (on_cpu.model.dtype, on_gpu.model.dtype) == ("float32", "bfloat16")
+    assert on_cpu.cache.url != on_gpu.cache.url
+    assert plan.for_workers(has_gpus=False).features.cache.url == on_cpu.cache.url
+    named = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], "--dtype", "float32")
+    assert named.for_workers(has_gpus=True).features.cache.url == on_cpu.cache.url
+
+
+def test_credentials_by_flag_reach_labels_model_features_and_output(s3, labels, parts, tmp_path):
+    bundle, options = save_tiny_bundle(tmp_path / "bundle"), json.dumps(s3.storage_options)
+    for path in Path(bundle).rglob("*"):
+        if path.is_file():
+            s3.put(f"bundle/{path.relative_to(bundle)}", path.read_bytes())
+    for path in Path(labels).parent.iterdir():
+        s3.put(f"labels/{path.name}", path.read_bytes())
+    model, remote = ["--model", f"{s3.url}/bundle"], f"{s3.url}/labels/labels.jsonl"
+    for source, output, features in (
+        (remote, f"{s3.url}/out", []),
+        (remote, str(tmp_path / "out"), ["--features", f"{s3.url}/features"]),
+        (labels, str(tmp_path / "other"), ["--features", f"{s3.url}/features"]),
+        (labels, f"{s3.url}/more", ["--features", str(tmp_path / "features")]),
+    ):
+        plan = plan_of(source, output, *model, *features, "--storage-options", options)
+        save_initial_bundle(plan.config, plan.output.initial_bundle_url, plan.model_options)
+        plan.features.cache.claim()
+        assert len(plan.features.missing) == 12
+        initial, given = plan.output.initial_bundle_url, plan.model_options or None
+        assert load(initial, device="cpu", storage_options=given, allow_remote_parts=True)
+        assert load_vision(plan.start.clip, device="cpu", storage_options=dict(plan.features.clip_options) or None)
+
+
+def test_a_model_has_storage_options_of_its_own(labels, tmp_path, s3):
+    bundle, options = save_tiny_bundle(tmp_path / "bundle"), json.dumps(s3.storage_options)
+    for path in Path(bundle).rglob("*"):
+        if path.is_file():
+            s3.put(f"bundle/{path.relative_to(bundle)}", path.read_bytes())
+    flags = ["--model", f"{s3.url}/bundle", "--model-storage-options", options]
+    plan = plan_of(labels, str(tmp_path / "out"), *flags)
+    assert plan.model_options == plan.features.clip_options == s3.storage_options
+    assert load_vision(plan.start.clip, device="cpu", storage_options=dict(plan.features.clip_options))
+    with pytest.raises(
+        ConfigError, match=r"--model-storage-options is given for s3://.*, which memory://out will name"
+    ):
+        plan_of(labels, "memory://out", *flags)
