@@ -8,9 +8,11 @@ Python runs a signal handler in the main thread, and an exception that it raises
 """
 
 import logging
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ __all__ = ["DRAIN_S", "StopRequest", "stopping", "watch_ray_processes"]
 log = logging.getLogger("captioner")
 
 DRAIN_S = 20.0
+_AGAIN_S = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -94,16 +97,20 @@ def watch_ray_processes(pids: Mapping[int, str], every_s: float = 1.0) -> Iterat
     """Raise JobError in the block, wherever it waits, once one of these processes has ended.
 
     pids: process id -> name for the error. Only the main thread can be interrupted; any other one is not watched for.
+    The error is raised again every `_AGAIN_S` seconds until the block ends: what clears up on the way may wait, too.
     """
     if not pids or threading.current_thread() is not threading.main_thread():
         yield
         return
     main = threading.get_ident()
     ended: list[str] = []
+    told_at = -math.inf
 
     def look() -> None:
-        if not ended and (found := [name for pid, name in pids.items() if process_start(pid) is None]):
-            ended.extend(found)
+        nonlocal told_at
+        ended.extend(name for pid, name in pids.items() if name not in ended and process_start(pid) is None)
+        if ended and time.monotonic() - told_at > _AGAIN_S:
+            told_at = time.monotonic()
             signal.pthread_kill(main, signal.SIGUSR2)  # to that thread: its system call must return
 
     def end(*_: object) -> None:

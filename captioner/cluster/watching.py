@@ -6,10 +6,14 @@ from contextlib import contextmanager
 
 __all__ = ["watching"]
 
+_LAST_LOOK_S = 2.0
+
 
 @contextmanager
 def watching(look: Callable[[], object], *, every_s: float, name: str) -> Iterator[None]:
-    """Call `look` in a thread of its own, at once and then every `every_s` seconds, for as long as the block runs."""
+    """Call `look` in a thread of its own, at once and then every `every_s` seconds, for as long as the block runs.
+
+    The end of the block waits at most `_LAST_LOOK_S` seconds for a look: one that asks a dead cluster may never end."""
     has_ended = threading.Event()
 
     def watch() -> None:
@@ -23,4 +27,4 @@ def watching(look: Callable[[], object], *, every_s: float, name: str) -> Iterat
         yield
     finally:
         has_ended.set()
-        thread.join()
+        thread.join(_LAST_LOOK_S)

@@ -57,7 +57,7 @@ class CaptionModel:
 
     preprocessing: dict[str, Any] = field(repr=False)
     fingerprint: str
-    prompt_writer: PromptWriter = field(repr=False)
+    prompt_writer: PromptWriter = field(repr=False, compare=False)
     """What writes named prompts for it."""
 
     packer: TilePacker | None = None

@@ -50,7 +50,7 @@ class BundleDescription:
     prompt_tokens: tuple[str, ...] = field(repr=False)
     """The text of each token of the prompt, quoted, and `<image>` for those of the image."""
 
-    prompt_writer: PromptWriter = field(repr=False)
+    prompt_writer: PromptWriter = field(repr=False, compare=False)
     """What writes named prompts for it."""
 
     eos_token_ids: tuple[int, ...]

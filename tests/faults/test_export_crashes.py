@@ -20,7 +20,8 @@ from tests.caption_tables import add_part, begin_table, caption_row, write_image
 from tests.faults.crashes import Crash, Moment, crashing
 
 NUM_IMAGES = 5
-FORMATS = sorted(name for name, form in EXPORT_FORMATS.items() if form.is_deterministic)
+CATALOGUES = {"iceberg", "lance"}  # whose files have times and ids of their own; their crashes are tried elsewhere
+FORMATS = sorted(EXPORT_FORMATS.keys() - CATALOGUES)
 STORES = ["local", "memory"]
 
 
