@@ -34,7 +34,15 @@ print(server.port, flush=True)
 server.serve_forever()
 """
 _START_TIMEOUT_S = 60
+_SLOW_TIMEOUT_S = 1800
 _KEY, _SECRET = "AKIATESTKEY", "secret-of-the-test"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests a guard for a machine with other work, unless they name their own."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(_SLOW_TIMEOUT_S))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Servers of tests, in a thread of the test's own process."""
 
+import math
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseServer
 
@@ -57,3 +59,56 @@ class RangedFolder(PlainFolder):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+class SlowStore(ThreadingHTTPServer):
+    """Serves `files` on a port of its own, each after a while, so that no job ends before its test."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _SlowAnswer)
+        self.files: dict[str, bytes] = {}
+        """`/name` -> content."""
+
+        self.latency_s = 0.0
+        self.num_served = 0
+        self._most_served = math.inf
+        self._turn = threading.Condition()
+
+    def url(self, name: str) -> str:
+        """Return the URL of a file."""
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+    def hold_after(self, num: float) -> None:
+        """Answer so many more requests, and the others only once this is called again: no job outruns its test."""
+        with self._turn:
+            self._most_served = self.num_served + num
+            self._turn.notify_all()
+
+    def take_turn(self) -> None:
+        """Return when one more request may be answered."""
+        with self._turn:
+            self._turn.wait_for(lambda: self.num_served < self._most_served)
+            self.num_served += 1
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: those who ask are killed in the middle."""
+
+
+class _SlowAnswer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, SlowStore)
+        time.sleep(self.server.latency_s)
+        self.server.take_turn()
+        data = self.server.files.get(self.path)
+        self.send_response(404 if data is None else 200)
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        self.wfile.write(data or b"")
+
+    def log_message(self, *args: object) -> None:
+        pass

@@ -55,7 +55,8 @@ def run(plan: "Plan", shown: Progress) -> dict[str, Any]:
         table.record(run_id, known)
         _announce(allocation, cluster)
         is_lost = partial(getattr, plan.lease, "is_lost")
-        with stopping(plan.stop_file, is_lost, num_finished=lambda: shown.last_seen) as stop:
+        drain_s = plan.config.resources.drain_s
+        with stopping(plan.stop_file, is_lost, drain_s, num_finished=lambda: shown.last_seen) as stop:
             parts = _stream(plan, allocation, cluster, stop, shown)
         shown.phase = "ending Ray"
         deduplicate_late_parts(table, plan.done.parts.union(*(part.parts for part in parts)), run_id)

@@ -23,11 +23,10 @@ from captioner.storage.processes import process_start
 from captioner.storage.stop_file import StopFile
 from captioner.terminal import counted
 
-__all__ = ["DRAIN_S", "StopRequest", "stopping", "watch_ray_processes"]
+__all__ = ["StopRequest", "stopping", "watch_ray_processes"]
 
 log = logging.getLogger("captioner")
 
-DRAIN_S = 20.0
 _AGAIN_S = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,7 +45,7 @@ class StopRequest:
 
 @contextmanager
 def stopping(
-    file: StopFile, is_lost: Callable[[], bool], drain_s: float = DRAIN_S, num_finished: Callable[[], int] = int
+    file: StopFile, is_lost: Callable[[], bool], drain_s: float, num_finished: Callable[[], int] = int
 ) -> Iterator[StopRequest]:
     """Yield a request that the first signal makes, instead of raising KeyboardInterrupt, and write the stop file.
 

@@ -13,7 +13,7 @@ import pytest
 from captioner.captioning.captioner import Captioner
 from captioner.demo import scenes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SMALL = ["--limit", "600", "--max-steps", "60", "--batch-size", "128", "--learning-rate", "0.01"]

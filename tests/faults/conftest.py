@@ -4,12 +4,9 @@ of unbroken runs."""
 import io
 import math
 import tarfile
-import threading
-import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -18,7 +15,7 @@ import pytest
 
 from tests.bundles import save_tiny_bundle
 from tests.faults.running_job import Job, flags, table
-from tests.http_server import serving
+from tests.http_server import SlowStore, serving
 from tests.sample_images import BROKEN, encoded
 
 NUM_IMAGES = 1500
@@ -32,54 +29,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-class SlowStore(ThreadingHTTPServer):
-    """A web server whose answers take a while, so that a job on any machine lasts long enough to be killed in."""
-
-    daemon_threads = True
-    request_queue_size = 128
-    latency_s = 0.0
-    num_served = 0
-    files: ClassVar[dict[str, bytes]] = {}
-    _most_served: float = math.inf
-    _turn = threading.Condition()
-
-    def hold_after(self, num: float) -> None:
-        """Answer so many more requests, and the others only once this is called again: no job outruns its test."""
-        with self._turn:
-            self._most_served = self.num_served + num
-            self._turn.notify_all()
-
-    def take_turn(self) -> None:
-        """Return when one more request may be answered."""
-        with self._turn:
-            self._turn.wait_for(lambda: self.num_served < self._most_served)
-            self.num_served += 1
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: those who ask are killed in the middle."""
-
-
-class _SlowAnswer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        assert isinstance(self.server, SlowStore)
-        time.sleep(self.server.latency_s)
-        self.server.take_turn()
-        data = self.server.files.get(self.path)
-        self.send_response(404 if data is None else 200)
-        self.send_header("Content-Length", str(len(data or b"")))
-        self.end_headers()
-        self.wfile.write(data or b"")
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="session")
 def store() -> Iterator[SlowStore]:
     """Images over HTTP, one in fifty damaged or gone."""
-    server = SlowStore(("127.0.0.1", 0), _SlowAnswer)
+    server = SlowStore()
     bad = [BROKEN[name] for name in ("empty", "not_an_image", "corrupt")] + [None]
     for seed in range(NUM_IMAGES):
         data = bad[seed // 50 % len(bad)] if seed % 50 == 49 else encoded(seed=seed)
@@ -93,7 +46,7 @@ def store() -> Iterator[SlowStore]:
 def images(store: SlowStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A list of the images of the store."""
     listed = tmp_path_factory.mktemp("images") / "images.txt"
-    listed.write_text("".join(f"http://127.0.0.1:{store.server_port}/{seed:05d}.jpg\n" for seed in range(NUM_IMAGES)))
+    listed.write_text("".join(f"{store.url(f'{seed:05d}.jpg')}\n" for seed in range(NUM_IMAGES)))
     return listed
 
 

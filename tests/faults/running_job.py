@@ -33,6 +33,10 @@ KINDS = {
 """What to kill -> what stands in its command line."""
 
 
+GUARD_S = 600
+"""After which a test gives up what it waits for; on an idle machine nothing takes a tenth of it."""
+
+
 def flags(bundle: str, *more: str) -> list[str]:
     """What every job of these tests is started with."""
     tempo = ["--max-new-tokens", "6", "--rows-per-part", "128", "--fetch-concurrency", "4"]
@@ -58,12 +62,12 @@ class Job:
             text=True,
         )
 
-    def end(self, timeout_s: float = 240) -> tuple[int, str, str]:
+    def end(self, timeout_s: float = GUARD_S) -> tuple[int, str, str]:
         """Wait for it; return exit code, stdout and stderr."""
         out, log = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, out, log
 
-    def summary(self, timeout_s: float = 240) -> dict[str, Any]:
+    def summary(self, timeout_s: float = GUARD_S) -> dict[str, Any]:
         """Wait for it to succeed and return the last line of its stdout."""
         code, out, log = self.end(timeout_s)
         assert code == 0, f"exit code {code}: {log}"
@@ -73,7 +77,7 @@ class Job:
         """The processes of this job that live: all, or those of a kind."""
         return [pid for pid, command in marked(self.mark) if kind is None or KINDS[kind] in command]
 
-    def wait_for(self, kind: str, timeout_s: float = 180) -> int:
+    def wait_for(self, kind: str, timeout_s: float = GUARD_S) -> int:
         """Return the pid of a process of a kind, once there is one. Fails if the job ends before."""
         give_up = time.monotonic() + timeout_s
         while not (found := self.pids(kind)):
@@ -82,7 +86,7 @@ class Job:
             time.sleep(0.02)
         return found[0]
 
-    def kill(self, kind: str, timeout_s: float = 180) -> int:
+    def kill(self, kind: str, timeout_s: float = GUARD_S) -> int:
         """kill -9 one process of a kind, once there is one; return its pid. Fails if the job ends before."""
         pid = self.wait_for(kind, timeout_s)
         os.kill(pid, signal.SIGKILL)
@@ -126,12 +130,20 @@ def marked(mark: str) -> Iterator[tuple[int, str]]:
             continue
 
 
+def wait_for_nobody(mark: str) -> None:
+    """Return when no process with this mark is left."""
+    give_up = time.monotonic() + GUARD_S
+    while left := list(marked(mark)):
+        assert time.monotonic() < give_up, f"still there: {left}"
+        time.sleep(0.1)
+
+
 def num_parts(output: Path) -> int:
     """Return how many parts with captions a local table has."""
     return len(list(output.glob("captions/*.parquet")))
 
 
-def wait_for_parts(job: Job, output: Path, wanted: int = 1, timeout_s: float = 180) -> None:
+def wait_for_parts(job: Job, output: Path, wanted: int = 1, timeout_s: float = GUARD_S) -> None:
     """Return when a table has so many parts. Fails if the job ends before."""
     give_up = time.monotonic() + timeout_s
     while num_parts(output) < wanted:

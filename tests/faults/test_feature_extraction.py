@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
 from tests.bundles import save_tiny_bundle
+from tests.faults.running_job import GUARD_S, MARK, wait_for_nobody
 from tests.sample_images import encoded
 
 pytestmark = pytest.mark.slow
@@ -55,8 +57,9 @@ def test_an_extraction_that_is_killed_goes_on_from_its_parts(tmp_path: Path) -> 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(ROOT), "CAPTIONER_CACHE": str(tmp_path / "local")}
 
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    give_up = time.monotonic() + 240
+    mark = uuid.uuid4().hex
+    first = subprocess.Popen(command, env={**environment, MARK: mark}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    give_up = time.monotonic() + GUARD_S
     while not parts(run_folder):
         assert first.poll() is None, "the job ended before it could be killed"
         assert time.monotonic() < give_up, "no part was written"
@@ -64,9 +67,9 @@ def test_an_extraction_that_is_killed_goes_on_from_its_parts(tmp_path: Path) -> 
     first.send_signal(signal.SIGKILL)
     assert rows_of(parts(run_folder)) < NUM_IMAGES, "the kill came too late to do anything"
     first.communicate()
-    time.sleep(5)  # its workers notice that it is gone; until then they may write on
+    wait_for_nobody(mark)  # until its workers notice that it is gone, they may write on
     finished = rows_of(parts(run_folder))
 
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=True)
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=GUARD_S, check=True)
     assert json.loads(second.stdout.splitlines()[-1]) == [NUM_IMAGES - finished, finished]
     assert rows_of(parts(run_folder)) == NUM_IMAGES

@@ -11,7 +11,7 @@ import pytest
 from tests.bundles import save_tiny_bundle
 from tests.sample_images import encoded
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # for a machine with other work
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 INJECTOR = """

@@ -16,11 +16,12 @@ from captioner.inputs import freeze, read_unit
 from captioner.storage import open_store
 from captioner.storage.faults import StoreError
 from tests.conftest import Bucket
-from tests.faults.conftest import SlowStore, table_of, tar_of
+from tests.faults.conftest import table_of, tar_of
 from tests.faults.faulting_proxy import KINDS, FaultingProxy, Outage, Weather
 from tests.faults.running_job import Job, assert_same, table, verified
+from tests.http_server import SlowStore
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # for a machine with other work
+pytestmark = pytest.mark.slow
 
 Start = Callable[..., Job]
 NUM_IMAGES = 400

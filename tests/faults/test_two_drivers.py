@@ -1,5 +1,6 @@
 """Two drivers on one output, and a writer that outlives its own: one job writes at a time, and none comes late."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.faults.running_job import ROOT, Job, assert_only_parts, assert_same, table, verified, wait_for_parts
+from tests.faults.running_job import GUARD_S, ROOT, Job, assert_only_parts, assert_same, table, verified, wait_for_parts
+from tests.http_server import SlowStore
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 ONE_WRITER_SLEEPS = """
 import os, signal, threading, time
@@ -28,7 +30,7 @@ def fsync(descriptor):
     if os.fork():
         os.kill(os.getpid(), signal.SIGKILL)
     os.setsid()
-    threading.Timer(200, os._exit, [0]).start()
+    threading.Timer(900, os._exit, [0]).start()
     while not (FOLDER / "woken").exists():
         time.sleep(0.05)
     threading.Timer(10, os._exit, [0]).start()
@@ -39,11 +41,12 @@ os.fsync = fsync
 
 
 def test_a_second_driver_is_refused_and_a_writer_that_wakes_too_late_adds_nothing(
-    start: Callable[..., Job], images: Path, unbroken: pd.DataFrame, tmp_path: Path
+    start: Callable[..., Job], store: SlowStore, images: Path, unbroken: pd.DataFrame, tmp_path: Path
 ) -> None:
     output, faults = tmp_path / "table", tmp_path / "faults"
     faults.mkdir()
     (faults / "sitecustomize.py").write_text(ONE_WRITER_SLEEPS)
+    store.hold_after(600)  # so that the job does not end before its writer sleeps
     first = start(images, output, PYTHONPATH=f"{faults}:{ROOT}", FAULTS_FOLDER=str(faults))
     wait_for_parts(first, output)
     code, _, log = start(images, output).end()
@@ -51,6 +54,7 @@ def test_a_second_driver_is_refused_and_a_writer_that_wakes_too_late_adds_nothin
     assert "is in use" in log, log
 
     (faults / "armed").touch()
+    store.hold_after(math.inf)
     while not (faults / "sleeping").exists():
         assert first.process.poll() is None, f"the job ended before its writer slept: {first.end()}"
         time.sleep(0.02)
@@ -59,7 +63,7 @@ def test_a_second_driver_is_refused_and_a_writer_that_wakes_too_late_adds_nothin
     assert start(images, output).summary()["skipped_done"] > 0  # the crash left nothing that must be waited for
     assert half_written.exists(), "the writer did not sleep"
     (faults / "woken").touch()
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + GUARD_S
     while half_written.exists():
         assert time.monotonic() < give_up, "the writer never woke"
         time.sleep(0.1)

@@ -1,6 +1,7 @@
 """A job on a cluster that grows from nothing: real raylets, Ray's own autoscaler, GPUs that only the scheduler sees."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -8,8 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,17 @@ import pytest
 from captioner.config import VerifyConfig
 from captioner.tables.verification import verify
 from tests.bundles import save_tiny_bundle
-from tests.http_server import serving
+from tests.http_server import SlowStore, serving
 from tests.integration.clusters import LocalCluster, autoscaling_cluster, node_type, wait_until
 from tests.sample_images import encoded
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 3000
 MOST_NODES = 2  # of the kind that is killed
 LATENCY_S = 1.0  # 75 s of fetching, forty at a time; until no image has to wait any longer
+NUM_BEFORE = 2600  # images that the store answers before another node has come
 
 
 def node_types(*, num_decode: int, num_model: int) -> dict[str, Any]:
@@ -98,20 +98,24 @@ class History:
 
 
 def run(
-    folder: Path, store: "_SlowStore", types: Mapping[str, Any], of: Callable[[Sight], list[str]], *flags: str
+    folder: Path, store: SlowStore, types: Mapping[str, Any], of: Callable[[Sight], list[str]], *flags: str
 ) -> History:
     """One job from its first node to its last; once all nodes that `of` sees are there and some images written, one of
-    them is killed. The store is slow until another has come: the job must not end before."""
+    them is killed. Until another has come, the store is slow and holds the last images: the job must not end before."""
     history = History(output=folder / "captions")
     store.latency_s = LATENCY_S
+    store.hold_after(NUM_BEFORE)
     with autoscaling_cluster(types) as cluster:
-        job = _start_job(cluster, store.listed, history.output, save_tiny_bundle(folder / "bundle"), *flags)
+        listed = folder / "images.txt"
+        listed.write_text("".join(f"{store.url(name[1:])}\n" for name in store.files))
+        job = _start_job(cluster, listed, history.output, save_tiny_bundle(folder / "bundle"), *flags)
         while job.poll() is None:
             nodes = of(history.note(cluster))
             if not history.killed and len(set(nodes)) == MOST_NODES and _num_written(history.output):
                 history.kill(cluster, nodes[0])
             if history.new_nodes(of):
                 store.latency_s = 0.0
+                store.hold_after(math.inf)
             time.sleep(0.3)
         stdout, _ = job.communicate()
         history.log = (history.output.parent / "log").read_text()
@@ -122,52 +126,16 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 3,000 images."""
-    folder = tmp_path_factory.mktemp("images")
-    for seed in range(NUM_IMAGES):
-        (folder / f"{seed:04d}.jpg").write_bytes(encoded(seed=seed))
-    return folder
-
-
-class _SlowAnswer(SimpleHTTPRequestHandler):
-    """Serves a folder, each file after a while: so that decoding lasts longer than a node takes to come."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        assert isinstance(self.server, _SlowStore)
-        time.sleep(self.server.latency_s)
-        super().do_GET()
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-class _SlowStore(ThreadingHTTPServer):
-    daemon_threads = True
-    latency_s = LATENCY_S
-    listed: Path
-    """The URLs of what it serves, one a line."""
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: its clients are killed amid their requests."""
+def slow_store() -> Iterator[SlowStore]:
+    """3,000 images."""
+    store = SlowStore()
+    store.files.update({f"/{seed:04d}.jpg": encoded(seed=seed) for seed in range(NUM_IMAGES)})
+    with serving(store):
+        yield store
 
 
 @pytest.fixture(scope="module")
-def slow_store(images: Path) -> Iterator[_SlowStore]:
-    """The same images in a slow store."""
-    server = _SlowStore(("127.0.0.1", 0), partial(_SlowAnswer, directory=str(images)))
-    server.listed = images.parent / f"{images.name}.txt"
-    server.listed.write_text(
-        "".join(f"http://127.0.0.1:{server.server_port}/{path.name}\n" for path in sorted(images.iterdir()))
-    )
-    with serving(server):
-        yield server
-
-
-@pytest.fixture(scope="module")
-def history(slow_store: _SlowStore, tmp_path_factory: pytest.TempPathFactory) -> History:
+def history(slow_store: SlowStore, tmp_path_factory: pytest.TempPathFactory) -> History:
     """A job of which one of two GPU nodes is killed."""
     return run(
         tmp_path_factory.mktemp("gpu"),
@@ -180,7 +148,7 @@ def history(slow_store: _SlowStore, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def decode_history(slow_store: _SlowStore, tmp_path_factory: pytest.TempPathFactory) -> History:
+def decode_history(slow_store: SlowStore, tmp_path_factory: pytest.TempPathFactory) -> History:
     """A job of which one of two nodes that fetch and decode is killed."""
     return run(
         tmp_path_factory.mktemp("decode"),

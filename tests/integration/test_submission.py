@@ -23,7 +23,7 @@ from tests.integration.clusters import LocalCluster, job_server
 from tests.sample_images import encoded
 
 pytest.importorskip("aiohttp_cors", reason="the job server needs pip install -c constraints.txt '.[cluster]'")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 400

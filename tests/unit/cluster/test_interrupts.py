@@ -12,6 +12,7 @@ from queue import Queue
 import pytest
 
 from captioner.cluster.interrupts import stopping, watch_ray_processes
+from captioner.cluster.watching import watching
 from captioner.errors import JobError
 from captioner.storage.stop_file import StopFile
 
@@ -47,7 +48,7 @@ def job_with_one_signal(file: StopFile, *, is_lost: bool = False, drain_s: float
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_tells_the_tasks_and_the_second_ends_the_job(file: StopFile, number: signal.Signals) -> None:
     def job() -> None:
-        with stopping(file, lambda: False) as stop:
+        with stopping(file, lambda: False, drain_s=20) as stop:
             assert not file.exists()
             os.kill(os.getpid(), number)
             wait_for(file)
@@ -74,7 +75,7 @@ def test_a_job_that_ignores_ctrl_c_is_ended_in_time_too(file: StopFile) -> None:
 
 
 def test_a_job_without_a_signal_leaves_nothing_behind(file: StopFile) -> None:
-    with stopping(file, lambda: False) as stop:
+    with stopping(file, lambda: False, drain_s=20) as stop:
         pass
     assert not stop.is_made
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -89,7 +90,7 @@ def test_a_job_that_lost_its_table_has_nothing_to_finish(file: StopFile) -> None
 
 def test_signals_that_are_ignored_stay_so(file: StopFile) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with stopping(file, lambda: False) as stop:
+    with stopping(file, lambda: False, drain_s=20) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         assert not stop.is_made
@@ -121,6 +122,36 @@ def test_a_block_in_which_no_process_dies_runs_to_its_end_and_leaves_the_signal_
         assert signal.getsignal(signal.SIGUSR2) != before
     assert signal.getsignal(signal.SIGUSR2) == before
     assert "ray processes" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_watch_ends_though_a_look_never_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for its resources, a Ray whose GCS server has died answers after a minute."""
+    monkeypatch.setattr("captioner.cluster.watching._LAST_LOOK_S", 0.01)
+    looked, answer = threading.Event(), threading.Event()
+
+    def look() -> None:
+        looked.set()
+        answer.wait()
+
+    with watching(look, every_s=0.01, name="a look without end"):
+        looked.wait()
+    assert not answer.is_set()
+    answer.set()
+
+
+def test_an_error_that_clearing_up_outlasts_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captioner.cluster.interrupts._AGAIN_S", 0.05)
+    gone = {2**22 + 1: "the raylet"}
+
+    def job() -> None:
+        with watch_ray_processes(gone, every_s=0.01):
+            try:
+                Queue[None]().get()
+            finally:
+                Queue[None]().get()  # as Ray, which waits for a server that is gone
+
+    with pytest.raises(JobError, match="the raylet has died"):
+        job()
 
 
 def test_outside_the_main_thread_nothing_is_watched() -> None:

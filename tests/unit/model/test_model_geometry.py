@@ -59,7 +59,6 @@ def save_real_geometry(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_bundle_of_real_widths_captions_an_image_in_bfloat16():
     with TemporaryDirectory() as path:  # 3 GB, which pytest's own folders would keep
         save_real_geometry(Path(path))
