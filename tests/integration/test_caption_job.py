@@ -78,6 +78,7 @@ def with_broken(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_captioner_in_tiles_captions_images_of_all_shapes_as_it_does_alone(tmp_path: Path) -> None:
     llava = save_llava_next(tmp_path / "llava")
     (tmp_path / "images").mkdir()
@@ -126,6 +127,7 @@ def test_a_folder_with_broken_images_gives_a_caption_or_a_reason_for_each(
     assert verify(VerifyConfig(table=output))["ok"]
 
 
+@pytest.mark.slow
 def test_a_rerun_reads_nothing_and_a_later_run_continues_where_a_limit_stopped(
     tmp_path: Path, output: str, bundle: str
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_rerun_reads_nothing_and_a_later_run_continues_where_a_limit_stopped(
     pd.testing.assert_frame_equal(captions(output).drop(columns="run_id"), captions(unbroken).drop(columns="run_id"))
 
 
+@pytest.mark.slow
 def test_transient_failures_are_tried_again_and_counted(tmp_path: Path, output: str, bundle: str) -> None:
     images = folder_of_images(tmp_path / "images", num_images=3)
     listing = tmp_path / "list.txt"
@@ -156,6 +159,7 @@ def test_transient_failures_are_tried_again_and_counted(tmp_path: Path, output: 
     assert verify(VerifyConfig(table=output))["failed"] == 1
 
 
+@pytest.mark.slow
 def test_a_job_stops_once_more_images_failed_than_may_and_keeps_what_was_captioned(
     tmp_path: Path, output: str, bundle: str
 ) -> None:
@@ -181,6 +185,7 @@ def test_a_bucket_that_is_gone_ends_the_job_before_a_row_is_written(
     assert not list(Path(output).glob("*/part-*.parquet"))
 
 
+@pytest.mark.slow
 def test_another_decoding_into_the_same_output_is_refused(tmp_path: Path, output: str, bundle: str) -> None:
     images = folder_of_images(tmp_path / "images", num_images=2)
     caption_images(job(images, output, bundle))
@@ -189,6 +194,7 @@ def test_another_decoding_into_the_same_output_is_refused(tmp_path: Path, output
         caption_images(other)
 
 
+@pytest.mark.slow
 def test_a_parquet_of_bytes_keeps_its_ids_and_columns(tmp_path: Path, output: str, bundle: str) -> None:
     table = pa.table(
         {
@@ -216,6 +222,7 @@ def tar_of_images(path: Path, num_images: int) -> None:
                 tar.addfile(info, BytesIO(data))
 
 
+@pytest.mark.slow
 def test_tars_are_counted_while_they_are_read_so_that_a_rerun_knows_they_are_done(
     tmp_path: Path, output: str, bundle: str
 ) -> None:

@@ -34,6 +34,7 @@ class Sleeping:
         return os.getpid()
 
 
+@pytest.mark.slow
 def test_an_idle_worker_is_restarted_for_a_stage_that_has_none_and_a_busy_one_is_not() -> None:
     allocation = replace(allocate(ResourceConfig(), TWO_NODES), worker_cpus=1.0)
     with joined_cluster(), supervision(allocation, TWO_NODES, evict_every_s=0.5) as registry:

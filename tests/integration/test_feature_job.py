@@ -70,6 +70,7 @@ def compute_on_ray(planned: FeaturePlan, bundle: str) -> FeatureSet:
         return compute_features(planned, describe(bundle), ResourceConfig(), cluster)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_ray")
 def test_a_job_computes_each_image_once_as_one_process_would(tmp_path: Path, bundle: str) -> None:
     for name, data in images().items():

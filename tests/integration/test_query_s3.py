@@ -164,6 +164,7 @@ def test_files_of_a_table_are_its_parts_and_can_only_be_read(table: CaptionTable
         files.open(f"{PROTOCOL}://captions/a", "wb")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_ray")
 def test_the_lines_of_the_guide_read_the_table_with_pandas_pyarrow_and_ray_data(
     tmp_path: Path,

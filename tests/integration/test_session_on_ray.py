@@ -15,6 +15,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_local", [True, False])
 def test_a_job_leaves_the_process_as_it_was(
     is_local: bool, ray_address: str, tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch

@@ -191,6 +191,7 @@ def test_features_of_a_gpu_and_of_a_cpu_are_two_caches(labels, parts, tmp_path):
     assert named.for_workers(has_gpus=True).features.cache.url == on_cpu.cache.url
 
 
+@pytest.mark.slow
 def test_credentials_by_flag_reach_labels_model_features_and_output(s3, labels, parts, tmp_path):
     bundle, options = save_tiny_bundle(tmp_path / "bundle"), json.dumps(s3.storage_options)
     for path in Path(bundle).rglob("*"):
