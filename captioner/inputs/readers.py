@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http import HTTPStatus
 from itertools import islice
-from typing import Any
-
-import aiohttp
+from typing import TYPE_CHECKING, Any
 
 from captioner.inputs.blocks import too_large
 from captioner.schema import Reject, RejectReason
 from captioner.storage import Location, S3Store, Store, http_client, open_store, urls
 from captioner.storage.faults import StoreError
+
+if TYPE_CHECKING:
+    import aiohttp
 
 __all__ = ["HttpReader", "LocalReader", "Reader", "S3Reader", "StoreReader", "is_folder_away", "read_files"]
 
@@ -138,12 +139,14 @@ class HttpReader(Reader):
             return _joined(headers.get("ETag") or headers.get("Last-Modified"), headers.get("Content-Length"))
 
 
-def _check_status(response: aiohttp.ClientResponse) -> None:
+def _check_status(response: "aiohttp.ClientResponse") -> None:
     """Raise for an answer that is not the whole object: an error, a part of it, a redirect to nowhere."""
     response.raise_for_status()
     if response.status == HTTPStatus.PARTIAL_CONTENT:
         raise EOFError(f"HTTP 206, only {response.headers.get('Content-Range', 'a part')}, which was not asked for")
     if response.status >= HTTPStatus.MULTIPLE_CHOICES:
+        import aiohttp
+
         raise aiohttp.ClientResponseError(
             response.request_info, response.history, status=response.status, message="a redirect without Location"
         )

@@ -1,7 +1,8 @@
 """Faults of stores: the reason a row gets, and whether another try may help.
 
 Each store raises its own exceptions: aiohttp's, botocore's translated by s3fs, gcsfs's and Azure's with a status code,
-plain OSErrors. `diagnose` knows them all. Imports none of the optional packages and opens nothing.
+plain OSErrors. `diagnose` knows them all. Imports none of the optional packages, and aiohttp and botocore, which take a
+fifth of a second, only to tell a fault; opens nothing.
 """
 
 import asyncio
@@ -10,11 +11,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-
-import aiohttp
-from aiohttp.http_exceptions import HttpProcessingError
-from botocore import exceptions as botocore  # type: ignore[import-untyped]
-from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
 from captioner.errors import JobError, OutputError
 from captioner.schema import TRANSIENT_REASONS, Reject, RejectReason
@@ -111,6 +107,8 @@ def diagnose(error: BaseException) -> Fault:
     """Return the fault that an exception of any store means for the row or unit that was read."""
     if isinstance(error, StoreError):
         return error.fault
+    import aiohttp
+
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError | TimeoutError):
         error = error.__cause__  # fsspec raises "not found" for any fault of a web server that it asks for a size
     detail = _detail(error)
@@ -158,6 +156,9 @@ def _code(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> int | None:
+    import aiohttp
+    from aiohttp.http_exceptions import HttpProcessingError
+
     if any(isinstance(cause, HttpProcessingError) for cause in _causes(error)):
         return None  # the answer could not be read; its code, 400, is the parser's
     if isinstance(error, aiohttp.ClientError):  # also raised for a body that was cut short
@@ -169,6 +170,8 @@ def _status(error: BaseException) -> int | None:
 
 def _is_permanent(error: BaseException) -> bool:
     """Return whether a web server does not exist, has a wrong certificate, or will never accept this request."""
+    import aiohttp
+
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return True
     if isinstance(error, aiohttp.ClientConnectorError):  # the name server says that there is no such host
@@ -187,6 +190,9 @@ def _by_status(status: int, detail: str, retry_after_s: float) -> Fault:
 
 
 def _by_type(error: BaseException, detail: str) -> Fault:
+    import aiohttp
+    from botocore import exceptions as botocore  # type: ignore[import-untyped]
+
     number = getattr(error, "errno", None)
     if number in _FULL_ERRNO:
         return Fault(RejectReason.FETCH_FAILED, f"the disk is full, or a quota used up: {detail}", is_disk_full=True)
@@ -202,6 +208,10 @@ def _by_type(error: BaseException, detail: str) -> Fault:
 
 
 def _may_pass(error: BaseException, number: int | None) -> bool:
+    import aiohttp
+    from botocore import exceptions as botocore
+    from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
+
     if any(isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME for cause in _causes(error)):
         return False  # the name server says that there is no such host
     if isinstance(error, aiohttp.ClientSSLError):

@@ -6,10 +6,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
-
-import aiohttp
 
 from captioner import __version__
 from captioner.schema import RejectReason
@@ -18,6 +16,9 @@ from captioner.storage.faults import Fault, StoreError
 from captioner.storage.fsspec_store import Entry, Store, file_or_folder, in_order
 from captioner.storage.hosts import HostGuard, is_same
 from captioner.storage.location import Place, full_url
+
+if TYPE_CHECKING:
+    import aiohttp
 
 __all__ = ["CONNECT_TIMEOUT_S", "MAX_INDEX_BYTES", "READ_TIMEOUT_S", "HttpStore", "guarded", "http_client"]
 
@@ -37,10 +38,12 @@ async def http_client(
     num_connections: int = 100,
     socket_factory: Callable[..., Any] | None = None,
     **client_kwargs: Any,
-) -> aiohttp.ClientSession:
+) -> "aiohttp.ClientSession":
     """Return a session that gives up on a silent server, and takes as long as it must for a whole answer.
 
     home: a URL of the server that the given headers are for. A server that it redirects to does not get them."""
+    import aiohttp  # here, where it is needed: it takes a seventh of a second
+
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=num_connections, socket_factory=socket_factory)
     headers = {"User-Agent": f"captioner/{__version__}", **client_kwargs.pop("headers", {})}
@@ -49,24 +52,32 @@ async def http_client(
         connector=connector,
         headers=headers,
         middlewares=(_keep_headers_at(home),),
-        response_class=_Response,
+        response_class=_response_class(),
         **{"timeout": timeout, **client_kwargs},
     )
 
 
-class _Response(aiohttp.ClientResponse):
-    """An answer whose text has a limit: fsspec reads the page of a folder whole."""
+@functools.cache
+def _response_class() -> "type[aiohttp.ClientResponse]":
+    import aiohttp
 
-    async def text(self, encoding: str | None = None, errors: str = "strict") -> str:
-        """As ClientResponse.text. Raises StoreError for more than MAX_INDEX_BYTES."""
-        data = bytearray()
-        async for piece in self.content.iter_chunked(_PIECE_BYTES):
-            data += piece
-            if len(data) > MAX_INDEX_BYTES:
-                detail = f"the page of a folder has more than {MAX_INDEX_BYTES:,} bytes; pass a list of its URLs (.txt)"
-                raise StoreError(Fault(RejectReason.FETCH_FAILED, detail))
-        self._body = bytes(data)
-        return await super().text(encoding, errors)
+    class _Response(aiohttp.ClientResponse):
+        """An answer whose text has a limit: fsspec reads the page of a folder whole."""
+
+        async def text(self, encoding: str | None = None, errors: str = "strict") -> str:
+            """As ClientResponse.text. Raises StoreError for more than MAX_INDEX_BYTES."""
+            data = bytearray()
+            async for piece in self.content.iter_chunked(_PIECE_BYTES):
+                data += piece
+                if len(data) > MAX_INDEX_BYTES:
+                    detail = (
+                        f"the page of a folder has more than {MAX_INDEX_BYTES:,} bytes; pass a list of its URLs (.txt)"
+                    )
+                    raise StoreError(Fault(RejectReason.FETCH_FAILED, detail))
+            self._body = bytes(data)
+            return await super().text(encoding, errors)
+
+    return _Response
 
 
 class _Spool(io.FileIO):
@@ -88,10 +99,10 @@ class _Spool(io.FileIO):
         return super().write(data)
 
 
-def _keep_headers_at(home: str) -> aiohttp.ClientMiddlewareType:
+def _keep_headers_at(home: str) -> "aiohttp.ClientMiddlewareType":
     async def send(
-        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-    ) -> aiohttp.ClientResponse:  # called for a redirect too
+        request: "aiohttp.ClientRequest", handler: "aiohttp.ClientHandlerType"
+    ) -> "aiohttp.ClientResponse":  # called for a redirect too
         if not is_same(str(request.url), home):
             for name in {name for name in request.headers if name.lower() not in _HARMLESS_HEADERS}:
                 request.headers.popall(name)
