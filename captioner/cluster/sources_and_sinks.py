@@ -16,8 +16,7 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from captioner.captioning.resources import Allocation
 from captioner.cluster.session import OFF_MODEL_SELECTOR
-from captioner.cluster.supervision import report_to
-from captioner.cluster.worker_errors import reporting_errors
+from captioner.cluster.supervision import reporting_task_errors
 from captioner.inputs.slices import Slice
 from captioner.tables import PartSummary, Stamp
 
@@ -80,7 +79,7 @@ class _ReadSlice:
     registry: Any
 
     def __call__(self) -> Iterator[pa.Table]:
-        with reporting_errors(report_to(self.registry, "read")):
+        with reporting_task_errors(self.registry):
             yield from self.reader.read(self.piece)
 
 
@@ -131,7 +130,7 @@ class WriteParts(Datasink[PartSummary]):
         Raises JobError when more images of the run have failed than `--max-failed-share` allows.
         """
         del ctx
-        with reporting_errors(report_to(self._registry, "write")):
+        with reporting_task_errors(self._registry):
             return self._write(concat_rows(blocks))
 
     def _write(self, rows: pa.Table | None) -> PartSummary:
@@ -165,7 +164,7 @@ class WriteFeatures(Datasink[None]):
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
         """Write the rows of one task. The name of the file comes from the rows, so a retry overwrites its own."""
         del ctx
-        with reporting_errors(report_to(self._registry, "write")):
+        with reporting_task_errors(self._registry):
             rows = concat_rows(blocks)
             if rows is not None:
                 self._cache.write(rows)

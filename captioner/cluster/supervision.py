@@ -34,6 +34,7 @@ __all__ = [
     "num_finished",
     "raising_worker_errors",
     "report_to",
+    "reporting_task_errors",
     "supervised",
     "supervision",
     "wait_reason",
@@ -122,7 +123,7 @@ class Serving:
 def report_to(registry: Any, source: str) -> Callable[[WorkerError], None] | None:
     """Return a function that takes an error to the registry, or gives up soon; None where there is no registry.
 
-    source: a worker, whose next start makes the error void, or a kind of task.
+    source: a worker, whose next start makes the error void, or a task, whose success does.
     """
     if registry is None:
         return None
@@ -132,6 +133,19 @@ def report_to(registry: Any, source: str) -> Callable[[WorkerError], None] | Non
             ray.get(registry.note_error.remote(source, error), timeout=_ANSWER_S)
 
     return report
+
+
+@contextmanager
+def reporting_task_errors(registry: Any) -> Iterator[None]:
+    """Report what a task that reads or writes raises. Where Ray tries it again and it succeeds, the error is void."""
+    if registry is None:
+        yield
+        return
+    task = str(ray.get_runtime_context().get_task_id())  # the same at each try
+    with reporting_errors(report_to(registry, task)):
+        yield
+    with suppress(ray.exceptions.RayError):
+        ray.get(registry.note_success.remote(task), timeout=_ANSWER_S)
 
 
 @contextmanager

@@ -57,6 +57,10 @@ class WorkerRegistry:
         self._errors.pop(source, None)
         self._errors[source] = error
 
+    def note_success(self, task: str) -> None:
+        """Note that a task has succeeded, which makes the error of an earlier try void."""
+        self._errors.pop(task, None)
+
     def note_finished(self, worker_id: str, num_images: int) -> None:
         """Note how many images a worker has finished since its process began."""
         known = self._finished.setdefault(worker_id, (0, 0))
@@ -76,5 +80,5 @@ class WorkerRegistry:
         return self._handles.get(worker_id)
 
     def error(self) -> WorkerError | None:
-        """Return the last error, unless its worker has started again since."""
+        """Return the last error of those whose worker has not started again, or whose task has not succeeded, since."""
         return next(reversed(self._errors.values()), None)

@@ -56,6 +56,16 @@ def test_the_last_error_counts_and_none_of_a_worker_that_has_started_again() -> 
     assert registry.error() == DISK_FULL
 
 
+def test_an_error_of_a_task_is_void_once_a_later_try_of_it_has_succeeded() -> None:
+    registry = WorkerRegistry()
+    registry.note_error("task 1", DISK_FULL)
+    registry.note_error("task 2", NO_MEMORY)
+    registry.note_success("task 2")
+    assert registry.error() == DISK_FULL
+    registry.note_success("task 1")
+    assert registry.error() is None
+
+
 def test_an_error_that_all_workers_of_a_fit_meet_is_known_once_the_last_has_met_it() -> None:
     reports = FitReports()
     reports.note_shared_error(DISK_FULL, rank=0, num_workers=2)
