@@ -230,6 +230,30 @@ class Store:
             raise
         return True
 
+    def write_new(self, place: Place, data: bytes) -> bool:
+        """As `create`, also where a server ignores or refuses conditional writes: the name is looked at first.
+
+        There, of several callers at the same time the last one stays. Raises StoreError."""
+        if self.scheme == "file":
+            return self.create(place, data)
+        try:
+            if (there := self._or_none(lambda: self.read_bytes(place))) is not None:
+                return there == data
+        except StoreError as error:
+            if error.fault.reason != RejectReason.FORBIDDEN:  # which S3 says of a missing name, too
+                raise
+        try:
+            if self.create(place, data):
+                return True
+            is_free = self._or_none(lambda: self.read_bytes(place)) is None
+        except StoreError as error:
+            if error.fault.is_transient or error.fault.reason == RejectReason.FORBIDDEN:
+                raise
+            is_free = True  # else a plain write says what is wrong
+        if is_free:
+            self.write_atomic(place, data)
+        return is_free
+
     def move(self, place: Place, target: Place) -> None:
         """Move the file at `place` to `target`: copy, then remove. Raises StoreError."""
         self.retried(lambda: self.fs.cp_file(self.path(place), self.path(target)))

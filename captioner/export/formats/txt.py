@@ -70,7 +70,7 @@ class _Stores:
         server = urls.server(full_url(place))
         if (store := self._opened.get(server)) is None:
             store = self._opened[server] = open_store(place)
-        return store.create(place, data)
+        return store.write_new(place, data)
 
 
 TXT = ExportFormat(

@@ -3,6 +3,7 @@
 import csv
 import json
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import pytest
 
 from captioner.config import ExportConfig
 from captioner.evaluation.caption_files import read_captions
-from captioner.export import export_table
+from captioner.export import export_table, record
 from captioner.export.formats import txt
 from captioner.export.names import file_name
-from captioner.storage import Location, open_store
+from captioner.storage import Location, Store, open_store
 from captioner.tables import CaptionTable
+from captioner.tables.lease import Timing, take_lease
 from captioner.tables.table_images import TableImages
 from tests.caption_tables import add_part, begin_table, caption_row
 from tests.faults.conftest import tar_of
@@ -76,6 +78,19 @@ def test_txt_lies_beside_each_image_and_replaces_nothing(export: Export, tmp_pat
     assert sorted(found.keys() - before.keys()) == ["a/x.txt", "a/über alles.v2.txt", "b/x.txt"]
     assert files_of(tmp_path / "out") == {}
     assert export(format="txt", names="beside")["rows"] == 0
+
+
+def test_txt_replaces_nothing_on_a_server_that_ignores_conditions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "_create_once", lambda store, place, data: store.write_atomic(place, data) or True)
+    monkeypatch.setattr(record, "take_lease", partial(take_lease, timing=Timing(settle_s=0.1)))
+    table, _ = begin_table(str(tmp_path / "table"), str(write_named_images(tmp_path / "images", ["c.jpg"])))
+    config = ExportConfig(table=str(tmp_path / "table"), output=f"memory://{tmp_path}/out", format="txt")
+    for number, name in enumerate(["c.jpg", "c.png"]):
+        add_part(table, [caption_row(number, name, f"caption {number}")])
+        assert export_table(config)["refused"] == ({"name_taken": 1} if number else {})
+    assert open_store(config.output).read_bytes(f"{config.output}/c.txt") == b"caption 0\n"
 
 
 def test_names_beside_images_need_no_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ import uuid
 import pytest
 
 from captioner.errors import InputError
-from captioner.storage import PAGE_SIZE, open_store, pause_s
-from captioner.storage.faults import StoreError
+from captioner.schema import RejectReason
+from captioner.storage import PAGE_SIZE, Store, open_store, pause_s
+from captioner.storage.faults import Fault, StoreError
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -29,6 +30,31 @@ def test_what_is_written_is_read_back(folder):
     store.remove(f"{folder}/a/b.bin")
     assert store.info(f"{folder}/a/b.bin") is None
     assert store.names(f"{folder}/nowhere") == []
+
+
+def _ignores_the_condition(store, place, data):
+    store.fs.pipe_file(store.path(place), data)
+    return True
+
+
+def _refuses_each_condition(store, place, data):
+    return False  # HTTP 412
+
+
+def _knows_no_condition(store, place, data):
+    raise StoreError(Fault(RejectReason.FETCH_FAILED, "HTTP 501"))
+
+
+@pytest.mark.parametrize("answer", [None, _ignores_the_condition, _refuses_each_condition, _knows_no_condition])
+def test_a_new_file_replaces_none_on_a_store_without_conditional_writes_either(folder, answer, monkeypatch):
+    if answer and folder.startswith("memory"):
+        monkeypatch.setattr(Store, "_create_once", answer)
+    store = open_store(folder)
+    store.write_atomic(f"{folder}/a.txt", b"mine")
+    assert not store.write_new(f"{folder}/a.txt", b"theirs")
+    assert store.read_bytes(f"{folder}/a.txt") == b"mine"
+    assert [store.write_new(f"{folder}/b.txt", data) for data in (b"one", b"one", b"two")] == [True, True, False]
+    assert store.read_bytes(f"{folder}/b.txt") == b"one"
 
 
 def test_a_listing_is_recursive_and_in_the_order_of_the_whole_names(folder):
