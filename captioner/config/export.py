@@ -55,6 +55,9 @@ class ExportConfig:
     prompt: str | None = None
     """What the human says in llava's conversations. By default the prompt that the captions' run was given."""
 
+    csv_safe: bool = False
+    """In CSV, put `'` before a text that a spreadsheet would run as a formula: it begins with = + - @ or a tab."""
+
     iceberg_table: str = "captioner.captions"
     """Namespace and name of the Iceberg table."""
 
@@ -89,6 +92,7 @@ class ExportConfig:
         if self.prompt is not None:
             object.__setattr__(self, "prompt", typed(self.prompt))
         check(self.prompt is None or self.format == "llava", "--prompt", self.prompt, "--format llava with it")
+        check(self.format == "csv" or not self.csv_safe, "--csv-safe", "given", "--format csv with it")
         named = "." in self.iceberg_table.strip(".")
         check(named, "--iceberg-table", self.iceberg_table, "namespace and name: captioner.captions")
         worker_range(self.workers, "--workers")

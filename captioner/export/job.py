@@ -234,6 +234,7 @@ def _settings(request: Request, table: CaptionTable) -> dict[str, Any]:
         "images": config.images,
         "prompt": config.prompt,
         "iceberg_table": config.iceberg_table if config.format == "iceberg" else None,
+        **({"csv_safe": True} if config.csv_safe else {}),  # left out, so that older exports stay the same
     }
 
 

@@ -5,7 +5,7 @@ from typing import IO
 import pyarrow as pa
 
 from captioner.export.request import ExportFormat, Request, Shard
-from captioner.query.output import write_rows
+from captioner.query.output import without_formulas, write_rows
 
 __all__ = ["CSV"]
 
@@ -15,7 +15,8 @@ def _write(shard: Shard) -> None:
         names = list(shard.request.selected())
         schema = pa.schema([shard.schema().field(name) for name in names])
         batches = (batch.select(names) for batch in shard.rows)
-        write_rows(pa.RecordBatchReader.from_batches(schema, batches), file, "csv")
+        rows = pa.RecordBatchReader.from_batches(schema, batches)
+        write_rows(without_formulas(rows) if shard.request.config.csv_safe else rows, file, "csv")
 
     shard.publish(CSV.file_of(shard.number), write)
 

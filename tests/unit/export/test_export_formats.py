@@ -3,6 +3,7 @@
 import csv
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from captioner.config import ExportConfig
+from captioner.errors import OutputError
 from captioner.evaluation.caption_files import read_captions
 from captioner.export import export_table, record
 from captioner.export.formats import txt
@@ -57,6 +59,22 @@ def test_csv_has_a_header_and_the_same_texts(export: Export, tmp_path: Path) -> 
     export(format="csv")
     with (tmp_path / "out" / "captions-00000.csv").open(newline="") as file:
         assert {row["image_id"]: row["caption"] for row in csv.DictReader(file)} == TEXT_OF
+
+
+def test_csv_can_be_made_safe_for_spreadsheets(tmp_path: Path) -> None:
+    table, _ = begin_table(str(tmp_path / "table"), str(write_named_images(tmp_path / "images", ["a.jpg"])))
+    add_part(table, [caption_row(0, "@a.jpg", "=HYPERLINK(1)")])
+    config = ExportConfig(table=str(tmp_path / "table"), output=str(tmp_path / "out"), format="csv")
+    export_table(config)
+    with pytest.raises(OutputError, match="csv_safe"):  # one OUT does not hold both
+        export_table(replace(config, csv_safe=True))
+    export_table(replace(config, csv_safe=True, output=str(tmp_path / "safe")))
+    plain, safe = (
+        next(csv.DictReader((tmp_path / name / "captions-00000.csv").read_text().splitlines()))
+        for name in ("out", "safe")
+    )
+    assert (plain["image_id"], plain["caption"]) == ("@a.jpg", "=HYPERLINK(1)")
+    assert (safe["image_id"], safe["caption"], safe["num_tokens"]) == ("'@a.jpg", "'=HYPERLINK(1)", plain["num_tokens"])
 
 
 def test_txt_lies_in_a_tree_like_that_of_the_images(export: Export, tmp_path: Path) -> None:
