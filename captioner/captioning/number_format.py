@@ -18,7 +18,7 @@ def resolved_dtype(config: ModelConfig, worker_gpus: float) -> str:
     """Return the format in which workers with so many GPUs compute; a GPU without bfloat16 has float16 in its place."""
     if config.dtype != "auto":
         return config.dtype
-    return "bfloat16" if worker_gpus and config.device not in ("cpu", "mps") else "float32"
+    return "bfloat16" if worker_gpus and config.device != "cpu" else "float32"
 
 
 def check_dtype(table: CaptionTable, dtype: str) -> None:
@@ -52,7 +52,7 @@ def _dtype_of_older(record: Mapping[str, Any]) -> str:
         return str(config["dtype"])
     if not isinstance(worker_gpus, int | float):
         return ""
-    is_cpu = config.get("device") in ("cpu", "mps")
+    is_cpu = config.get("device") == "cpu"
     return resolved_dtype(ModelConfig(), 0.0 if is_cpu else worker_gpus)
 
 

@@ -47,11 +47,11 @@ class ModelConfig:
     """`auto`: the worker's GPU, or the CPU when it has none."""
 
     def __post_init__(self) -> None:
-        is_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None
+        is_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         for name in ("prompt", "system_prompt"):
             if (text := getattr(self, name)) is not None:
                 object.__setattr__(self, name, typed(text))
-        check(is_device, "--device", self.device, "auto, cpu, mps, cuda or cuda:N")
+        check(is_device, "--device", self.device, "auto, cpu, cuda or cuda:N")
 
     @property
     def checkpoint_options(self) -> dict[str, str | None]:

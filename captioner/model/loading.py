@@ -146,8 +146,10 @@ def device_of(name: str) -> torch.device:
     has_gpu = torch.cuda.is_available()
     try:
         device = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device is {name}; expected auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):  # MPS has no float64, in which draws are computed
+        raise ConfigError(f"--device is {name}; expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not has_gpu or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(
             f"--device is {name}, but torch sees {torch.cuda.device_count()} GPUs here; expected auto or cpu"

@@ -24,7 +24,6 @@ OLDER_NAMED: dict[str, Any] = {"config": {"model": {"dtype": "bfloat16"}}, "allo
         ({}, 0.25, "bfloat16"),
         ({}, 0.0, "float32"),
         ({"device": "cpu"}, 1.0, "float32"),
-        ({"device": "mps"}, 0.0, "float32"),
         ({"dtype": "float16"}, 0.0, "float16"),
     ],
 )

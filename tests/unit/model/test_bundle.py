@@ -476,7 +476,7 @@ def test_a_llava_with_an_unknown_tokenizer_asks_for_the_whole_prompt(tmp_path: P
     assert describe(str(folder), prompt="USER: {image} ASSISTANT:").num_image_tokens == 16
 
 
-@pytest.mark.parametrize("device", ["cuda:93", "tpu!"])
+@pytest.mark.parametrize("device", ["cuda:93", "tpu!", "mps", "meta"])
 def test_a_device_that_is_not_there_is_refused(bundle: Path, device: str):
     with pytest.raises(ConfigError, match=rf"--device is {device}"):
         load(str(bundle), device=device)
