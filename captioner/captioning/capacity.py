@@ -1,4 +1,4 @@
-"""What a model takes of a GPU's memory, and which cards hold it with how many slots: computed, nothing is loaded.
+"""What a model takes of a GPU's memory, which cards hold it with how many slots, and one's rate and price: computed.
 
 From configs and headers of weights alone. The engine's part is that of `--slots auto`; CUDA graphs and the fragments of
 its allocator are in the tenth that this leaves free.
@@ -7,6 +7,7 @@ its allocator are in the tenth that this leaves free.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from captioner.captioning.card_rate import CARD, CARD_GIB, ImageWork, images_per_s
 from captioner.captioning.job import resolve
 from captioner.captioning.plan import describe_model
 from captioner.config import PlanConfig
@@ -16,7 +17,7 @@ from captioner.terminal import say
 
 __all__ = ["CARDS", "model_capacity"]
 
-CARDS = (24, 48, 80)
+CARDS = (24, 48, CARD_GIB)
 """Memory of common cards, in GiB."""
 
 _GIB = 1 << 30
@@ -44,6 +45,9 @@ def _summary(model: BundleDescription, config: PlanConfig) -> dict[str, Any]:
     encode = _encode_bytes(model, item_bytes)
     kv_bytes = model.language_config.kv_values * item_bytes
     layout = _layout_of_one(model, config)
+    slots = {str(gib): _slots(model, config, gib * _GIB - _CUDA_BYTES - weights - encode) for gib in CARDS}
+    rate = images_per_s(_image_work(model, config, kv_bytes), slots[str(CARD_GIB)], item_bytes)
+    hourly = config.gpu_hourly
     return {
         "model": model.name,
         "is_computed": True,
@@ -53,8 +57,26 @@ def _summary(model: BundleDescription, config: PlanConfig) -> dict[str, Any]:
         "encode_bytes": encode,
         "kv_bytes_per_token": kv_bytes,
         "kv_bytes_per_slot": kv_bytes * (layout.prefix_columns // layout.slots_per_image + layout.own_columns),
-        "slots": {str(gib): _slots(model, config, gib * _GIB - _CUDA_BYTES - weights - encode) for gib in CARDS},
+        "slots": slots,
+        "images_per_s": round(rate, 1),
+        "price_per_million": round(hourly * 1e6 / rate / 3600, 2) if rate and hourly is not None else None,
     }
+
+
+def _image_work(model: BundleDescription, config: PlanConfig, kv_bytes: int) -> ImageWork:
+    """Return what the largest image takes with the longest captions."""
+    tiles = model.anyres.most_image_tiles if model.anyres else 1
+    prompt = model.num_prompt_tokens - model.num_prompt_tokens_before + model.num_image_tokens
+    language = model.language_config
+    read_tokens = (model.num_prompt_tokens_before + prompt) + config.decoding.max_new_tokens / 2
+    return ImageWork(
+        tower_parameters=model.clip_parameters,
+        tower_tokens=tiles * (model.tower_config.num_patches + 1),
+        language_parameters=model.llama_parameters - language.vocab_size * language.hidden_size,
+        prompt_tokens=prompt,
+        caption_tokens=_layout_of_one(model, config).slots_per_image * config.decoding.max_new_tokens,
+        kv_bytes=read_tokens * kv_bytes,
+    )
 
 
 def _encode_bytes(model: BundleDescription, item_bytes: int) -> int:
@@ -113,6 +135,10 @@ def _lines(model: BundleDescription, summary: Mapping[str, Any]) -> Iterator[str
     )
     held = (f"{gib} GiB: {f'{slots} slots' if slots else 'does not fit'}" for gib, slots in summary["slots"].items())
     yield f"cards     {', '.join(held)} (computed, not measured)"
+    if rate := summary["images_per_s"]:
+        price = summary["price_per_million"]
+        costs = "--gpu-hourly tells the price" if price is None else f"{price:,.2f} a million"
+        yield f"rate      {rate:,.1f} images/s on one {CARD}, {costs} (computed at half of its peak, not measured)"
 
 
 def _gb(size: int) -> str:

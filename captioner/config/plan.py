@@ -15,11 +15,11 @@ __all__ = ["PlanConfig"]
 class PlanConfig(CaptioningConfig):
     """Estimate a caption job: caption a small sample here, then print time, workers and price of the whole input.
 
-    Without INPUT: what --model takes of a GPU's memory."""
+    Without INPUT: what --model takes of a GPU's memory, and the rate and price of one card."""
 
     input_path: Annotated[Positional[str], arg(metavar="INPUT")] = ""
     """What a job would read. Without it, for a --model other than `demo`, the memory that the model takes is computed,
-    and which cards hold it with how many slots; nothing is captioned. `demo` is the embedded images."""
+    which cards hold it with how many slots, and the rate of one; nothing is captioned. `demo`: the embedded images."""
 
     output: Annotated[Positional[str], arg(metavar="OUTPUT")] = ""
     """Folder that the job will write; its summary then shows this estimate beside what it took.

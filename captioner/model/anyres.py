@@ -74,6 +74,11 @@ class AnyRes:
             most = max(most, *(self._num_tokens(*size) for size in cut))
         return most
 
+    @cached_property
+    def most_image_tiles(self) -> int:
+        """Most tiles that an image of any size has, the whole image among them."""
+        return 1 + max((rows // self.tile_size) * (columns // self.tile_size) for rows, columns in self.resolutions)
+
     def identity(self) -> dict[str, Any]:
         """Return what decides the tokens, for records."""
         return asdict(self)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from captioner.captioning.capacity import model_capacity
+from captioner.captioning.card_rate import ImageWork, images_per_s
 from captioner.captioning.estimate import estimate_job
 from captioner.command_line import parse
 from captioner.config import PlanConfig
@@ -107,6 +108,31 @@ def test_longer_captions_and_wider_numbers_leave_fewer_slots(llava_8b: str) -> N
     wide = model_capacity(parse(PlanConfig, ["--model", llava_8b, "--dtype", "float32"]))["slots"]
     assert long["24"] < short["24"]
     assert wide["24"] == 0, "33 GB of weights"
+
+
+def test_the_rate_and_price_of_one_card_are_computed(llava_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", llava_8b, "--max-new-tokens", "64", "--gpu-hourly", "2.5"]
+    summary = model_capacity(parse(PlanConfig, flags))
+    half_flops, half_bytes_per_s, language = 989e12 / 2, 3.35e12 / 2, 16.7e9 / 2 - 0.3e9 - 128_320 * 4096
+    prompt = summary["prompt_tokens"] + summary["image_tokens"]  # of which the first few are shared
+    prefill_s = 2 * (language * prompt + 0.3e9 * 577) / half_flops
+    kv_bytes = (prompt + 32) * summary["kv_bytes_per_token"]
+    step_s = 2 * language / summary["slots"]["80"] + kv_bytes
+    seconds = prefill_s + 64 * step_s / half_bytes_per_s
+    assert summary["images_per_s"] == pytest.approx(1 / seconds, rel=0.05)
+    assert summary["price_per_million"] == pytest.approx(2.5e6 / summary["images_per_s"] / 3600, rel=0.01)
+    assert "a million (computed at half of its peak, not measured)" in capsys.readouterr().err
+    long = model_capacity(parse(PlanConfig, ["--model", llava_8b, "--max-new-tokens", "512"]))
+    assert long["images_per_s"] < summary["images_per_s"]
+    assert long["price_per_million"] is None
+
+
+def test_a_card_that_holds_no_slot_has_no_rate() -> None:
+    work = ImageWork(
+        tower_parameters=1, tower_tokens=1, language_parameters=1, prompt_tokens=1, caption_tokens=1, kv_bytes=1
+    )
+    assert images_per_s(work, 0, 2) == 0
+    assert images_per_s(work, 2, 2) > images_per_s(work, 1, 2)
 
 
 def test_a_model_is_refused_as_a_job_would_refuse_it(llava_8b: str) -> None:
