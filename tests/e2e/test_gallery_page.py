@@ -60,7 +60,7 @@ class Visit:
 
     def wait_until(self, condition: str) -> None:
         """Wait for something in the page; Playwright's own way is an eval, which the page's policy forbids."""
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + 200
         while not self.tab.evaluate(condition):
             assert time.monotonic() < give_up, condition
             self.tab.wait_for_timeout(20)

@@ -12,6 +12,7 @@ import pytest
 
 from captioner.captioning.captioner import Captioner
 from captioner.demo import scenes
+from tests.guard import GUARD_S
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ def run(script: str, *arguments: str, cwd: Path) -> dict[str, object]:
         env={**environment, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(JOBS.parent)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=GUARD_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

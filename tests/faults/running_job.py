@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tests.guard import GUARD_S
+
 ROOT = Path(__file__).parents[2]
 MARK = "CAPTIONER_FAULTS_MARK"
 KINDS = {
@@ -31,10 +33,6 @@ KINDS = {
     "gcs": "/gcs/gcs_server",
 }
 """What to kill -> what stands in its command line."""
-
-
-GUARD_S = 600
-"""After which a test gives up what it waits for; on an idle machine nothing takes a tenth of it."""
 
 
 def flags(bundle: str, *more: str) -> list[str]:

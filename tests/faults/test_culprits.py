@@ -48,7 +48,7 @@ def test_an_image_that_ends_its_decoder_is_named_and_its_neighbours_are_captione
     for name, verb in culprits.items():
         (images / name).write_bytes(verb)
     path = f"{tmp_path / 'site'}:{ROOT}"
-    job = start(images, tmp_path / "table", "--decode-timeout-s", "2", PYTHONPATH=path)
+    job = start(images, tmp_path / "table", "--decode-timeout-s", "10", PYTHONPATH=path)
     summary = job.summary()
     assert (summary["captioned"], summary["failed"]) == (57, 3)
     failures = pd.read_parquet(tmp_path / "table/failures")

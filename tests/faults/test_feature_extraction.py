@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import save_tiny_bundle
-from tests.faults.running_job import GUARD_S, MARK, wait_for_nobody
+from tests.faults.running_job import MARK, wait_for_nobody
+from tests.guard import GUARD_S
 from tests.sample_images import encoded
 
 pytestmark = pytest.mark.slow

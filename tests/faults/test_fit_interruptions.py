@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from captioner.training.fit.fit_state import FitState
-from tests.faults.running_job import GUARD_S, MARK, wait_for_nobody
+from tests.faults.running_job import MARK, wait_for_nobody
+from tests.guard import GUARD_S
 from tests.labelled_scenes import write_labels
 from tests.unit.model import tiny_models
 

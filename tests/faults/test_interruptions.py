@@ -11,7 +11,6 @@ import pytest
 
 from tests.faults.conftest import NUM_IMAGES, NUM_PACKED
 from tests.faults.running_job import (
-    GUARD_S,
     Job,
     assert_same,
     num_parts,
@@ -20,6 +19,7 @@ from tests.faults.running_job import (
     wait_for_nobody,
     wait_for_parts,
 )
+from tests.guard import GUARD_S
 from tests.http_server import SlowStore
 
 pytestmark = pytest.mark.slow

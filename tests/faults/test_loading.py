@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import save_tiny_bundle
+from tests.guard import GUARD_S
 from tests.sample_images import encoded
 
 pytestmark = pytest.mark.slow
@@ -74,7 +75,7 @@ def run_job(inputs: tuple[Path, str], tmp_path: Path, crash: str) -> "tuple[subp
         env={**kept, "PYTHONPATH": f"{tmp_path}:{ROOT}", "CRASH": crash, "CRASH_MARKS": str(marks)},
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=GUARD_S,
         check=False,
     )
     return done, len(list(marks.iterdir()))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.faults.running_job import GUARD_S, Job, assert_only_parts, assert_same, kill, table, verified
+from tests.faults.running_job import Job, assert_only_parts, assert_same, kill, table, verified
+from tests.guard import GUARD_S
 from tests.http_server import SlowStore
 
 pytestmark = pytest.mark.slow

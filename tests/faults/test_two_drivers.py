@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.faults.running_job import GUARD_S, ROOT, Job, assert_only_parts, assert_same, table, verified, wait_for_parts
+from tests.faults.running_job import ROOT, Job, assert_only_parts, assert_same, table, verified, wait_for_parts
+from tests.guard import GUARD_S
 from tests.http_server import SlowStore
 
 pytestmark = pytest.mark.slow

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from tests.guard import GUARD_S
+
 _HEAD_ID = "f" * 51 + "00000"  # the node provider's own constant
 _EMPTY = [
     "cluster_synced_files",
@@ -30,7 +32,6 @@ _EMPTY = [
     "worker_start_ray_commands",
 ]
 _OBJECT_STORE_BYTES = 100_000_000
-_START_S = 90
 
 
 _OBSERVER = """
@@ -155,7 +156,7 @@ def job_server(environment: Mapping[str, str], num_cpus: int = 2) -> Iterator[tu
         own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_metrics_report_interval_ms": "500"}
         with _head(port, Path(folder), flags, {**own, **environment}) as cluster:
             address = f"http://127.0.0.1:{dashboard}"
-            wait_until(lambda: _takes_jobs(address), _START_S)
+            wait_until(lambda: _takes_jobs(address))
             yield cluster, address
 
 
@@ -188,7 +189,7 @@ def _head(port: int, folder: Path, flags: list[str], environment: Mapping[str, s
         )
     cluster = LocalCluster(f"127.0.0.1:{port}", {**shared, "RAY_ADDRESS": f"127.0.0.1:{port}"}, head, folder)
     try:
-        wait_until(lambda: _is_up(cluster), _START_S)
+        wait_until(lambda: _is_up(cluster))
         yield cluster
     except BaseException:
         print((folder / "head.log").read_text())
@@ -224,11 +225,11 @@ def _end(cluster: LocalCluster) -> None:
         time.sleep(0.2)
 
 
-def wait_until(holds: Callable[[], object], timeout_s: float, explain: Callable[[], str] = str) -> None:
-    """Return as soon as `holds` does; fail the test after `timeout_s`."""
-    give_up = time.monotonic() + timeout_s
+def wait_until(holds: Callable[[], object], explain: Callable[[], str] = str) -> None:
+    """Return as soon as `holds` does; fail the test after `GUARD_S`."""
+    give_up = time.monotonic() + GUARD_S
     while not holds():
-        assert time.monotonic() < give_up, f"not so after {timeout_s:g} s: {explain()}"
+        assert time.monotonic() < give_up, f"not so after {GUARD_S} s: {explain()}"
         time.sleep(0.2)
 
 

@@ -121,7 +121,7 @@ def run(
         history.log = (history.output.parent / "log").read_text()
         history.exit_code = job.returncode
         history.summary = json.loads(stdout.splitlines()[-1]) if stdout.strip() else {}
-        wait_until(lambda: history.note(cluster).num_gpu_nodes == 0, 90)
+        wait_until(lambda: history.note(cluster).num_gpu_nodes == 0)
     return history
 
 

@@ -33,7 +33,7 @@ def _as_in_a_job() -> Iterator[None]:
 
 
 def wait_for(file: StopFile) -> None:
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 200
     while not file.exists():
         assert time.monotonic() < give_up
         time.sleep(0.01)

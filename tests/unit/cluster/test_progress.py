@@ -19,7 +19,7 @@ def messages(caplog: pytest.LogCaptureFixture, wanted: int) -> list[str]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 200
     while not condition() and time.monotonic() < give_up:
         time.sleep(0.01)
 
