@@ -8,7 +8,7 @@ Knows Arrow schemas and nothing else. One image is one row all the way through:
     CAPTIONS / FAILURES                  the two tables on disk
 
 A row that failed carries `reason` and `detail` from the step where it failed to the end: rows in = rows out. The
-columns that a user keeps (`--keep-columns`) travel after the named ones.
+columns that a user keeps (`--keep-columns`) travel after the named ones, behind those of named prompts (`--prompts`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -154,18 +154,19 @@ def decoded_schema(image_size: int, kept: Sequence[pa.Field] = (), *, in_tiles: 
     return pa.schema([*_IDENTITY, _ATTEMPT, *_REJECT, pa.field("pixels", kind), *_SIZE, _DECODE_MS, *kept])
 
 
-def captioned_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
-    """Return the columns after the model: `caption` and its scores, null when rejected.
+def captioned_schema(kept: Sequence[pa.Field] = (), answers: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Return the columns after the model: `caption` and its scores, null when rejected. answers: of named prompts.
 
     `candidates` lists every caption of the image with the same columns, best first, when more than one was asked for;
     null otherwise. `clip_score` is null unless it was asked for. `model_clock` goes no further than the summary.
     """
-    return pa.schema([*_IDENTITY, _ATTEMPT, *_REJECT, *_caption(on_disk=False), _candidates(), *_SIZE, _CLOCK, *kept])
+    written = [*_caption(on_disk=False), _candidates(), *(field.with_nullable(True) for field in answers)]
+    return pa.schema([*_IDENTITY, _ATTEMPT, *_REJECT, *written, *_SIZE, _CLOCK, *kept])
 
 
-def captions_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
-    """Return the columns of `captions/part-*.parquet`, `kept` between the fixed columns and `run_id`."""
-    return pa.schema([*_IDENTITY, *_caption(on_disk=True), *_required(_SIZE), _candidates(), *kept, _RUN])
+def captions_schema(kept: Sequence[pa.Field] = (), answers: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Return the columns of `captions/part-*.parquet`: `answers` and `kept` between the fixed ones and `run_id`."""
+    return pa.schema([*_IDENTITY, *_caption(on_disk=True), *_required(_SIZE), _candidates(), *answers, *kept, _RUN])
 
 
 def build_table(schema: pa.Schema, rows: pa.Table, made: Mapping[str, Any]) -> pa.Table:

@@ -58,5 +58,6 @@ def add_part(
     table: CaptionTable, rows: Sequence[Mapping[str, Any]], kept: Sequence[pa.Field] = (), run_id: str = "run-1"
 ) -> None:
     """Write rows as one part, as the sink of a job does."""
-    schema = captioned_schema(kept)
-    table.write(pa.Table.from_pylist([dict(row) for row in rows], schema), Stamp(run_id, table.digest), kept)
+    answers = table.answers()
+    made = pa.Table.from_pylist([dict(row) for row in rows], captioned_schema(kept, answers))
+    table.write(made, Stamp(run_id, table.digest), kept, answers)

@@ -6,18 +6,21 @@ Rows in = rows out, in order; a row that failed earlier passes through. Several 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
 from captioner.caption_columns import CAPTION_COLUMNS, Caption
+from captioner.captioning.answer_values import answer_values
 from captioner.captioning.captioner import Captioner
 from captioner.captioning.model_clock import ModelClock
+from captioner.captioning.questions import Answer
 from captioner.captioning.telemetry import NullRecorder, Recorder, decode_label
 from captioner.config import CaptionJobConfig
 from captioner.model.image_encoder import pixel_tensor
+from captioner.prompts import CAPTION, Prompt, answer_fields
 from captioner.schema import build_table, captioned_schema
 from captioner.storage.stop_file import StopFile
 
@@ -27,6 +30,7 @@ __all__ = ["CaptionWorker", "limit_gpu_memory"]
 class CaptionWorker:
     """Captions on one device. `kept` are the user's columns, `num_threads` the CPU threads that torch may use.
 
+    prompts: what is asked of each image by name; without any, the model's own prompt.
     stop: once it is written, rows that come while the model is busy are left to the next run.
     """
 
@@ -37,17 +41,20 @@ class CaptionWorker:
         num_threads: int | None = None,
         recorder: Recorder | None = None,
         stop: StopFile | None = None,
+        prompts: Sequence[Prompt] = (),
     ) -> None:
-        self._stop = stop
+        self._stop, self._prompts = stop, prompts
+        self._kept_as = {old: new for new, old in config.input.kept_columns.items()}
         if num_threads:
             torch.set_num_threads(num_threads)
         limit_gpu_memory(config.resources.gpus_per_worker)
-        self._schema = captioned_schema(kept)
+        self._schema = captioned_schema(kept, answer_fields({prompt.name: prompt.identity for prompt in prompts}))
         self._captioner = Captioner.from_bundle(
             config.model,
             config.decoding,
             scoring=config.scoring,
             slots=config.resources.slots,
+            prompts=prompts,
             storage_options=config.model.model_storage_options,
         )
         self._clock = ModelClock()  # starts once the model is ready
@@ -70,35 +77,62 @@ class CaptionWorker:
             rows = rows.slice(0, 0)
         is_image = pc.is_null(rows.column("reason"))
         images = rows if pc.all(is_image).as_py() else rows.filter(is_image)  # copies every pixel
-        captions: Iterator[Caption] = iter(())
+        outcomes: Iterator[_Outcome] = iter(())
         if images.num_rows:
-            pixels = pixel_tensor(images.column("pixels"), self._captioner.model.image_size)
             with self._monitor, self._clock.busy():
-                captions = iter(
-                    self._captioner.caption_pixels(pixels, images.column("image_id").to_pylist(), _sizes(images))
-                )
-        found = [next(captions) if wanted else None for wanted in is_image.to_pylist()]
+                outcomes = iter(self._outcomes(images))
+        of_rows = [next(outcomes) if wanted else None for wanted in is_image.to_pylist()]
+        found = [outcome and outcome.caption for outcome in of_rows]
         made: dict[str, Any] = {
             column.name: [caption and column.value(caption) for caption in found] for column in CAPTION_COLUMNS
         }
         made["candidates"] = [caption and _candidates(caption) for caption in found]
+        made |= answer_values(self._prompts, [outcome and outcome.answers for outcome in of_rows])
         made["model_clock"] = pa.repeat(
             pa.scalar(asdict(self._clock.read()), self._schema.field("model_clock").type), rows.num_rows
         )
-        self._count(rows, found)
+        self._count(rows, of_rows)
         return build_table(self._schema, rows, made)
 
-    def _count(self, rows: pa.Table, found: Sequence[Caption | None]) -> None:
-        captions = [caption for caption in found if caption]
-        if captions:
-            self._recorder.count("captioner_images", len(captions))
-            self._recorder.count("captioner_tokens", sum(caption.num_tokens for caption in captions))
-        self._num_failed += len(found) - len(captions)
+    def _outcomes(self, images: pa.Table) -> "list[_Outcome]":
+        """Return what each image gets: a caption, and with prompts an answer to each."""
+        pixels = pixel_tensor(images.column("pixels"), self._captioner.model.image_size)
+        ids = images.column("image_id").to_pylist()
+        if not self._prompts:
+            return [_Outcome(one) for one in self._captioner.caption_pixels(pixels, ids, _sizes(images))]
+        place = [prompt.name for prompt in self._prompts].index(CAPTION)
+        answers = self._captioner.answer_pixels(pixels, ids, _sizes(images), self._values(images))
+        return [_Outcome(of_image[place].caption, of_image) for of_image in answers]
+
+    def _values(self, images: pa.Table) -> list[dict[str, object]]:
+        """Return the values of the columns that prompts name, by their names in the input."""
+        names = sorted(frozenset().union(*(prompt.columns for prompt in self._prompts)))
+        columns = [images.column(self._kept_as[name]).to_pylist() for name in names]
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)] or [{}] * len(images)
+
+    def _count(self, rows: pa.Table, outcomes: "Sequence[_Outcome | None]") -> None:
+        captioned = [outcome for outcome in outcomes if outcome]
+        if captioned:
+            self._recorder.count("captioner_images", len(captioned))
+            self._recorder.count("captioner_tokens", sum(outcome.num_tokens for outcome in captioned))
+        self._num_failed += len(outcomes) - len(captioned)
         for reason, number in Counter(filter(None, rows.column("reason").to_pylist())).items():
             self._recorder.count("captioner_failures", number, reason=reason)
         times = rows.column("decode_ms").drop_null().to_pylist()
         for label, number in Counter(map(decode_label, times)).items():
             self._recorder.count("captioner_decoded", number, up_to_ms=label)
+
+
+class _Outcome(NamedTuple):
+    """What an image gets."""
+
+    caption: Caption
+    answers: tuple[Answer, ...] = ()
+    """To all prompts, that of the caption among them; none without prompts."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(answer.caption.num_tokens for answer in self.answers) or self.caption.num_tokens
 
 
 def _sizes(images: pa.Table) -> list[tuple[int, int]]:

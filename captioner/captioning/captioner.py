@@ -25,13 +25,14 @@ from captioner.captioning.seeds import image_seed
 from captioner.captioning.telemetry import EngineMonitor, Recorder
 from captioner.config import DecodingConfig, ImageConfig, ModelConfig, ScoringConfig, with_options
 from captioner.decoding import Engine, EngineThread, Generation, Hypothesis, Request
+from captioner.errors import ConfigError
 from captioner.evaluation.metrics import clip_scores
 from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.model import cuda_graphs
 from captioner.model.bundle import load
 from captioner.model.caption_model import CaptionModel
 from captioner.model.image_encoder import ENCODE_ROWS, ImageEncoder
-from captioner.prompts import Prompt
+from captioner.prompts import CAPTION, Prompt
 from captioner.schema import Reject
 
 __all__ = ["Captioner", "image_seed"]
@@ -63,7 +64,8 @@ class Captioner:
     ) -> None:
         """Take the memory that the engine's slots need.
 
-        prompts: what `answer_pixels` asks of each image; without any, images are captioned by the model's own prompt.
+        prompts: what `answer_pixels` asks of each image, and then nothing else can be asked; without any, images are
+        captioned by the model's own prompt.
         recorder_for: what records the device's work, one an engine."""
         self.model = model
         self.decoding = decoding or DecodingConfig()
@@ -179,8 +181,10 @@ class Captioner:
     ) -> list[tuple[Answer, ...]]:
         """Return an answer to each prompt, in their order, for each image of uint8[B, 3, S, S].
 
-        values: of the columns that the prompts name. Others, and raises, as `caption_pixels`."""
-        assert isinstance(self.engine, PromptEngines), "made without prompts"
+        values: of the columns that the prompts name. CLIPScore, where it is asked for, is that of the prompt `caption`
+        alone. Others, and raises, as `caption_pixels`."""
+        if not isinstance(self.engine, PromptEngines):
+            raise ConfigError("this Captioner was made without prompts; expected caption or caption_pixels")
         questions = self.engine.questions(image_ids, values)
         pending: list[list[PendingAnswer]] = []
         features: list[torch.Tensor] = []
@@ -199,11 +203,15 @@ class Captioner:
             [self._one(hypothesis, one.question.prompt.decoding.stop) for hypothesis in one.hypotheses()]
             for one in flat
         ]
-        if candidates and self.scoring.needs_text_tower:
-            joint, num_prompts = torch.cat(list(features)), len(pending[0])
-            candidates = self._scored(candidates, joint.repeat_interleave(num_prompts, 0))
+        scored = [place for place, one in enumerate(flat) if one.question.prompt.name == CAPTION]
+        if scored and self.scoring.needs_text_tower:
+            of_captions = self._scored([candidates[place] for place in scored], torch.cat(list(features)))
+            for place, captions in zip(scored, of_captions, strict=True):
+                candidates[place] = captions
         answers = iter(
-            Answer(_with_candidates(captions), one.question.text_number, one.question.tokens.num_cut_values)
+            Answer(
+                _with_candidates(captions), one.question.text_number, one.question.tokens.num_cut_values, one.is_whole()
+            )
             for one, captions in zip(flat, candidates, strict=True)
         )
         return [tuple(next(answers) for _ in of_image) for of_image in pending]
@@ -211,7 +219,8 @@ class Captioner:
     def _begin(
         self, pixels: torch.Tensor, image_ids: Sequence[str], sizes: Sequence[tuple[int, int]], begun: _Begun
     ) -> None:
-        assert isinstance(self.engine, EngineThread), "made for prompts"
+        if not isinstance(self.engine, EngineThread):
+            raise ConfigError("this Captioner was made with prompts; expected answer_pixels, which answers each")
         for images, squares in self._groups(len(image_ids), sizes):
             # One call at a time encodes and waits for room in the engine, so that no other piles up prefixes meanwhile.
             with self._encode_lock:

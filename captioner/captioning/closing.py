@@ -34,6 +34,8 @@ def closing_lines(plan: "Plan", summary: Mapping[str, Any]) -> Iterator[str]:
     if num_further := plan.frozen.num_further:
         further = f"{num_further:,} images beside the first in the list of their row: --explode-images takes them"
         yield _line("left out", further)
+    if told := _answers(summary.get("prompts", {})):
+        yield _line("prompts", told)
     if plan.job.is_demo_model_elsewhere and _num_captioned(plan, summary):
         yield _line("beware", f"{DEMO_MODEL}. Give --model")
     for row in plan.table.sample(_NUM_EXAMPLES):
@@ -86,6 +88,12 @@ def _failed(summary: Mapping[str, Any]) -> str:
     reasons = sorted(summary["failed_by_reason"].items(), key=lambda item: (-item[1], item[0]))
     named = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
     return f"{summary['failed']:,} failed ({named})" if reasons else "none failed"
+
+
+def _answers(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Return what was cut and what is null of the answers to each prompt: `tags 3 cut; is_photo 2 cut, 2 null`."""
+    told = {name: ", ".join(f"{num:,} {what}" for what, num in found.items() if num) for name, found in counts.items()}
+    return "; ".join(f"{name} {text}" for name, text in told.items() if text)
 
 
 def _num_captioned(plan: "Plan", summary: Mapping[str, Any]) -> int:

@@ -7,10 +7,12 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from captioner.config import CaptionJobConfig
+from captioner.prompts import Prompt
 from captioner.storage import Location, Place, Store, StoreError, as_location
 from captioner.storage.json_text import parse_json
 
@@ -96,9 +98,10 @@ def load_costs(store: Store, output: Place) -> Costs | None:
     return None
 
 
-def settings_digest(job: CaptionJobConfig) -> str:
+def settings_digest(job: CaptionJobConfig, prompts: Sequence[Prompt] = ()) -> str:
     """Return a digest of the settings that decide, beside the model and the machine, what an image costs."""
-    settings = [asdict(job.decoding), asdict(job.scoring), asdict(job.image), job.model.dtype, job.resources.slots]
+    settings: list[Any] = [asdict(job.decoding), asdict(job.scoring), asdict(job.image)]
+    settings += [job.model.dtype, job.resources.slots, *([one.name, one.identity] for one in prompts)]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -29,7 +29,7 @@ from captioner.config import CaptionJobConfig, PlanConfig, ResourceConfig, worke
 from captioner.errors import InputError
 from captioner.machine import num_cpus
 from captioner.storage.urls import redact
-from captioner.terminal import say
+from captioner.terminal import counted, say
 
 __all__ = ["estimate_job"]
 
@@ -76,7 +76,7 @@ def estimate_job(
         save_costs(costs, plan.table.store, plan.table.location)
     summary = _summary(config, plan.num_expected(reading.image_bytes), costs, allocation, here)
     summary["is_estimate"] = plan.num_left is None
-    say(_lines(summary))
+    say(_lines(summary, len(plan.job.prompts)))
     return summary
 
 
@@ -150,14 +150,15 @@ def _ms(seconds: float) -> float:
     return round(1000 * seconds, 3)
 
 
-def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
+def _lines(summary: Mapping[str, Any], num_prompts: int) -> Iterator[str]:
     """Yield the summary as people read it."""
     about = "about " if summary["is_estimate"] else ""
     images = "an unknown number of" if summary["images"] is None else f"{about}{summary['images']:,}"
     yield f"{images} images; measured on {summary['sample']} of them, model on {summary['device']}"
     for step in ("read", "fetch", "decode", "encode", "generate"):
         yield f"  {step:9} {summary[f'{step}_ms']:10.3f} ms an image"
-    yield f"  {summary['tokens_per_image']:g} tokens an image, {summary['slots']} at a time"
+    of_prompts = f" to {counted(num_prompts, 'prompt')}" if num_prompts else ""
+    yield f"  {summary['tokens_per_image']:g} tokens an image{of_prompts}, {summary['slots']} at a time"
     yield f"  a model worker needs {summary['cpus_per_worker']:g} CPUs that read, fetch and decode"
     yield "             workers  cpu-workers  images/s     hours  per million  bottleneck"
     for name, row in [("this machine", summary["here"]), *(("a cluster", row) for row in summary["clusters"])]:

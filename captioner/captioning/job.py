@@ -7,16 +7,20 @@ for the address of the input's web server.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+
 from captioner import demo
+from captioner.captioning.job_prompts import check_model_takes, read_job_prompts, with_prompt_columns
 from captioner.config import CaptionJobConfig
 from captioner.errors import ConfigError
 from captioner.inputs.access import with_home
 from captioner.model.bundle import BundleDescription
+from captioner.prompts import Prompt, answer_fields
 from captioner.schema import TRANSIENT_REASONS, RejectReason
 from captioner.storage import Location
 from captioner.storage.urls import redact
 
-__all__ = ["DEMO_MODEL", "Job", "resolve"]
+__all__ = ["DEMO_MODEL", "Job", "output_location", "resolve"]
 
 DEMO_MODEL = "the demo model knows only drawn shapes: what it says of any other image is wrong"
 
@@ -33,6 +37,14 @@ class Job:
 
     output: Location
     """Folder of the caption table."""
+
+    prompts: tuple[Prompt, ...] = ()
+    """What is asked of each image by name, `caption` among them; empty where the model's own prompt is asked."""
+
+    @property
+    def answers(self) -> list[pa.Field]:
+        """The columns that its prompts add to the table."""
+        return answer_fields({prompt.name: prompt.identity for prompt in self.prompts})
 
     @property
     def retried_reasons(self) -> frozenset[str]:
@@ -60,10 +72,12 @@ class Job:
         return self.config.model.model == "demo" and not self.reads_demo_images
 
     def check_model(self, model: BundleDescription) -> None:
-        """Raise ConfigError unless the model holds the longest caption, BundleError unless it can score as asked."""
+        """Raise ConfigError unless the model takes prompts and longest caption, and scores as asked."""
         wanted, prompt = self.config.decoding.max_new_tokens, model.num_prompt_tokens + model.num_image_tokens
         room = model.context_length - prompt
-        if wanted > room:
+        if self.prompts:
+            check_model_takes(self.prompts, model)
+        elif wanted > room:
             raise ConfigError(
                 f"--max-new-tokens is {wanted}; {model.name} reads {model.context_length} tokens,"
                 f" of which prompt and image take {prompt}: expected at most {room}"
@@ -87,6 +101,7 @@ class Job:
             "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": config.model.dtype},
             "decoding": {**asdict(config.decoding), "stop": list(config.decoding.stop)},
             "image": {"size": model.image_size, "fast_decode": config.image.fast_decode},
+            **({"prompts": {prompt.name: prompt.identity for prompt in self.prompts}} if self.prompts else {}),
             **(scoring if config.scoring.needs_text_tower else {}),  # left out, so that older tables stay the same
         }
 
@@ -95,18 +110,24 @@ def resolve(config: CaptionJobConfig) -> Job:
     """Return the job that a config describes."""
     path = str(demo.images_path()) if config.input_path == "demo" else config.input_path
     images = Location(path, config.input.storage_options)
-    output = _output(config, images)
+    output, prompts = _output(config, images), read_job_prompts(config)
     return Job(
         config=replace(
             config,
             input_path=images.url_with_secrets,
-            input=with_home(config.input, images.url_with_secrets),
+            input=with_prompt_columns(with_home(config.input, images.url_with_secrets), prompts),
             output=output.url_with_secrets,
             model=replace(config.model, model_storage_options=_model_options(config, images, output)),
         ),
         images=images,
         output=output,
+        prompts=prompts,
     )
+
+
+def output_location(config: CaptionJobConfig) -> Location:
+    """Return the folder of the table that a resolved config writes."""
+    return _output(config, Location(config.input_path, config.input.storage_options))
 
 
 def _output(config: CaptionJobConfig, images: Location) -> Location:

@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -28,6 +28,7 @@ from captioner.config import CaptionJobConfig
 from captioner.errors import InputError, JobError
 from captioner.inputs import Fetcher
 from captioner.model.image_encoder import pixel_tensor
+from captioner.prompts import num_tokens
 from captioner.schema import Reject
 
 __all__ = ["measure_costs", "measure_start"]
@@ -60,9 +61,9 @@ def measure_costs(
     fetched, fetch_s, fetch_cpu_s = timed(lambda: _fetch(plan.config, rows))
     images, decode_s = _decode(plan, fetched)
     start_s = measure_start(plan.config)  # before the model is here: a GPU may not hold it twice
-    worker = CaptionWorker(plan.config, _kept_fields(rows), allocation.torch_threads)
+    worker = CaptionWorker(plan.config, _kept_fields(rows), allocation.torch_threads, prompts=plan.job.prompts)
     encode_s = _encode_s(worker, images)
-    model_s, num_tokens = _model_s(worker, images, allocation.caption_calls, slow_sample_s)
+    model_s, num_tokens = _model_s(worker, images, allocation.caption_calls, slow_sample_s, plan.job.answers)
     return Costs(
         device=worker.captioner.model.device.type,
         num_images=rows.num_rows,
@@ -79,7 +80,7 @@ def measure_costs(
         model_threads=allocation.torch_threads,
         start_s=start_s,
         fingerprint=plan.model.fingerprint,
-        settings=settings_digest(plan.config),
+        settings=settings_digest(plan.config, plan.job.prompts),
     )
 
 
@@ -130,12 +131,14 @@ def _encode_s(worker: CaptionWorker, images: pa.Table) -> float:
     return tiles_per_image * seconds / (num_batches * encoder.num_rows)
 
 
-def _model_s(worker: CaptionWorker, images: pa.Table, num_calls: int, slow_sample_s: float) -> tuple[float, float]:
+def _model_s(
+    worker: CaptionWorker, images: pa.Table, num_calls: int, slow_sample_s: float, answers: Sequence[pa.Field]
+) -> tuple[float, float]:
     """Return the seconds and tokens of one image on a model worker with all slots busy.
 
     num_calls: fewest calls at once."""
     captioned, seconds, _ = timed(lambda: worker(images))
-    tokens: float = pc.mean(captioned.column("num_tokens")).as_py()
+    tokens = num_tokens(captioned, answers) / int(captioned.num_rows)
     slots = worker.captioner.num_slots
     if seconds > slow_sample_s:
         if images.num_rows < slots:

@@ -15,6 +15,7 @@ import numpy as np
 
 from captioner.captioning.failure_limit import FailureLimit
 from captioner.captioning.job import Job, resolve
+from captioner.captioning.job_prompts import prompt_lines
 from captioner.captioning.refusals import (
     check_device,
     check_list_options,
@@ -141,7 +142,10 @@ class Plan:
         if self.refreshed:
             yield f"refresh   {self.refreshed}"
         yield f"model     {self.model.summary}"
-        yield f"prompt    {' '.join(self.model.prompt_tokens)}"
+        if self.job.prompts:
+            yield from (f"prompt    {line}" for line in prompt_lines(self.job.prompts, self.model))
+        else:
+            yield f"prompt    {' '.join(self.model.prompt_tokens)}"
         yield from (f"beware    {warning}" for warning in warnings(self.job, self.frozen.kind))
         yield f"output    {self.table.location}"
         if self.lease is None and (writer := holder(self.table.store, self.table.run_folder)):

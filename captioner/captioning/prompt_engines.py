@@ -28,6 +28,7 @@ from captioner.model.caption_model import CaptionModel
 from captioner.model.constraints import Constraint
 from captioner.model.image_encoder import ImageEncoder
 from captioner.prompts import Prompt
+from captioner.schema import FinishReason
 
 __all__ = ["PendingAnswer", "PromptEngines"]
 
@@ -38,10 +39,17 @@ class PendingAnswer(NamedTuple):
     question: Question
     future: Future[Generation]
     fork: int
+    constraint: Constraint | None = None
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
         """Wait for the answer; return its captions, best first."""
         return self.future.result().forks[self.fork]
+
+    def is_whole(self) -> bool:
+        """Wait for the answer; return whether its best caption is one that the constraint allows, if there is one."""
+        best = self.hypotheses()[0]
+        is_cut = best.finish_reason == FinishReason.LENGTH
+        return not (self.constraint and is_cut) or self.constraint.is_whole(best.token_ids)
 
 
 ForkOf = Callable[[Question, Tensor], Fork]
@@ -72,8 +80,12 @@ class PromptEngines:
         self._order = [prompt.name for prompt in prompts]
         start = common_start(prompts, writer)
         self._groups = [Questions(group, writer, start) for group in _grouped(prompts)]
-        engines = [_engine(model, group, slots, recorder_for()) for group in self._groups]
-        self._forks = [_forks(model, group) for group in self._groups]
+        self._constraints = {one.name: _constraint(model, one) for one in prompts if one.constraint is not None}
+        self._forks = [_forks(model, group, self._constraints) for group in self._groups]
+        engines = [
+            _engine(model, group, slots, recorder_for(), memory_share=1 / (len(self._groups) - number))
+            for number, group in enumerate(self._groups)
+        ]
         self.num_slots = sum(engine.num_slots for engine in engines)
         self.threads = [EngineThread(engine) for engine in engines]
         self._counter = _ImageCounter()
@@ -122,7 +134,10 @@ class PromptEngines:
             requests = _requests([image_ids[image] for image, _ in asked], [one for _, one in asked], encoder, forks_of)
             futures = thread.submit(requests)
             for (image, one), future in zip(asked, futures, strict=True):
-                pending[image] += [PendingAnswer(question, future, i) for i, question in enumerate(one.questions)]
+                pending[image] += [
+                    PendingAnswer(question, future, fork, self._constraints.get(question.prompt.name))
+                    for fork, question in enumerate(one.questions)
+                ]
         for of_image in pending:
             self._counter.watch(list({id(one.future): one.future for one in of_image}.values()))
             of_image.sort(key=lambda one: self._order.index(one.question.prompt.name))
@@ -162,7 +177,14 @@ def _grouped(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
     return list(groups.values())
 
 
-def _engine(model: CaptionModel, questions: Questions, slots: str, recorder: cuda_graphs.Recorder | None) -> Engine:
+def _engine(
+    model: CaptionModel,
+    questions: Questions,
+    slots: str,
+    recorder: cuda_graphs.Recorder | None,
+    *,
+    memory_share: float,
+) -> Engine:
     decodings = [prompt.decoding for prompt in questions.prompts]
     longest = max(one.max_new_tokens for one in decodings)
     num_prefix, num_suffix = questions.most_before + model.num_image_tokens, questions.most_after
@@ -178,15 +200,16 @@ def _engine(model: CaptionModel, questions: Questions, slots: str, recorder: cud
         slots_per_image=sum(max(one.num_beams, one.num_captions) for one in decodings),
         is_constrained=any(prompt.constraint for prompt in questions.prompts),
         slots="auto" if slots == "auto" else int(slots),
+        memory_share=memory_share,
         recorder=recorder,
     )
 
 
-def _forks(model: CaptionModel, questions: Questions) -> ForkOf:
+def _forks(model: CaptionModel, questions: Questions, constraints: Mapping[str, Constraint]) -> ForkOf:
     """Return what makes the forks of an engine."""
     numbers = {prompt.name: number for number, prompt in enumerate(questions.prompts)}
     checks = {prompt.name: _stop_check(model, prompt.decoding.stop) for prompt in questions.prompts}
-    allowed = {prompt.name: _allowed(model, prompt) for prompt in questions.prompts if prompt.constraint}
+    allowed = {name: _allowed(model, constraint) for name, constraint in constraints.items() if name in numbers}
 
     def fork(question: Question, suffix: Tensor) -> Fork:
         name = question.prompt.name
@@ -209,11 +232,16 @@ def _stop_check(model: CaptionModel, stops: Sequence[str]) -> IsStopped | None:
     return is_stopped if stops else None
 
 
-def _allowed(model: CaptionModel, prompt: Prompt) -> AllowedTokens:
-    """Return which tokens a constrained answer may have, of all the model's words. Raises ConfigError for a grammar."""
+def _constraint(model: CaptionModel, prompt: Prompt) -> Constraint:
+    """Return what the answers to a prompt may be. Raises ConfigError for a grammar that llguidance does not take."""
     assert prompt.constraint is not None
-    tokenizer = model.tokenizer.backend_tokenizer.to_str()
-    constraint = Constraint(prompt.constraint, tokenizer, model.eos_token_ids, f"the prompt {prompt.name}")
+    return Constraint(
+        prompt.constraint, model.prompt_writer.tokenizer_json, model.eos_token_ids, f"the prompt {prompt.name}"
+    )
+
+
+def _allowed(model: CaptionModel, constraint: Constraint) -> AllowedTokens:
+    """Return which tokens a constrained answer may have, of all the model's words."""
     num_words = int(model.llama.config.vocab_size)
 
     def allowed_tokens(token_ids: Sequence[int]) -> Tensor:

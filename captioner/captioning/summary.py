@@ -57,8 +57,18 @@ def summarize(
         "model_waited_share": None if waited is None else round(waited, 4),
         "first_caption_s": None if first_at is None else round(first_at - started_at, 2),
         "predicted": predicted,
+        **({"prompts": _answer_counts(parts)} if plan.job.prompts else {}),
         "output": str(plan.table.location),
     }
+
+
+def _answer_counts(parts: Sequence[PartSummary]) -> dict[str, dict[str, int]]:
+    """Return, for each prompt, the answers of this run that were cut at their length, and those that are null."""
+    counts: dict[str, Counter[str]] = {}
+    for part in parts:
+        for name, found in part.answers.items():
+            counts.setdefault(name, Counter()).update(found)
+    return {name: dict(found) for name, found in counts.items()}
 
 
 def prediction_for(plan: "Plan", allocation: Allocation, cluster: Cluster, num_images: int) -> dict[str, float] | None:
@@ -76,7 +86,10 @@ def prediction_for(plan: "Plan", allocation: Allocation, cluster: Cluster, num_i
 
 def _is_of(costs: Costs, plan: "Plan", allocation: Allocation) -> bool:
     is_on_gpu = allocation.worker_gpus > 0
-    is_same = (costs.fingerprint, costs.settings) == (plan.model.fingerprint, settings_digest(plan.config))
+    is_same = (costs.fingerprint, costs.settings) == (
+        plan.model.fingerprint,
+        settings_digest(plan.config, plan.job.prompts),
+    )
     return is_same and (costs.device != "cpu") == is_on_gpu
 
 

@@ -6,7 +6,7 @@ Reads the table and the frozen input, and only then: a worker has them at hand a
 from collections.abc import Sequence
 from functools import cached_property
 
-from captioner.captioning.job import resolve
+from captioner.captioning.job import output_location
 from captioner.config import CaptionJobConfig
 from captioner.errors import CaptionerError
 from captioner.inputs import Unit, load_frozen
@@ -53,7 +53,7 @@ class Witnesses:
 
     @cached_property
     def _table(self) -> CaptionTable:
-        return CaptionTable(resolve(self._config).output)
+        return CaptionTable(output_location(self._config))
 
     @cached_property
     def _units(self) -> dict[int, Unit]:

@@ -101,6 +101,7 @@ def _captioned(plan: "Plan", allocation: Allocation, registry: Any) -> Dataset:
             "registry": registry,
             "config": config,
             "kept": kept,
+            "prompts": plan.job.prompts,
             "num_threads": allocation.torch_threads,
             "recorder": RayRecorder(registry),
             "stop": plan.stop_file,

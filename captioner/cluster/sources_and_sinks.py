@@ -113,7 +113,7 @@ class WriteParts(Datasink[PartSummary]):
     def __init__(self, plan: "Plan", stamp: Stamp, registry: Any) -> None:
         self._table = plan.table
         self._stamp = stamp
-        self._kept = plan.frozen.columns.kept
+        self._kept, self._answers = plan.frozen.columns.kept, plan.job.answers
         self._rows_per_part = plan.rows_per_part
         self._limit = plan.failure_limit
         self._registry = registry
@@ -136,7 +136,7 @@ class WriteParts(Datasink[PartSummary]):
     def _write(self, rows: pa.Table | None) -> PartSummary:
         if rows is None:
             return PartSummary(0, {}, 0)
-        part = self._table.write(rows, self._stamp, self._kept)
+        part = self._table.write(rows, self._stamp, self._kept, self._answers)
         if part.failed and self._limit.is_set:
             num_failed = self._table.num_written(self._stamp.run_id, ["failures"])  # by names: each task asks
             if self._limit.is_exceeded(num_failed):

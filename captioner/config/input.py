@@ -29,7 +29,7 @@ class InputConfig:
 
     keep_columns: tuple[str, ...] = ()
     """Input columns to copy into the output; `a=b` names column a b.
-    For tars: a member's extension (`txt`) or a key of its .json."""
+    For tars: a member's extension (`txt`) or a key of its .json. Columns that --prompts names are kept without it."""
 
     tar_images: Literal["first", "all"] = "first"
     """Images of a tar's sample - members whose names agree up to the first dot, as v1.0.jpg and v1.5.jpg - that are
@@ -39,6 +39,9 @@ class InputConfig:
     explode_images: bool = False
     """Caption every image of a row whose image column is a list, each as a row with the row's other columns.
     By default the first of each row is captioned, and the others are counted."""
+
+    prompt_columns: Annotated[tuple[str, ...], Fixed, Suppress] = ()
+    """No flag: the input columns that named prompts ask for."""
 
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of the input's store, as JSON. By default the usual environment variables. Never saved."""
@@ -70,6 +73,12 @@ class InputConfig:
 
     @property
     def kept_columns(self) -> dict[str, str]:
-        """Name in the output -> name in the input, of each kept column."""
+        """Name in the output -> name in the input, of each kept column; those that prompts ask for among them."""
         pairs = [name.partition("=") for name in self.keep_columns]
-        return {new or old: old for old, _, new in pairs}
+        kept = {new or old: old for old, _, new in pairs}
+        return kept | {name: name for name in self.prompt_columns if name not in kept.values()}
+
+    def flag_of(self, column: str) -> str:
+        """Return the flag by which an input column is kept."""
+        asked = {old for old, _, _ in (name.partition("=") for name in self.keep_columns)}
+        return "--keep-columns" if column in asked else "--prompts"

@@ -39,6 +39,7 @@ class PlanConfig(CaptioningConfig):
         for name in ("gpu_hourly", "cpu_hourly"):
             price = getattr(self, name)
             check(price is None or price >= 0, flag_name(name), price, "0 or more")
+        check(not (self.is_of_model and self.prompts), "--prompts", self.prompts, "an INPUT with it")
 
     @property
     def is_of_model(self) -> bool:

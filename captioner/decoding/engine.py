@@ -70,6 +70,7 @@ class Engine:
         is_constrained: bool = False,
         context_length: int | None = None,
         slots: int | Literal["auto"] = "auto",
+        memory_share: float = 1.0,
         is_stopped: IsStopped | None = None,
         recorder: Recorder | None = None,
         layers: Layers | None = None,
@@ -80,10 +81,9 @@ class Engine:
         max_prefix_len: most tokens P of a request's prefix. max_suffix_len, num_forks: most tokens of a fork's suffix,
         most forks of a request. slots_per_image: of all these, by default the most. is_constrained: whether forks may
         have `allowed_tokens`. context_length: by default as the model's config says. slots: captions (or beams) decoded
-        at the same time; `auto`: as many as memory holds. is_stopped: true if tokens contain a stop string. recorder:
-        records steps over all slots, for this engine alone; without one, steps run eagerly. layers: LLaMA's, by default
-        what suits its device. Raises ConfigError if a caption cannot fit the context, or the slots of one image all
-        slots; ResourceError if memory cannot hold the slots."""
+        at once; `auto`: as many as this share of free memory holds. is_stopped: true if tokens contain a stop string.
+        recorder: records steps, for this engine alone; else they run eagerly. layers: by default what suits the device.
+        Raises ConfigError if context or slots hold no image with its captions, ResourceError if memory has no room."""
         decoding = _largest(decodings)
         check_context(llama, context_length, len(shared_prefix), max_prefix_len, max_suffix_len, decoding)
         layers = layers or _layers_for(llama, is_recorded=recorder is not None)
@@ -91,7 +91,7 @@ class Engine:
         of_forks = partial(lengths, num_forks=num_forks, max_suffix_len=max_suffix_len, slots_per_image=slots_per_image)
         layout_of = partial(of_forks, decoding=decoding, is_constrained=is_constrained, blocks=layers.blocks)
         if slots == "auto":
-            slots = auto_slots(llama.config, layout_of, device=llama.device, dtype=llama.dtype)
+            slots = auto_slots(llama.config, layout_of, llama.device, llama.dtype, memory_share=memory_share)
         check_slots(slots, layout := layout_of(slots), decoding)
         self.num_slots, self.device = slots, llama.device
         self._decodings, self._is_recorded = tuple(decodings), recorder is not None

@@ -74,9 +74,16 @@ def most_useful_slots(layout: SlotLayout) -> int:
 
 
 def auto_slots(
-    config: LlamaConfig, layout_of: Callable[[int], SlotLayout], *, device: torch.device, dtype: torch.dtype
+    config: LlamaConfig,
+    layout_of: Callable[[int], SlotLayout],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    memory_share: float = 1.0,
 ) -> int:
-    """Return the slots for `--slots auto`: as many as a GPU's free memory holds, on a CPU enough for its throughput."""
+    """Return the slots for `--slots auto`: as many as a GPU's free memory holds, on a CPU enough for its throughput.
+
+    memory_share: of what is free, where other engines take the rest."""
     any_layout = layout_of(1)
     group_size = any_layout.slots_per_image
     if device.type != "cuda":
@@ -85,7 +92,8 @@ def auto_slots(
     def bytes_of(slots: int) -> int:
         return engine_bytes(config, layout_of(slots), item_bytes=dtype.itemsize)
 
-    return fitting_slots(_free_bytes(device), bytes_of, group_size=group_size, most_slots=most_useful_slots(any_layout))
+    free_bytes = int(_free_bytes(device) * memory_share)
+    return fitting_slots(free_bytes, bytes_of, group_size=group_size, most_slots=most_useful_slots(any_layout))
 
 
 def _free_bytes(device: torch.device) -> int:

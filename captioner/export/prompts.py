@@ -1,17 +1,31 @@
-"""The prompt that each run of a table was given, from its record: as the user gave it, else the model's template."""
+"""The prompt that each run of a table was given, from its record: as the user gave it, else the model's template; of
+named prompts `caption`."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from captioner.prompts import CAPTION, PromptText
 from captioner.tables import CaptionTable
 
 __all__ = ["prompts_of"]
 
 
 def prompts_of(table: CaptionTable) -> dict[str, str]:
-    """Return run -> prompt; a run whose record does not say it, or cannot be read, is left out."""
+    """Return run -> prompt; a run whose record does not say it, or cannot be read, or whose images were asked
+    different texts, is left out."""
+    if named := (table.identity() or {}).get("prompts"):
+        text = _constant_text(named.get(CAPTION))
+        return dict.fromkeys(sorted(table.run_ids()), text) if text else {}
     found = {run_id: _prompt(table.recorded(run_id)) for run_id in sorted(table.run_ids())}
     return {run_id: prompt for run_id, prompt in found.items() if prompt}
+
+
+def _constant_text(asked: Any) -> str:
+    """Return the text of a named prompt that every image is asked; empty where it differs from image to image."""
+    text = _text(asked, "text")
+    is_constant = "max_value_tokens" not in (asked or {})  # which only prompts with columns have
+    pieces = PromptText.parse(text, CAPTION).fill({}) if is_constant else []
+    return "".join("{image}" if piece.is_image else piece.text for piece in pieces)
 
 
 def _prompt(record: Mapping[str, Any]) -> str:

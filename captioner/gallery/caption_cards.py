@@ -11,6 +11,7 @@ from captioner.gallery.cards import Card, Fact, Text
 from captioner.gallery.differences import difference
 from captioner.gallery.page_images import PageImage
 from captioner.gallery.wording import FAILED, doubt_words, finish_word
+from captioner.prompts import details_name
 from captioner.schema import SCORES, Reject, RejectReason
 from captioner.storage.urls import redact
 
@@ -26,7 +27,7 @@ _SHOWN_ELSEWHERE = {"image_id", "caption", "candidates"}
 def caption_card(row: Row, image: PageImage, references: Sequence[str] = (), path: str = "") -> Card:
     """Return the card of one image: its caption, or why there is none. path: where the image was read from."""
     caption, is_failed = row.get("caption"), row.get("reason") is not None
-    texts = [] if is_failed else [Text.of("" if caption is None else str(caption))]
+    texts = [] if is_failed else [Text.of("" if caption is None else str(caption)), *_answers(row)]
     return Card(
         image_id=_name(row),
         path=path,
@@ -35,6 +36,13 @@ def caption_card(row: Row, image: PageImage, references: Sequence[str] = (), pat
         facts=dict(_facts(row)),
         tags=list(dict.fromkeys(_tags(row))),
     )
+
+
+def _answers(row: Row) -> Iterator[Text]:
+    """Yield the answers to named prompts, each below its name."""
+    for name in filter(lambda name: details_name(name) in row, row):
+        if (value := row[name]) is not None and name != "caption":
+            yield Text.of(str(_fact(value)), name)
 
 
 def pair_card(rows: tuple[Row, Row], labels: tuple[str, str], image: PageImage, change: float, path: str = "") -> Card:
@@ -102,7 +110,12 @@ def _tags(row: Row) -> Iterator[str]:
 def _facts(row: Row) -> Iterator[tuple[str, Fact]]:
     first = [name for name in SCORES if name in row]
     for name in (*first, *(name for name in row if name not in {*first, *_SHOWN_ELSEWHERE})):
-        yield name, _named_fact(name, row[name])
+        if details_name(name) in row:  # an answer, which is a text of the card
+            continue
+        if isinstance(row[name], Mapping) and name.endswith(details_name("")):
+            yield from ((f"{name}.{key}", _fact(value)) for key, value in row[name].items() if key != "candidates")
+        else:
+            yield name, _named_fact(name, row[name])
     yield from _candidates(row.get("candidates"))
 
 

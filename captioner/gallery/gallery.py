@@ -19,7 +19,7 @@ from captioner.gallery.page_images import thumbnails
 from captioner.gallery.references import references_of
 from captioner.gallery.table_rows import TableRows, ask_rows
 from captioner.gallery.wording import COMPLETE, doubt_words, model_name
-from captioner.schema import CAPTIONS, FAILURES, SCORES, Reject, RejectReason
+from captioner.schema import CAPTIONS, FAILURES, SCORES, Reject, RejectReason, captions_schema
 from captioner.storage import Location
 from captioner.tables import CaptionTable, open_table
 from captioner.tables.identity import settings_that_differ
@@ -63,7 +63,7 @@ def write_gallery(
             caption_card(row, _NO_IMAGE, texts.get(_id(row), ()), paths.get(row.get("key", -1), "")) for row in found
         ],
         lines=[*lines, *_made_by(table)],
-        scores=[*_own(rows, images), *(score for score in SCORES[:2] if _has(score, found))],
+        scores=[*_own(rows, table, images), *(score for score in SCORES[:2] if _has(score, found))],
         quiet_tags=[COMPLETE],
     )
     keys = [None if row.get("reason") is not None else row.get("key") for row in found]
@@ -137,9 +137,10 @@ def _naming(rows: pa.Table) -> str:
     return naming[0]
 
 
-def _own(rows: pa.Table, images: TableImages) -> list[str]:
+def _own(rows: pa.Table, table: CaptionTable, images: TableImages) -> list[str]:
     """Return the first columns that are a query's own: the cards show them, but for doubts, which are tags."""
-    known = {*CAPTIONS.names, *FAILURES.names, *(field.name for field in images.frozen.columns.kept)}
+    ours = captions_schema(images.frozen.columns.kept, table.answers())
+    known = {*ours.names, *FAILURES.names}
     if "why" in rows.column_names and all(map(doubt_words, filter(None, rows.column("why").to_pylist()))):
         known.add("why")
     return [name for name in rows.column_names if name not in known][:_NUM_OWN]

@@ -16,6 +16,7 @@ from captioner.errors import ConfigError, InputError
 from captioner.inputs.units import Columns
 
 __all__ = [
+    "RESERVED_COLUMNS",
     "check_kept_names",
     "check_later",
     "choose",
@@ -45,25 +46,27 @@ _HASH_WORDS = frozenset(_HASHES.split())
 _OF_VIEWS = ("doubt", "why")
 """Columns that a view of jobs/query.py adds to those of the table."""
 
-_RESERVED = frozenset(
+RESERVED_COLUMNS = frozenset(
     name
     for schema in (rows.SOURCE, rows.decoded_schema(1), rows.captioned_schema(), rows.CAPTIONS, rows.FAILURES)
     for name in schema.names
 ) | frozenset(_OF_VIEWS)
+"""Names that no column of a user can have in the output."""
 
 
 def check_kept_names(config: InputConfig) -> None:
     """Raise ConfigError when a kept column has the name of a column of the output, or of another one.
 
     In any case of its letters: SQL and many readers do not tell WIDTH from width."""
-    ours = {name.lower(): name for name in _RESERVED}
+    ours = {name.lower(): name for name in RESERVED_COLUMNS}
     kept: dict[str, str] = {}
     for new, old in config.kept_columns.items():
         remedy = f"rename it, as --keep-columns {old}=input_{new.lower()}"
+        flag = f"{config.flag_of(old)} {old}"
         if (own := ours.get(new.lower())) is not None:
-            raise ConfigError(f"--keep-columns {old}: {new} is a column of the output{_also(own, new)}; {remedy}")
+            raise ConfigError(f"{flag}: {new} is a column of the output{_also(own, new)}; {remedy}")
         if (other := kept.setdefault(new.lower(), new)) != new:
-            raise ConfigError(f"--keep-columns {old}: {new} and {other} differ in case alone; {remedy}")
+            raise ConfigError(f"{flag}: {new} and {other} differ in case alone; {remedy}")
 
 
 def _also(own: str, new: str) -> str:
@@ -77,7 +80,9 @@ def choose(schema: pa.Schema, config: InputConfig, where: str) -> Columns:
     if config.id_column is not None:
         _check_id(schema, config.id_column, where)
     for name in config.kept_columns.values():
-        _find(schema, name, "--keep-columns", where)
+        _find(schema, name, config.flag_of(name), where)
+    for name in config.prompt_columns:
+        _check_has_text(schema, name, where)
     kept = tuple(pa.field(new, _kept_type(schema.field(old).type)) for new, old in config.kept_columns.items())
     if config.explode_images and not is_list(kind := schema.field(image).type):
         raise ConfigError(f"--explode-images: column {image} of {where} is {kind} and no list; expected no such flag")
@@ -249,6 +254,14 @@ def _check_id(schema: pa.Schema, name: str, where: str, *, may_be_bytes: bool = 
     kind = plain_type(_find(schema, name, "--id-column", where).type)
     if pa.types.is_nested(kind) or (is_bytes(kind) and not may_be_bytes):
         raise InputError(f"--id-column {name} of {where} is {kind}; expected a string, a number or a date")
+
+
+def _check_has_text(schema: pa.Schema, name: str, where: str) -> None:
+    """Raise InputError for a column whose values are no text of a prompt."""
+    kind = schema.field(name).type
+    item = kind.value_type if is_list(kind) else kind
+    if is_bytes(item) or pa.types.is_nested(item):
+        raise InputError(f"--prompts {name}: {name} of {where} is {kind}; expected texts, numbers, or lists of them")
 
 
 def _find(schema: pa.Schema, name: str, flag: str, where: str) -> pa.Field:

@@ -112,12 +112,13 @@ def _nothing_found(selection: Selection, config: InputConfig, skipped: Mapping[s
 def _check_no_columns(config: InputConfig, selection: Selection, census: Census) -> None:
     given = (("keep", config.keep_columns), ("id", config.id_column), ("image", config.image_column))
     named = [f"--{name}-column{'s' * (name == 'keep')}" for name, value in given if value]
+    named += [f"--prompts with {{{name}}}" for name in config.prompt_columns]
     if named:
         lists = census.metadata
         remedy = f", or the list of these images as INPUT: {urls.shown(lists[0])}" if lists else ""
+        expected = "prompts without columns" if config.prompt_columns else "no such flag"
         raise ConfigError(
-            f"{', '.join(named)}: {selection.shown} is image files, which have no columns; expected no such flag"
-            f"{remedy}"
+            f"{', '.join(named)}: {selection.shown} is image files, which have no columns; expected {expected}{remedy}"
         )
 
 
@@ -226,7 +227,7 @@ def _wider(field: pa.Field, old: str, schema: pa.Schema, names: tuple[str, str])
     except pa.ArrowTypeError as error:
         raise InputError(
             f"--keep-columns {old} is {field.type} in {names[0]} and {other.type} in {names[1]};"
-            " expected one type. Drop it from --keep-columns"
+            " expected one type. Drop it from --keep-columns or the prompts"
         ) from error
     return pa.field(field.name, both.field(0).type)
 

@@ -45,6 +45,13 @@ class Constraint:
         state = self._state(tuple(token_ids))
         return torch.frombuffer(bytearray(state.compute_logit_bias()), dtype=torch.uint8) != 0
 
+    def is_whole(self, token_ids: Sequence[int]) -> bool:
+        """Return whether a text of these tokens is one that a caption may be, rather than the beginning of one.
+
+        token_ids: without an end token. From any thread."""
+        matcher = self._matcher.deep_copy()
+        return bool(matcher.consume_tokens(list(token_ids)) and matcher.is_accepting())
+
     def _state(self, token_ids: tuple[int, ...]) -> Any:
         """Return the matcher behind these tokens: most often that of all but the last one, a token further."""
         known = self._states.get(token_ids)

@@ -48,6 +48,11 @@ class PromptWriter:
         self._skeletons: dict[tuple[str | None, bool], list[Segment]] = {}
         self._bounds: dict[tuple[object, ...], _Bounds] = {}
 
+    @property
+    def tokenizer_json(self) -> str:
+        """Its tokenizer, as in tokenizer.json."""
+        return str(self._backend.to_str())
+
     def tokens(self, prompt: Prompt, text_number: int, values: Mapping[str, object]) -> PromptTokens:
         """Return the tokens of one of a prompt's texts with the values of an image's columns, each cut to
         `max_value_tokens`. Raises ConfigError or BundleError for a prompt that the model cannot be given."""

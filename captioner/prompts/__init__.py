@@ -3,8 +3,16 @@
 Knows YAML, texts and the values of an image's columns; no tokens, models, images or tables.
 """
 
+from captioner.prompts.answer_columns import (
+    CAPTION,
+    answer_counts,
+    answer_fields,
+    answer_type,
+    details_name,
+    num_tokens,
+)
 from captioner.prompts.json_column import column_type, parse_answer
-from captioner.prompts.prompts_file import CAPTION, read_prompts
+from captioner.prompts.prompts_file import read_prompts
 from captioner.prompts.spec import Prompt, WeightedText
 from captioner.prompts.text import PromptText, Segment
 from captioner.prompts.weighted_choice import weighted_choice
@@ -15,7 +23,12 @@ __all__ = [
     "PromptText",
     "Segment",
     "WeightedText",
+    "answer_counts",
+    "answer_fields",
+    "answer_type",
     "column_type",
+    "details_name",
+    "num_tokens",
     "parse_answer",
     "read_prompts",
     "weighted_choice",

@@ -27,13 +27,12 @@ import yaml
 
 from captioner.config import DecodingConfig
 from captioner.errors import ConfigError
+from captioner.prompts.answer_columns import CAPTION, details_name
 from captioner.prompts.spec import Prompt, WeightedText
+from captioner.prompts.sql_words import SQL_WORDS
 from captioner.prompts.text import PromptText
 
-__all__ = ["CAPTION", "read_prompts"]
-
-CAPTION = "caption"
-"""The prompt that fills the column which galleries show and `evaluate` measures."""
+__all__ = ["read_prompts"]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _DECODING = {field.name: field for field in dataclasses.fields(DecodingConfig) if field.name != "seed"}
@@ -43,7 +42,16 @@ _MAX_BYTES = 1 << 20
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's words: `yes`, `no`, `on` and `off` are texts."""
+    """YAML 1.2's words: `yes`, `no`, `on` and `off` are texts. No key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping. Raises ConstructorError for a key that it has twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:str" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -97,6 +105,10 @@ def _name(file: Path, name: Any, taken: frozenset[str]) -> str:
         )
     if name in taken - {CAPTION}:
         raise ConfigError(f"--prompts {file}: {name} is a column that every table has; expected another name")
+    if name in SQL_WORDS:
+        raise ConfigError(f"--prompts {file}: {name} is a word of SQL; expected another name, such as {name}_1")
+    if name.endswith(details_name("")):
+        raise ConfigError(f"--prompts {file}: {name} ends as the details of prompts do; expected another name")
     return name
 
 
@@ -117,15 +129,18 @@ def _prompt(where: str, name: str, content: Any, decoding: DecodingConfig) -> Pr
         limit,
         "1 or more",
     )
+    constraint, own = _constraint(where, said), _decoding(where, said, decoding)
+    if constraint:
+        _check_takes_constraint(where, own)
     system = said.get("system")
     _require(system is None or isinstance(system, str), where, "system", system, "a text")
     return Prompt(
         name=name,
         texts=_texts(where, said),
         system=None if system is None else _parsed(where, system),
-        decoding=_decoding(where, said, decoding),
+        decoding=own,
         max_value_tokens=limit,
-        constraint=_constraint(where, said),
+        constraint=constraint,
     )
 
 
@@ -203,6 +218,14 @@ def _constraint(where: str, said: Mapping[str, Any]) -> dict[str, Any] | None:
     else:
         _require(isinstance(value, dict), where, key, value, "a JSON schema, as a mapping")
     return {key: value}
+
+
+def _check_takes_constraint(where: str, decoding: DecodingConfig) -> None:
+    for key in ("num_beams", "min_new_tokens", "stop"):
+        value, default = getattr(decoding, key), getattr(DecodingConfig, key)
+        shown = list(value) if isinstance(value, tuple) else value
+        remedy = f"{key}: {list(default) if isinstance(default, tuple) else default} in a prompt with a constraint"
+        _require(value == default, where, key, shown, remedy)
 
 
 def _require(holds: bool, where: str, key: str, value: Any, expected: str) -> None:

@@ -1,9 +1,12 @@
 """One named prompt, checked."""
 
+import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from captioner.config import DecodingConfig
+from captioner.prompts.answer_columns import answer_type
+from captioner.prompts.json_column import parse_answer
 from captioner.prompts.text import PromptText
 
 __all__ = ["Prompt", "WeightedText"]
@@ -47,11 +50,24 @@ class Prompt:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides on its answers, beside the model and the image."""
+        """Everything that decides on its answers, beside the model and the image, as JSON has it.
+
+        Left out is what says nothing: defaults of the decoding, what was not given. The constraint is JSON in the order
+        of the file, which is that of the answer's keys."""
+        texts = [[one.text.text, one.weight] for one in self.texts]
+        changed = {name: value for name, value in vars(self.decoding).items() if value != getattr(DecodingConfig, name)}
+        stop = {"stop": list(self.decoding.stop)} if self.decoding.stop else {}
         return {
-            "texts": [[one.text.text, one.weight] for one in self.texts],
-            "system": self.system and self.system.text,
-            "decoding": {**vars(self.decoding), "stop": list(self.decoding.stop)},
-            "max_value_tokens": self.max_value_tokens,
-            "constraint": self.constraint,
+            **({"text": texts[0][0]} if len(texts) == 1 else {"texts": texts}),
+            **({"system": self.system.text} if self.system else {}),
+            "decoding": changed | stop,
+            **({"max_value_tokens": self.max_value_tokens} if self.columns else {}),
+            **({"constraint": json.dumps(self.constraint)} if self.constraint else {}),
         }
+
+    def value(self, text: str, *, is_whole: bool) -> Any:
+        """Return an answer as a value of its column; None where it is not whole, as `Constraint.is_whole` says."""
+        if not is_whole:
+            return None
+        is_json = self.constraint is not None and "json_schema" in self.constraint
+        return parse_answer(text, answer_type(self.constraint)) if is_json else text

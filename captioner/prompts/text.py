@@ -1,6 +1,6 @@
 """The text of a prompt: plain text with the values of an image's columns in it.
 
-    {column}                            the value of that column; empty where the image has none
+    {column}                            the value of that column, of a list all; empty where the image has none
     {?column: The page says: {column}.} the text in it, where the column has a value; else nothing
     {{  }}                              a brace
 
@@ -75,7 +75,8 @@ class PromptText:
     def fill(self, values: Mapping[str, object]) -> list[Segment]:
         """Return the prompt for an image with these values of its columns, piece by piece.
 
-        None, NaN and blank texts are no values. No segment but that of the image is empty."""
+        None, NaN and blank texts are no values; a list is its values with commas between. No segment but that of the
+        image is empty."""
         texts = {name: _as_text(values.get(name)) for name in self.columns}
         wanted = [piece for piece in self.pieces if piece.condition is None or texts[piece.condition]]
         segments = [_segment(piece, texts) for piece in wanted]
@@ -117,6 +118,8 @@ def _pieces(text: str, where: str) -> Iterator[_Piece]:
 
 
 def _as_text(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(_as_text, value)))
     if value is None or value != value:  # NaN is no value
         return ""
     text = str(value)

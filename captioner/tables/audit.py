@@ -106,7 +106,7 @@ class _Reader:
         self._store = table.store
         self._identity = table.digest
         self._run_ids = table.run_ids()
-        self._schemas = {"captions": captions_schema(frozen.columns.kept), "failures": FAILURES}
+        self._schemas = {"captions": captions_schema(frozen.columns.kept, table.answers()), "failures": FAILURES}
         self._ids_of = ids_of
 
     def part(self, place: tuple[str, str]) -> _Part:

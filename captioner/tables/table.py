@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import InputError, JobError, OutputError
+from captioner.prompts import answer_counts, answer_fields, num_tokens
 from captioner.schema import CAPTIONS, FAILURES, captions_schema
 from captioner.storage import Location, Place, Store, as_location, full_url, open_store, urls
 from captioner.storage.faults import ROOM_NEEDED, StoreError, diagnose, output_errors
@@ -56,6 +57,8 @@ class PartSummary:
     """URLs of the files."""
     clocks: tuple[Reading, ...] = ()
     """The last reading of each model worker's clock among these rows."""
+    answers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """For each named prompt, how many answers were `cut` at their length, and how many are `null`."""
 
     @property
     def failed(self) -> int:
@@ -102,6 +105,10 @@ class CaptionTable:
                 f"{self._run_file} is damaged: {error}; expected the JSON that the first run wrote."
                 " Restore it, or choose another OUTPUT"
             ) from error
+
+    def answers(self) -> list[pa.Field]:
+        """Return the columns that its prompts add."""
+        return answer_fields((self.identity() or {}).get("prompts", {}))
 
     @property
     def _run_file(self) -> Location:
@@ -240,26 +247,29 @@ class CaptionTable:
 
     # Writing
 
-    def write(self, rows: pa.Table, stamp: Stamp, kept: Sequence[pa.Field] = ()) -> PartSummary:
+    def write(
+        self, rows: pa.Table, stamp: Stamp, kept: Sequence[pa.Field] = (), answers: Sequence[pa.Field] = ()
+    ) -> PartSummary:
         """Put captioned rows on disk: at most one new file each in `captions/` and `failures/`.
 
-        rows: of `rows.captioned_schema(kept)`. Raises JobError when the store refuses, or the run lost its lease.
+        rows: of `schema.captioned_schema(kept, answers)`. Raises JobError when the store refuses, or the run lost its
+        lease.
         """
         rows = rows.sort_by("key")
         is_failed = pc.is_valid(rows.column("reason"))
         captions, failures = rows.filter(pc.invert(is_failed)), rows.filter(is_failed)
         parts = [
-            self._write_new("captions", captions, captions_schema(kept), stamp),
+            self._write_new("captions", captions, captions_schema(kept, answers), stamp),
             self._write_new("failures", failures, FAILURES, stamp),
         ]
         reasons = Counter(failures.column("reason").to_pylist())
-        num_tokens = pc.sum(captions.column("num_tokens")).as_py() or 0
         return PartSummary(
             captions.num_rows,
             dict(reasons),
-            num_tokens,
+            num_tokens(captions, answers),
             tuple(part for part in parts if part),
             last_readings(rows.column("model_clock")),
+            answer_counts(captions, answers),
         )
 
     def _write_new(self, folder: str, rows: pa.Table, schema: pa.Schema, stamp: Stamp) -> str | None:

@@ -26,6 +26,8 @@ def test_a_wrong_flag_costs_no_import_of_torch_or_ray() -> None:
 def test_a_plan_and_a_refusal_bring_neither_torch_nor_ray(tmp_path: Path) -> None:
     commands = [["demo", str(tmp_path / "out"), "--dry-run"], ["/nowhere", str(tmp_path / "out"), "--model", "demo"]]
     commands += [["demo", str(tmp_path / "out"), "--model", "/nowhere"], ["demo", "out", "--max-new-tokens", "1000"]]
+    (prompts := tmp_path / "prompts.yaml").write_text("caption: a\nb: {text: x, choice: [y, z], max_new_tokens: 4}")
+    commands.append([*commands[0], "--prompts", str(prompts)])
     for arguments in commands:
         assert not HEAVY & modules_after(JOBS / "caption.py", arguments), arguments
     assert not HEAVY & modules_after(JOBS / "plan.py", ["/nowhere", "--model", "demo"])

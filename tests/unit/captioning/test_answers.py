@@ -1,5 +1,6 @@
 """Named prompts: each answer is that of transformers for its prompt alone, whatever is asked beside it."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from captioner.captioning.captioner import Captioner
 from captioner.captioning.questions import Answer
-from captioner.config import DecodingConfig
+from captioner.config import DecodingConfig, ScoringConfig
+from captioner.decoding.memory import auto_slots
 from captioner.errors import ConfigError
+from captioner.model.constraints import Constraint
 from captioner.prompts import Prompt, read_prompts
 from tests.bundles import save_tiny_bundle
 from tests.unit.model.test_model_oracle import pixels
@@ -188,3 +191,114 @@ def test_each_prompt_has_its_own_decoding(llava: Path, tmp_path: Path, captioner
     for number in range(len(kinds)):
         with Captioner.from_bundle(str(llava), DECODING, prompts=kinds[number : number + 1]) as alone:
             assert [one[0].caption.caption for one in ask(alone)] == [one[number].caption.caption for one in found]
+
+
+def test_a_captioner_of_prompts_says_so_when_it_is_asked_for_a_caption_alone(llava: Path, captioner: Captioner) -> None:
+    with pytest.raises(ConfigError, match="made with prompts; expected answer_pixels"):
+        captioner.caption_pixels(pixels(), IDS)
+    with (
+        Captioner.from_bundle(str(llava), DECODING) as plain,
+        pytest.raises(ConfigError, match="made without prompts; expected caption or caption_pixels"),
+    ):
+        plain.answer_pixels(pixels(), IDS, SIZES, VALUES)
+
+
+def test_the_systems_text_of_the_job_is_that_of_prompts_without_their_own(llava: Path, tmp_path: Path) -> None:
+    two = read(tmp_path, 'a: "Why?"\nb: {text: "Why?", system: "Be long."}')
+    with Captioner.from_bundle(str(llava), DECODING, system_prompt="Be brief.", prompts=two) as captioner:
+        image, [first, *_] = captioner.model.vision.normalised(pixels()), ask(captioner)
+    for answer, system in zip(first, ("Be brief.", "Be long."), strict=True):
+        turn = f"{HEADER.replace('user', 'system')}{system}<|eot_id|>{HEADER[17:]}<image>\nWhy?{END}"
+        assert answer.caption.caption == of_transformers(llava, turn, image[0])
+
+
+CONSTRAINED = """
+choice: {text: "Is it?", choice: [yes, no, "no, never"]}
+regex: {text: "Count.", regex: "[0-9]{3}-[a-c]+x", max_new_tokens: 30}
+schema:
+  text: JSON.
+  max_new_tokens: 60
+  json_schema:
+    type: object
+    additionalProperties: false
+    required: [n, kind]
+    properties: {n: {type: integer, minimum: 10, maximum: 99}, kind: {type: string, enum: [photo, drawing]}}
+"""
+
+WHOLE = {
+    "choice": "yes|no|no, never",
+    "regex": "[0-9]{3}-[a-c]+x",
+    "schema": r"\{\s*\"n\"\s*:\s*[1-9][0-9]\s*,\s*\"kind\"\s*:\s*\"(photo|drawing)\"\s*\}",
+}
+
+
+def test_constrained_answers_are_those_of_transformers_with_the_masks_of_llguidance(
+    llava: Path, tmp_path: Path
+) -> None:
+    prompts = read(tmp_path, CONSTRAINED)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llava)
+    with Captioner.from_bundle(str(llava), DECODING, prompts=prompts) as captioner:
+        image, found = captioner.model.vision.normalised(pixels()), ask(captioner)
+    for place, prompt in enumerate(prompts):
+        assert prompt.constraint is not None
+        made = Constraint(prompt.constraint, tokenizer.backend_tokenizer.to_str(), [257, 265], prompt.name)
+        text = HEADER + "<image>\n" + prompt.texts[0].text.text + END
+        length = len(tokenizer(text.replace("<image>", "<image>" * 16), add_special_tokens=False).input_ids)
+
+        def allowed(_: int, ids: Tensor, made: Constraint = made, length: int = length) -> list[int]:
+            return [int(token) for token in made.allowed_tokens(ids[length:].tolist()).nonzero()]
+
+        for number in range(3):
+            wanted = of_transformers(
+                llava,
+                text,
+                image[number],
+                max_new_tokens=prompt.decoding.max_new_tokens,
+                prefix_allowed_tokens_fn=allowed,
+            )
+            assert found[number][place].caption.caption == wanted, prompt.name
+            assert found[number][place].is_whole == bool(re.fullmatch(WHOLE[prompt.name], wanted)), wanted
+    assert any(answer.is_whole for of_image in found for answer in of_image)
+
+
+def test_an_answer_cut_at_its_length_is_whole_only_where_the_constraint_allows_it_to_end(
+    llava: Path, tmp_path: Path
+) -> None:
+    lengths = "\n".join(
+        f"{name}: {{text: x, regex: '[ab]{{3}}', max_new_tokens: {length}}}"
+        for name, length in [("two", 2), ("three", 3), ("four", 4), ("eight", 8)]
+    )
+    with Captioner.from_bundle(str(llava), DECODING, prompts=read(tmp_path, lengths)) as captioner:
+        answers = [answer for of_image in ask(captioner) for answer in of_image]
+    assert all(answer.is_whole == (len(answer.caption.caption) == 3) for answer in answers)
+    ends = {(answer.caption.finish_reason.value, answer.is_whole) for answer in answers}
+    assert ends == {("stop", True), ("length", False), ("length", True)}
+
+
+def test_engines_of_one_card_share_its_memory(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+
+    def counted(*arguments: Any, memory_share: float) -> int:
+        shares.append(memory_share)
+        return auto_slots(*arguments, memory_share=memory_share)
+
+    monkeypatch.setattr("captioner.decoding.engine.auto_slots", counted)
+    kinds = read(tmp_path, "a: x\nb: {text: x, num_beams: 2}\nc: {text: x, num_beams: 3}\nd: {text: x, stop: [q]}")
+    with Captioner.from_bundle(str(llava), DECODING, prompts=kinds):
+        assert shares == pytest.approx([1 / 3, 1 / 2, 1])  # each of what those before it left
+
+
+def test_clip_scores_are_those_of_the_captions_alone(tmp_path: Path) -> None:
+    text = "other: {text: 'w', do_sample: true, num_captions: 2}\ncaption: 'a'"
+    prompts = read(tmp_path, text)
+    scoring = ScoringConfig(clip_score=True)
+    with Captioner.from_bundle("demo", DECODING, scoring=scoring, prompts=prompts) as both:
+        size = both.model.image_size
+        images = torch.arange(2 * 3 * size * size).reshape(2, 3, size, size).to(torch.uint8)
+        found = both.answer_pixels(images, ["a", "b"], [(size, size)] * 2, [{}] * 2)
+    with Captioner.from_bundle("demo", DECODING, scoring=scoring, prompts=prompts[1:]) as alone:
+        wanted = alone.answer_pixels(images, ["a", "b"], [(size, size)] * 2, [{}] * 2)
+    assert [one[0].caption.clip_score for one in found] == [None, None]
+    scores = [one[0].caption.clip_score for one in wanted]
+    assert [one[1].caption.clip_score for one in found] == pytest.approx(scores)
+    assert None not in scores

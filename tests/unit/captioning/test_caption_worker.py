@@ -2,19 +2,23 @@
 
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
-from captioner.caption_columns import Caption
+from captioner.caption_columns import CAPTION_COLUMNS, Caption
 from captioner.captioning.caption_worker import CaptionWorker, limit_gpu_memory
 from captioner.captioning.captioner import Captioner
 from captioner.captioning.decode_worker import DecodeWorker
-from captioner.config import CaptionJobConfig, ImageConfig, ModelConfig
+from captioner.captioning.telemetry import NullRecorder
+from captioner.config import CaptionJobConfig, ImageConfig, InputConfig, ModelConfig
 from captioner.errors import JobError
 from captioner.model.bundle import describe
+from captioner.prompts import Prompt, answer_fields, num_tokens, read_prompts
 from captioner.schema import captioned_schema, decoded_schema, source_schema
 from captioner.storage.stop_file import StopFile
 from tests.sample_images import BROKEN, encoded
@@ -156,3 +160,86 @@ def test_a_worker_that_shares_a_gpu_keeps_to_its_share_of_the_memory(
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", found.append)
     limit_gpu_memory(gpus_per_worker)
     assert found == kept
+
+
+PROMPTS = """
+caption: "w1"
+said: {text: "w2 {?label: w3 {label}} {label}", max_value_tokens: 3}
+choice: {text: "w4", choice: [yes, no], max_new_tokens: 8}
+cut: {text: "w4", regex: "[a-z]{40}", max_new_tokens: 5}
+drawn: {texts: [w5, {text: w6, weight: 2}], do_sample: true, num_captions: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory, bundle: str) -> tuple[pa.Table, pa.Table, list[Prompt]]:
+    """What a worker makes of three rows, one of them no image, with prompts; the decoded rows; the prompts."""
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "prompts.yaml").write_text(PROMPTS)
+    prompts = list(read_prompts(folder / "prompts.yaml", DECODING, frozenset()))
+    rows: list[dict[str, object]] = [
+        {"data": encoded(seed=1), "label": None},
+        {"data": b""},
+        {"data": encoded(seed=2), "label": "w7 w8 w9 w10 w11"},
+    ]
+    config = replace(job(folder, bundle), input=InputConfig(keep_columns=("label",)))
+    decoded = DecodeWorker(config, describe(bundle).preprocessing, KEPT)(source(rows))
+    return CaptionWorker(config, KEPT, prompts=prompts)(decoded), decoded, prompts
+
+
+def test_a_worker_with_prompts_fills_a_column_for_each(answered: tuple[pa.Table, pa.Table, list[Prompt]]) -> None:
+    found, _, prompts = answered
+    answers = answer_fields({prompt.name: prompt.identity for prompt in prompts})
+    assert found.schema == captioned_schema(KEPT, answers)
+    is_image = [True, False, True]
+    for field in answers:
+        assert found.column(field.name).is_valid().to_pylist() == ([False] * 3 if field.name == "cut" else is_image)
+    first, _, last = found.to_pylist()
+    assert {first["choice"], last["choice"]} <= {"yes", "no"}
+    assert (first["cut_details"]["finish_reason"], first["cut_details"]["num_tokens"]) == ("length", 5)
+    assert (first["said_details"]["num_cut_values"], last["said_details"]["num_cut_values"]) == (0, 2)
+    assert {first["drawn_details"]["text_number"], last["drawn_details"]["text_number"]} <= {0, 1}
+    assert first["drawn_details"]["candidates"][0]["caption"] == first["drawn"]
+    assert first["caption_details"] == {"text_number": 0, "num_cut_values": 0}
+    assert [first["label"], last["label"]] == [None, "w7 w8 w9 w10 w11"]
+
+
+def test_the_caption_of_prompts_is_that_of_its_prompt_alone(
+    answered: tuple[pa.Table, pa.Table, list[Prompt]], tmp_path: Path, bundle: str
+) -> None:
+    found, decoded, prompts = answered
+    config = replace(job(tmp_path, bundle), input=InputConfig(keep_columns=("label",)))
+    fixed = [column.name for column in CAPTION_COLUMNS if "logprob" not in column.name]
+    for some in (prompts[:1], list(reversed(prompts)), [prompts[3], prompts[0], prompts[1]]):
+        other = CaptionWorker(config, KEPT, prompts=some)(decoded)
+        assert other.select(fixed).equals(found.select(fixed))
+        for prompt in some:
+            if prompt.name != "caption":
+                assert other.column(prompt.name).equals(found.column(prompt.name)), prompt.name
+
+
+def test_values_are_found_under_the_name_that_their_column_is_kept_as(
+    answered: tuple[pa.Table, pa.Table, list[Prompt]], tmp_path: Path, bundle: str
+) -> None:
+    found, decoded, prompts = answered
+    kept = [pa.field("mine", pa.string())]
+    names = ["mine" if name == "label" else name for name in decoded.column_names]
+    config = replace(job(tmp_path, bundle), input=InputConfig(keep_columns=("label=mine",)))
+    other = CaptionWorker(config, kept, prompts=prompts)(decoded.rename_columns(names))
+    assert other.column("said").equals(found.column("said"))
+
+
+def test_tokens_of_all_answers_are_counted(
+    answered: tuple[pa.Table, pa.Table, list[Prompt]], tmp_path: Path, bundle: str
+) -> None:
+    found, decoded, prompts = answered
+    counted: dict[str, float] = {}
+
+    class Notebook(NullRecorder):
+        def count(self, name: str, number: float, **_: str) -> None:
+            counted[name] = counted.get(name, 0) + number
+
+    config = replace(job(tmp_path, bundle), input=InputConfig(keep_columns=("label",)))
+    CaptionWorker(config, KEPT, recorder=Notebook(), prompts=prompts)(decoded)
+    answers = answer_fields({prompt.name: prompt.identity for prompt in prompts})
+    assert counted["captioner_tokens"] == num_tokens(found.filter(pc.is_null(found.column("reason"))), answers)

@@ -7,8 +7,11 @@ import pytest
 
 from captioner.captioning.costs import load_costs, save_costs, settings_digest
 from captioner.config import CaptionJobConfig, DecodingConfig, ImageConfig, ResourceConfig, ScoringConfig
+from captioner.prompts import Prompt, PromptText, WeightedText
 from captioner.storage import open_store
 from tests.unit.captioning.sample_costs import COSTS
+
+PROMPT = Prompt(name="a", texts=(WeightedText(PromptText.parse("x", "a")),), decoding=DecodingConfig())
 
 
 def test_costs_are_kept_beside_the_table_and_found_again(tmp_path: Path) -> None:
@@ -46,4 +49,5 @@ def test_costs_that_cannot_be_read_are_none_and_said_in_a_line(
 )
 def test_what_an_image_costs_goes_by_decoding_scoring_image_and_slots(other: dict[str, Any]) -> None:
     assert settings_digest(CaptionJobConfig(output="a", **other)) != COSTS.settings
+    assert settings_digest(CaptionJobConfig(output="a"), [PROMPT]) != COSTS.settings
     assert settings_digest(CaptionJobConfig(output="b", resources=ResourceConfig(workers="3"))) == COSTS.settings

@@ -27,7 +27,8 @@ def plan(tmp_path: Path) -> Any:
         run_folder=Location(str(tmp_path / "_run")),
     )
     config = CaptionJobConfig(output="out")
-    return SimpleNamespace(table=table, model=SimpleNamespace(fingerprint="f"), config=config)
+    model, job = SimpleNamespace(fingerprint="f"), SimpleNamespace(prompts=())
+    return SimpleNamespace(table=table, model=model, config=config, job=job)
 
 
 def test_without_measured_costs_nothing_is_predicted(plan: Any) -> None:

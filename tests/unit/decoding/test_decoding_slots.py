@@ -42,8 +42,11 @@ def card(monkeypatch):
     return of
 
 
-def slots_on(device: torch.device, max_prefix_len: int = 1) -> int:
-    return auto_slots(LLAMA_3_8B, lambda slots: layout_of(slots, max_prefix_len), device=device, dtype=torch.bfloat16)
+def slots_on(device: torch.device, max_prefix_len: int = 1, memory_share: float = 1.0) -> int:
+    def layouts(slots: int) -> SlotLayout:
+        return layout_of(slots, max_prefix_len)
+
+    return auto_slots(LLAMA_3_8B, layouts, device, torch.bfloat16, memory_share=memory_share)
 
 
 @pytest.mark.parametrize("strategy", [{}, {"num_beams": 4}, {"do_sample": True, "num_captions": 3}])

@@ -1,0 +1,42 @@
+"""Answers to named prompts as the values of the columns that the prompts add to a table.
+
+Knows answers and the columns' names; no model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from captioner.caption_columns import CAPTION_COLUMNS, Caption
+from captioner.captioning.questions import Answer
+from captioner.prompts import CAPTION, Prompt, details_name
+
+__all__ = ["answer_values"]
+
+_SCORES = [column for column in CAPTION_COLUMNS if column.name not in ("caption", "clip_score")]
+
+
+def answer_values(prompts: Sequence[Prompt], rows: Sequence[Sequence[Answer] | None]) -> dict[str, list[Any]]:
+    """Return the columns of prompts: name -> a value for each row, null for a row without answers."""
+    values: dict[str, list[Any]] = {}
+    for place, prompt in enumerate(prompts):
+        answers = [of_row and of_row[place] for of_row in rows]
+        values[details_name(prompt.name)] = [answer and _details(prompt, answer) for answer in answers]
+        if prompt.name != CAPTION:
+            values[prompt.name] = [answer and _value(prompt, answer) for answer in answers]
+    return values
+
+
+def _value(prompt: Prompt, answer: Answer) -> Any:
+    return prompt.value(answer.caption.caption, is_whole=answer.is_whole)
+
+
+def _details(prompt: Prompt, answer: Answer) -> dict[str, Any]:
+    question = {"text_number": answer.text_number, "num_cut_values": answer.num_cut_values}
+    if prompt.name == CAPTION:
+        return question
+    candidates = [{"caption": one.caption, **_scores(one)} for one in answer.caption.candidates]
+    return _scores(answer.caption) | question | ({"candidates": candidates} if candidates else {})
+
+
+def _scores(caption: Caption) -> dict[str, Any]:
+    return {column.name: column.value(caption) for column in _SCORES}
