@@ -14,7 +14,18 @@ from dataclasses import dataclass, replace
 from captioner.config import ResourceConfig, worker_range
 from captioner.errors import ResourceError
 
-__all__ = ["GPU_CALLS", "Allocation", "Cluster", "allocate", "describe_shortage", "readers_for", "useful_workers"]
+__all__ = [
+    "CORES_PER_DECODER",
+    "DECODERS_PER_WORKER",
+    "DECODER_CPUS",
+    "GPU_CALLS",
+    "Allocation",
+    "Cluster",
+    "allocate",
+    "describe_shortage",
+    "readers_for",
+    "useful_workers",
+]
 
 _TASK_CPUS = 0.05  # a read or write task: it waits for a store
 _MIN_READERS = 2
@@ -22,9 +33,12 @@ _CORES_PER_READER = 8
 _SMALL_CPUS = 4  # with fewer, a whole spare CPU is too much, and read tasks reserve nothing
 _SPARE_CPUS = 1
 _SMALLEST_NODE_CPUS = 2  # assumed of the first node of a cluster that has none yet
-_DECODER_CPUS = 0.9  # so that one fits on each core beside the tasks
-_CORES_PER_DECODER = 4  # without a GPU, one core in four decodes and the others run the model
-_DECODERS_PER_WORKER = 16  # cores that one GPU may need at most, for photographs of 12 megapixels
+DECODER_CPUS = 0.9
+"""CPUs of a decoder, so that one fits on each core beside the tasks."""
+CORES_PER_DECODER = 4
+"""Without a GPU, one core in so many decodes and the others run the model."""
+DECODERS_PER_WORKER = 16
+"""Cores that one GPU may need at most, for photographs of 12 megapixels."""
 _ROWS_PER_DECODER = 256  # one call
 _CPU_CALLS = 4
 GPU_CALLS = 8
@@ -162,10 +176,10 @@ def _asked_at_once(allocation: Allocation, num_images: int | None) -> Allocation
 
 def _with_gpus(config: ResourceConfig, cluster: Cluster, gpus_per_worker: float) -> Allocation:
     places = max(1, cluster.max_gpu_workers(gpus_per_worker))
-    room = max(1, int((cluster.cpus - _task_cpus(cluster)) / _DECODER_CPUS + 1e-9))
+    room = max(1, int((cluster.cpus - _task_cpus(cluster)) / DECODER_CPUS + 1e-9))
     workers = _limited(worker_range(config.workers, "--workers") or (1, places), places, cluster)
     if cluster.can_grow:
-        room = max(room, _DECODERS_PER_WORKER * workers[1])
+        room = max(room, DECODERS_PER_WORKER * workers[1])
     decoders = _limited(worker_range(config.cpu_workers, "--cpu-workers") or (1, room), room, cluster)
     return Allocation(
         workers=workers,
@@ -186,7 +200,7 @@ def _with_cpus(config: ResourceConfig, cluster: Cluster) -> Allocation:
     if cluster.can_grow:  # today's CPUs are shared by the workers that start on them
         num_workers, num_decoders = workers[0], max(decoders[0], min(decoders[1], _decoders_among(cpus)))
     room = cpus - _task_cpus(cluster)
-    decoder_cpus = min(_DECODER_CPUS, _floor(room / 2 / num_decoders))
+    decoder_cpus = min(DECODER_CPUS, _floor(room / 2 / num_decoders))
     worker_cpus = _on_one_node(_floor((room - num_decoders * decoder_cpus) / num_workers), cluster)
     if worker_cpus >= 1:
         decoder_cpus = min(decoder_cpus, _decoder_cpus(cluster, num_decoders, worker_cpus * num_workers))
@@ -207,12 +221,12 @@ def _pools_on_cpus(config: ResourceConfig, cluster: Cluster) -> tuple[tuple[int,
     share = max(_decoders_among(cluster.cpus), workers[1] if cluster.can_grow else 1)
     room = cluster.cpus - _task_cpus(cluster)
     decoders = worker_range(config.cpu_workers, "--cpu-workers") or (1, share)
-    decoders = _limited(decoders, max(share, int(room / 2 / _DECODER_CPUS)), cluster)
-    return _limited(workers, int(room - decoders[1] * _DECODER_CPUS), cluster), decoders
+    decoders = _limited(decoders, max(share, int(room / 2 / DECODER_CPUS)), cluster)
+    return _limited(workers, int(room - decoders[1] * DECODER_CPUS), cluster), decoders
 
 
 def _decoders_among(cpus: float) -> int:
-    return max(1, int(cpus / _CORES_PER_DECODER))
+    return max(1, int(cpus / CORES_PER_DECODER))
 
 
 def _limited(wanted: tuple[int, int], room: int, cluster: Cluster) -> tuple[int, int]:
@@ -234,7 +248,7 @@ def _with_all_decoders(allocation: Allocation, num_images: int | None) -> Alloca
 
     Ray ends idle ones and starts them again, which takes seconds of CPU time each; their CPUs would stay free anyway.
     """
-    useful = _DECODERS_PER_WORKER * allocation.workers[1]
+    useful = DECODERS_PER_WORKER * allocation.workers[1]
     if num_images is not None:
         useful = min(useful, math.ceil(num_images / _ROWS_PER_DECODER))
     number = max(1, min(allocation.decoders[1], useful))
@@ -244,10 +258,10 @@ def _with_all_decoders(allocation: Allocation, num_images: int | None) -> Alloca
 def _decoder_cpus(cluster: Cluster, num_decoders: int, worker_cpus: float) -> float:
     """Return what each decoder reserves; less than usual where no whole CPU would be left otherwise."""
     left = cluster.cpus - _task_cpus(cluster) - worker_cpus
-    is_too_much = num_decoders * _DECODER_CPUS > left + 1e-9
+    is_too_much = num_decoders * DECODER_CPUS > left + 1e-9
     if cluster.can_grow or cluster.cpus < _SMALL_CPUS or is_too_much:
-        return _DECODER_CPUS
-    return min(_DECODER_CPUS, _floor((left - _SPARE_CPUS) / num_decoders))
+        return DECODER_CPUS
+    return min(DECODER_CPUS, _floor((left - _SPARE_CPUS) / num_decoders))
 
 
 def _read_cpus(cluster: Cluster) -> float:

@@ -2,6 +2,9 @@
 
     slices -> ReadSlices -> DecodeWorker pool (CPU) -> FeatureWorker pool (GPU) -> WriteFeatures
 
+A fit that computes features in its steps has its images decoded once all the same, without a FeatureWorker, so that
+those that cannot be are counted and left out before the first step.
+
 The first half is that of the caption job, so that features come from the same pixels as captions. Which features are
 missing and how they are kept is in `training.features`.
 """
@@ -49,7 +52,7 @@ def compute_features(
         with plan.computing():
             if len(plan.missing):
                 _compute(plan, model, resources, cluster)
-        return gather(plan, model.projector.num_features)
+        return gather(plan, model.projector.num_features if plan.keeps_features else 0)
 
 
 def _compute(plan: FeaturePlan, model: "BundleDescription", resources: ResourceConfig, cluster: Cluster) -> None:
@@ -77,10 +80,13 @@ def _rows_per_part(num_rows: int) -> int:
 
 
 def _featured(plan: FeaturePlan, model: "BundleDescription", allocation: Allocation, registry: Any) -> Dataset:
-    """Return the stream of features, not yet running."""
+    """Return the stream of features, or of images that are only checked, not yet running."""
     rows = source_rows(ReadSlices(plan.reader, plan.slices(), registry), allocation)
     decoder = {"config": plan.job, "preprocessing": model.preprocessing, "kept": VERSION_COLUMNS}
-    featured: Dataset = decoded(rows, decoder, allocation, registry).map_batches(
+    images = decoded(rows, decoder, allocation, registry)
+    if not plan.keeps_features:
+        return images
+    featured: Dataset = images.map_batches(
         supervised("captioner.training.features.feature_worker:FeatureWorker"),
         fn_constructor_kwargs={
             "registry": registry,

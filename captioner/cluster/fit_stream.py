@@ -1,6 +1,7 @@
 """A planned fit on Ray: features once by Ray Data, then steps by Ray Train's TorchTrainer, then the bundle.
 
     labels -> compute_features -> FitWorker group (one process a GPU) -> bundle
+                                    ^ pixel_streams, where the steps compute features
 
 Knows in which order a fit takes its steps and who writes what; how workers are started is in `training_group`, what
 they compute in `training`. A fit resumes from its own checkpoint, one object that is replaced whole, rather than from
@@ -18,6 +19,7 @@ from ray.train.torch import TorchTrainer
 
 from captioner.cluster.feature_pipeline import compute_features
 from captioner.cluster.fit_reports import FitReports
+from captioner.cluster.pixel_stream import pixel_streams
 from captioner.cluster.session import joined_cluster, start_beside_driver
 from captioner.cluster.supervision import raising_worker_errors
 from captioner.cluster.training_group import TRAIN, TrainingGroup, training_group
@@ -44,7 +46,7 @@ def run(plan: FitPlan) -> dict[str, Any]:
     plan.output.claim(plan.identity)
     save_initial_bundle(plan.config, plan.output.initial_bundle_url, plan.model_options)
     with joined_cluster() as cluster:
-        group = training_group(plan.config.resources, cluster)
+        group = training_group(plan.config.resources, cluster, streams_pixels=plan.start.projector.reads_patches)
         plan = plan.for_workers(has_gpus=group.gpus > 0)
         features = compute_features(plan.features, plan.start, plan.config.resources.for_features(), cluster)
         train(plan, features, group)
@@ -60,11 +62,19 @@ def train(plan: FitPlan, features: FeatureSet, group: TrainingGroup) -> None:
     """Run the workers until the last step; those that are lost start again from the checkpoint."""
     model, training = plan.config.model, plan.config.training
     tokens = tokenize_examples(features, llama_of(plan), plan.start.template, training, plan.output)
-    task = FitTask(
-        plan.output, features, tokens, training, model.dtype, model.device, group.num_threads, plan.model_options
-    )
     reports = start_beside_driver(FitReports)
-    with TemporaryDirectory(prefix="captioner-fit-") as scratch:
+    with TemporaryDirectory(prefix="captioner-fit-") as scratch, pixel_streams(plan, features, group) as pixels:
+        task = FitTask(
+            output=plan.output,
+            features=features,
+            tokens=tokens,
+            training=training,
+            dtype=model.dtype,
+            device=model.device,
+            num_threads=group.num_threads,
+            pixels=pixels,
+            model_options=plan.model_options,
+        )
         trainer = group.trainer(task, reports, plan.config.resources.max_failures, scratch)
         _follow(plan, trainer, reports)
 

@@ -25,7 +25,15 @@ from captioner.cluster.interrupts import watch_ray_processes
 from captioner.cluster.ray_private import LOCAL_RAY_SETTINGS, has_autoscaler, light_local_ray, quiet_core
 from captioner.errors import JobError, ResourceError
 
-__all__ = ["OFF_MODEL_SELECTOR", "STAGE_LABEL", "cluster_of", "joined_cluster", "living_nodes", "start_beside_driver"]
+__all__ = [
+    "OFF_MODEL_SELECTOR",
+    "STAGE_LABEL",
+    "cluster_of",
+    "data_settings",
+    "joined_cluster",
+    "living_nodes",
+    "start_beside_driver",
+]
 
 STAGE_LABEL = "captioner-stage"
 """The node label that keeps decoding off GPU nodes."""
@@ -65,7 +73,7 @@ def joined_cluster() -> Iterator[Cluster]:
             held.enter_context(light_local_ray())
         _start_ray(address)
         held.callback(ray.shutdown)
-        held.enter_context(_data_settings())
+        held.enter_context(data_settings())
         held.enter_context(watch_ray_processes({} if address else _local_ray_processes()))
         yield cluster_of(ray.nodes(), has_autoscaler())  # type: ignore[no-untyped-call]
 
@@ -168,7 +176,8 @@ def _warning_filters() -> Iterator[None]:
 
 
 @contextmanager
-def _data_settings() -> Iterator[None]:
+def data_settings() -> Iterator[None]:
+    """Let Ray Data run in the block as a job wants it, in this process."""
     context = DataContext.get_current()
     before = {name: getattr(context, name) for name in _DATA_SETTINGS}
     for name, value in _DATA_SETTINGS.items():

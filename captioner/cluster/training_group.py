@@ -4,6 +4,7 @@ What each of them computes is in `training.fit`; what they tell the driver in `f
 """
 
 import logging
+import math
 import os
 import socket
 import time
@@ -14,7 +15,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from captioner.captioning.resources import Cluster
+from captioner.captioning.resources import CORES_PER_DECODER, DECODER_CPUS, DECODERS_PER_WORKER, Cluster
 from captioner.cluster.ray_private import without_cleaner
 from captioner.cluster.supervision import report_to
 from captioner.cluster.worker_errors import WorkerError, reporting_errors
@@ -42,6 +43,11 @@ class TrainingGroup:
     most: int
     cpus: float
     gpus: float
+    decoders: int = 0
+    """Decode workers beside each, where its steps read pixels."""
+
+    decoder_cpus: float = 0.0
+    """CPUs of each of these."""
 
     @property
     def num_threads(self) -> int:
@@ -74,19 +80,38 @@ class TrainingGroup:
         return trainer
 
 
-def training_group(config: FitResourceConfig, cluster: Cluster) -> TrainingGroup:
-    """Return the workers of a fit on a cluster. Raises ResourceError for more than there is."""
+def training_group(config: FitResourceConfig, cluster: Cluster, *, streams_pixels: bool = False) -> TrainingGroup:
+    """Return the workers of a fit on a cluster. streams_pixels: each has decode workers beside it.
+
+    Raises ResourceError for more than there is."""
     gpus = config.gpus_per_worker
     gpus = (1.0 if cluster.gpus else 0.0) if gpus is None else gpus
     every = max(1, int(cluster.gpus / gpus)) if gpus else 1
     fewest, most = worker_range(config.workers, "--workers") or (every, every)
     cpus = min(1.0, cluster.cpus / most) if gpus else max(1.0, cluster.cpus // most)
+    decoders, decoder_cpus = 0, 0.0
+    if streams_pixels:
+        cpus, decoders, decoder_cpus = _beside_decoders(config, cluster.cpus / most, most, has_gpu=gpus > 0)
     short = [f"{fewest * gpus:g} GPUs; there are {cluster.gpus:g}"] if fewest * gpus > cluster.gpus else []
-    short += [f"{fewest * cpus:g} CPUs; there are {cluster.cpus:g}"] if fewest * cpus > cluster.cpus else []
+    wanted = fewest * (cpus + decoders * decoder_cpus)
+    short += [f"{wanted:g} CPUs; there are {cluster.cpus:g}"] if wanted > cluster.cpus + 1e-6 else []
     if short and not cluster.can_grow:
         raise ResourceError(f"--workers {config.workers} needs {short[0]}. Lower --workers or --gpus-per-worker")
-    log.info("fit workers=%d:%d worker_gpus=%g worker_cpus=%g", fewest, most, gpus, cpus)
-    return TrainingGroup(fewest, most, cpus, gpus)
+    log.info("fit workers=%d:%d worker_gpus=%g worker_cpus=%g decoders=%d", fewest, most, gpus, cpus, decoders)
+    return TrainingGroup(fewest, most, cpus, gpus, decoders, decoder_cpus)
+
+
+def _beside_decoders(config: FitResourceConfig, share: float, most: int, *, has_gpu: bool) -> tuple[float, int, float]:
+    """Return the CPUs of a worker, its decode workers and the CPUs of each, which take half of its share at most on
+    CPUs, and all but one CPU beside a GPU. share: CPUs of the cluster for each worker."""
+    asked = worker_range(config.cpu_workers, "--cpu-workers")
+    own = min(1.0, share / 2) if has_gpu else share / 2
+    room = int((share - own) / DECODER_CPUS + 1e-9) if has_gpu else int(share / CORES_PER_DECODER)
+    decoders = max(1, asked[1] // most if asked else min(room, DECODERS_PER_WORKER))
+    decoder_cpus = min(DECODER_CPUS, math.floor((share - own) / decoders * 100) / 100)
+    cpus = share - decoders * decoder_cpus
+    cpus = min(1.0, cpus) if has_gpu else float(math.floor(cpus)) if cpus >= 1 else math.floor(cpus * 100) / 100
+    return cpus, decoders, decoder_cpus
 
 
 def fit_worker(config: dict[str, Any]) -> None:

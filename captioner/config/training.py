@@ -14,10 +14,15 @@ class TrainingConfig:
     """How the projector is trained. An example is one caption with its image; a step is one update of the weights."""
 
     projector: Literal["linear", "mlp"] = "linear"
-    """What turns CLIP's pooled state into --image-tokens embeddings: one linear map, or two with a GELU between."""
+    """What turns --image-features into --image-tokens embeddings: one linear map, or two with a GELU between."""
 
-    image_tokens: int = 1
-    """Embeddings that LLaMA reads for one image."""
+    image_features: Literal["pooled", "patches"] = "pooled"
+    """What the projector reads of an image: CLIP's pooled state, computed once and kept, or the states of its patches,
+    computed in each step from pixels that are streamed into the workers and never kept."""
+
+    image_tokens: int | None = None
+    """Embeddings that LLaMA reads for one image. By default 1 of the pooled state, and one for each patch; fewer of
+    patches are averages over a square grid, so that the number is a square, as 64."""
 
     epochs: int = 1
     """Passes over the examples."""
@@ -79,10 +84,10 @@ class TrainingConfig:
     """End the fit after this many evaluations without a better one; 0 for never."""
 
     def __post_init__(self) -> None:
-        counts = ("image_tokens", "epochs", "batch_size", "gradient_accumulation_steps", "max_caption_tokens")
+        counts = ("epochs", "batch_size", "gradient_accumulation_steps", "max_caption_tokens")
         for name in (*counts, "num_measured_images"):
             check(getattr(self, name) >= 1, flag_name(name), getattr(self, name), "at least 1")
-        for name in ("max_steps", "log_every", "eval_every", "checkpoint_every"):
+        for name in ("image_tokens", "max_steps", "log_every", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             check(value is None or value >= 1, flag_name(name), value, "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
@@ -91,6 +96,9 @@ class TrainingConfig:
         for name in ("warmup_steps", "weight_decay", "num_scored_images", "early_stop", "seed"):
             value = getattr(self, name)
             check(value is None or 0 <= value < math.inf, flag_name(name), value, "0 or more")
+        is_grid = self.image_features == "pooled" or math.isqrt(self.image_tokens or 1) ** 2 == self.image_tokens
+        wanted = "a square with --image-features patches, as 16, 64 or 144: patches are averaged over a square grid"
+        check(is_grid or self.image_tokens is None, "--image-tokens", self.image_tokens, wanted)
         fewest = self.gradient_accumulation_steps
         check(self.batch_size >= fewest, "--batch-size", self.batch_size, f"at least its {fewest} parts")
         most = self.num_measured_images

@@ -3,6 +3,7 @@
 Knows no torch. The modules are in `projectors`; a new kind is a file there and an entry in `KINDS` here.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -52,6 +53,11 @@ class ProjectorConfig:
             raise BundleError(
                 f"unknown projector activation {self.hidden_act!r}; expected a name of transformers' ACT2FN"
             )
+        if KINDS[self.kind].averages_patches and math.isqrt(self.num_image_tokens) ** 2 != self.num_image_tokens:
+            raise ShapeError(
+                f"a projector of kind {self.kind} has {self.num_image_tokens} image tokens; expected a square: it"
+                " averages patches over a square grid"
+            )
         if self.vision_feature_select_strategy not in ("default", "full"):
             raise BundleError(
                 f"vision_feature_select_strategy is {self.vision_feature_select_strategy!r}; expected default or full"
@@ -84,6 +90,9 @@ class Kind:
     shapes: Callable[[ProjectorConfig], Shapes]
     """Its tensors."""
 
+    averages_patches: bool = False
+    """Whether it averages patches over a square grid, so that an image may have fewer tokens than patches."""
+
 
 def _linear(config: ProjectorConfig) -> Shapes:
     return linear_shapes("", config.num_features, config.num_image_tokens * config.width, has_bias=config.has_bias)
@@ -111,4 +120,14 @@ KINDS = {
     "pooled_mlp": Kind(file="pooled_mlp", module="PooledMlpProjector", reads_patches=False, shapes=_pooled_mlp),
     "patch_linear": Kind(file="patch_linear", module="PatchLinearProjector", reads_patches=True, shapes=_patch_linear),
     "mlp": Kind(file="mlp", module="MlpProjector", reads_patches=True, shapes=_mlp),
+    "average_linear": Kind(
+        file="average_linear",
+        module="AverageLinearProjector",
+        reads_patches=True,
+        shapes=_patch_linear,
+        averages_patches=True,
+    ),
+    "average_mlp": Kind(
+        file="average_mlp", module="AverageMlpProjector", reads_patches=True, shapes=_mlp, averages_patches=True
+    ),
 }

@@ -113,7 +113,7 @@ class Bench:
 
     def encoded_again(self, rows: np.ndarray) -> None:
         images = self.examples.image[rows]
-        self.examples.features[images] = self.loaded.features(self.pixels[images]).half().numpy()
+        self.examples.images[images] = self.loaded.features(self.pixels[images]).half().numpy()
         self.cached(rows)
 
     def model_alone(self, batch) -> None:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from captioner.config import TrainingConfig
@@ -25,7 +23,7 @@ from captioner.storage import Store, open_store
 from captioner.storage.local_cache import MONTH_S, make_once
 from captioner.storage.urls import absolute, join, local_path, name, scheme
 from captioner.training.features.examples import FeatureSet
-from captioner.training.fit.batches import TokenizedSplit
+from captioner.training.fit.batches import Images, TokenizedSplit
 from captioner.training.fit.fit_output import FitOutput
 from captioner.training.fit.projector import end_token_id
 
@@ -52,8 +50,8 @@ class CaptionTokens:
         """Return the URL of the file of a split."""
         return join(self.folder, f"{split}-{self.fingerprint}.arrow")
 
-    def load(self, split: str, features: npt.NDArray[np.float16]) -> TokenizedSplit:
-        """Return the captions of a split, mapped, beside its images' float16[N, F].
+    def load(self, split: str, images: Images) -> TokenizedSplit:
+        """Return the captions of a split, mapped, beside its images.
 
         Raises JobError for a damaged file, StoreError."""
         path = self._on_disk(split)
@@ -64,7 +62,7 @@ class CaptionTokens:
                 f"{path} cannot be read: {error}; remove it, and the captions are tokenized again"
             ) from error
         tokens = rows["tokens"]
-        return TokenizedSplit(features, rows["image"].to_numpy(), tokens.values.to_numpy(), tokens.offsets.to_numpy())
+        return TokenizedSplit(images, rows["image"].to_numpy(), tokens.values.to_numpy(), tokens.offsets.to_numpy())
 
     def write(self, split: str, captions: TokenizedSplit) -> None:
         """Write the file of a split. Raises StoreError."""

@@ -31,7 +31,7 @@ from captioner.training.features.feature_plan import FeaturePlan, count_reasons
 from captioner.training.features.features import FeatureCache, FeatureIndex, Positions
 from captioner.training.labels.labels import Count, Labels
 
-__all__ = ["Examples", "FeatureSet", "gather"]
+__all__ = ["Examples", "FeatureSet", "gather", "sampled_rows"]
 
 _PLACE = ("part", "row")
 
@@ -51,10 +51,16 @@ class Examples:
 
     def sample(self, most: int) -> "Examples":
         """Return a random sample of at most so many images, the same each time: files are often sorted by content."""
-        rows = np.random.default_rng(0).permutation(len(self))[:most]
+        rows = sampled_rows(len(self), most)
         return Examples(
             [self.image_ids[row] for row in rows], self.features[rows], [self.captions[row] for row in rows]
         )
+
+
+def sampled_rows(num_images: int, most: int) -> Positions:
+    """Return the rows of a split that `Examples.sample` takes, int64[at most `most`]."""
+    rows: Positions = np.random.default_rng(0).permutation(num_images)[:most]
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +68,15 @@ class FeatureSet:
     """The features of labelled images, all computed."""
 
     url: str
-    """Parquet file of the examples: image_id, captions, split, and the part and row of their features."""
+    """Parquet file of the examples: image_id, captions, split, the part and row of their features, the row in the
+    labels."""
 
     storage_options: Mapping[str, Any]
     """Its storage options; the cache may be on another store."""
 
     cache: FeatureCache
     num_features: int
-    """Width F."""
+    """Width F; 0 where features are not kept."""
 
     counts: Mapping[str, Count]
     fingerprint: str = ""
@@ -90,6 +97,11 @@ class FeatureSet:
         """Return the features of `load` alone: of a million captions as texts, a process holds hundreds of MiB."""
         return self._features(self._rows(split, _PLACE))
 
+    def label_rows_of(self, split: str) -> Positions:
+        """Return where the images of `load` stand in the labels, int64[N]."""
+        rows: Positions = self._rows(split, ["label"])["label"].to_numpy()
+        return rows
+
     def validation_sample(self, training: TrainingConfig) -> Examples:
         """Return the validation images that a fit is evaluated on."""
         return self.load("validation").sample(training.num_measured_images)
@@ -101,8 +113,8 @@ class FeatureSet:
         return table.filter(pc.equal(table["split"], split))
 
     def _features(self, rows: pa.Table) -> npt.NDArray[np.float16]:
-        if not rows.num_rows:
-            return np.empty((0, self.num_features), np.float16)  # an empty file cannot be mapped
+        if not rows.num_rows or not self.num_features:
+            return np.empty((rows.num_rows, self.num_features), np.float16)  # an empty file cannot be mapped
         parts = rows.schema.metadata[b"captioner.parts"].decode().split("\n")
         numbers, places = rows["part"].to_numpy(), rows["row"].to_numpy()
         named = hashlib.blake2b(f"{self.cache.url}\n{parts}".encode(), digest_size=12)
@@ -186,6 +198,7 @@ def _save(labels: Labels, places: Positions, index: FeatureIndex, plan: FeatureP
     fingerprint = _fingerprint(rows, pc.coalesce(found["digest"], found["version"]))
     for name in ("part", "row"):
         rows = rows.append_column(name, found[name])
+    rows = rows.append_column("label", pa.array(np.flatnonzero(has_features)))
     rows = rows.replace_schema_metadata({"captioner.parts": "\n".join(index.parts)})
     buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer, compression="zstd")

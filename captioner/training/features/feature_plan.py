@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +67,9 @@ class FeaturePlan:
     """Rows of the labels whose features have to be computed."""
 
     index: FeatureIndex = field(repr=False)
+
+    keeps_features: bool = True
+    """Whether features are computed and kept; else images are only checked, and a step computes its own."""
 
     @property
     def fingerprint(self) -> str:
@@ -206,21 +210,20 @@ def plan_features(
     features_options: Mapping[str, Any] | None = None,
     clip_options: Mapping[str, Any] | None = None,
     output_options: Mapping[str, Any] | None = None,
+    keeps_features: bool = True,
 ) -> FeaturePlan:
     """Return the plan that gives each labelled image the features of a model's CLIP. Writes nothing.
 
     features_folder: where the cache is, which runs may share; by default `features` below the run folder, with its
-    options. Raises InputError when more images are missing than `--max-failed-share` allows, JobError for a failing
-    store.
+    options. keeps_features: else images are only checked: a row says that one can be decoded. Raises InputError when
+    more images are missing than `--max-failed-share` allows, JobError for a failing store.
     """
-    cache = FeatureCache.of_tower(
-        features_folder or join(run_folder, "features"),
-        model.clip_fingerprint,
-        Preprocessing.from_config(model.preprocessing),
-        config.dtype,
-        image,
-        storage_options=features_options if features_folder else output_options,
-    )
+    folder = features_folder or join(run_folder, "features")
+    options = features_options if features_folder else output_options
+    pixels, clip = Preprocessing.from_config(model.preprocessing), model.clip_fingerprint
+    of_tower = partial(FeatureCache.of_tower, fingerprint=clip, preprocessing=pixels, dtype=config.dtype)
+    of_decoding = partial(FeatureCache.of_decoding, preprocessing=pixels)
+    cache = (of_tower if keeps_features else of_decoding)(folder, image=image, storage_options=options)
     versions, rejects = _versions(labels, image)
     with output_errors(cache.url):
         index = cache.index()
@@ -243,6 +246,7 @@ def plan_features(
         rejected=rejected,
         missing=missing,
         index=index,
+        keeps_features=keeps_features,
     )
 
 

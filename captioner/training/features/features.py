@@ -52,7 +52,11 @@ Positions = npt.NDArray[np.int64]
 
 
 def feature_schema(num_features: int) -> pa.Schema:
-    """Return the columns of `features/part-*.parquet`; `digest` is that of the bytes, of an image inside a file."""
+    """Return the columns of `features/part-*.parquet`; `digest` is that of the bytes, of an image inside a file.
+
+    Without numbers of an image, a row says that it can be decoded."""
+    if not num_features:
+        return pa.schema(_VERSIONED)
     kind = pa.list_(pa.field("item", pa.float16(), nullable=False), num_features)
     return pa.schema([*_VERSIONED, pa.field("features", kind, nullable=False)])
 
@@ -90,8 +94,15 @@ class FeatureCache:
         """
         pixels = preprocessing.identity()
         identity = {"clip": fingerprint, "pixels": pixels, "dtype": dtype, "fast_decode": image.fast_decode}
-        limits = f"{image.max_image_bytes} bytes, {image.max_image_pixels} pixels"
-        return cls(folder, identity, limits, storage_options)
+        return cls(folder, identity, _limits(image), storage_options)
+
+    @classmethod
+    def of_decoding(
+        cls, folder: str, preprocessing: Any, image: ImageConfig, storage_options: Mapping[str, Any] | None = None
+    ) -> "FeatureCache":
+        """Return what is known of images whose features are not kept: which can be decoded."""
+        identity = {"clip": None, "pixels": preprocessing.identity(), "fast_decode": image.fast_decode}
+        return cls(folder, identity, _limits(image), storage_options)
 
     def claim(self) -> None:
         """Write cache.json, for people. Raises StoreError."""
@@ -104,7 +115,8 @@ class FeatureCache:
         is_image = pc.is_null(rows["reason"])
         good, bad = rows.filter(is_image), rows.filter(pc.invert(is_image))
         if good.num_rows:
-            schema = feature_schema(rows.schema.field("features").type.list_size)
+            has_features = "features" in rows.schema.names
+            schema = feature_schema(rows.schema.field("features").type.list_size if has_features else 0)
             self._write("features", good.select(schema.names).cast(schema))
         if bad.num_rows:
             limits = pa.array([self.limits] * bad.num_rows)
@@ -176,15 +188,20 @@ class FeatureCache:
         for part in sorted(set(parts.tolist())):
             here = np.flatnonzero(parts == part)
             rows = old.take(pa.array(here))
+            new = {"version": pa.array([versions[place] for place in here.tolist()])}
+            if self.identity["clip"] is None:
+                self._write("features", rows.select(feature_schema(0).names).set_column(2, "version", new["version"]))
+                continue
             values = self.read_features(index.parts[part], rows["row"].to_numpy())
             schema = feature_schema(values.shape[1])
-            new = {
-                "version": pa.array([versions[place] for place in here.tolist()]),
-                "features": features_array(values),
-            }
+            new["features"] = features_array(values)
             self._write(
                 "features", pa.table([new[name] if name in new else rows[name] for name in schema.names], schema)
             )
+
+
+def _limits(image: ImageConfig) -> str:
+    return f"{image.max_image_bytes} bytes, {image.max_image_pixels} pixels"
 
 
 def features_array(values: npt.NDArray[np.float16]) -> pa.Array:

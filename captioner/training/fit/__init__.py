@@ -1,6 +1,7 @@
 """Fitting the projector between a frozen CLIP and a frozen LLaMA: plain torch, with or without a process group.
 
     fit_plan      what a fit will do, checked before anything starts
+    rungs         which projector the settings ask for
     fit_worker    one worker: from its task to its last state
     fit_loop      all steps, from a saved state or from none
     schedule      after which steps it evaluates, keeps a checkpoint, logs
@@ -15,5 +16,5 @@
     progress      progress on stderr and in TensorBoard
     fit_report    the bundle, the summary, the closing lines
 
-Knows image features, not pixels; a `WorkerGroup`, not Ray.
+Knows image features, and pixels as they come from a stream; a `WorkerGroup`, not Ray.
 """

@@ -4,7 +4,7 @@ The order is a function of the lengths, the batch size, the seed and the epoch, 
 Knows arrays and a tokenizer; no model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -18,9 +18,14 @@ from transformers import PreTrainedTokenizerFast
 from captioner.model.tokenizer import Tokenizer
 from captioner.training.fit.schedule import steps_per_epoch
 
-__all__ = ["IGNORED", "Batch", "IntArray", "TokenizedSplit", "epoch_batches", "share"]
+__all__ = ["IGNORED", "Batch", "Images", "IntArray", "PixelStream", "TokenizedSplit", "epoch_batches", "share"]
 
 IntArray = npt.NDArray[np.int64]
+
+PixelStream = Callable[[Iterator[IntArray]], Generator[npt.NDArray[np.uint8]]]
+"""Given the images of each batch to come, int64[B] of a split, gives their pixels in this order, uint8[B, 3, S, S]."""
+
+Images = npt.NDArray[np.float16] | npt.NDArray[np.uint8]
 
 IGNORED = -100
 """The label of a position without a loss."""
@@ -35,8 +40,8 @@ _TEXTS_PER_CALL = 4096
 class Batch:
     """Some examples as tensors. Letters: B examples, L tokens of the longest caption with its end, T labels."""
 
-    features: Tensor
-    """float16[B, ...]: the input of the projector."""
+    images: Tensor
+    """float16[B, F], the pooled state of each image, or uint8[B, 3, S, S], its pixels."""
 
     input_ids: Tensor
     """int64[B, L - 1]: the captions without their last token, padded with it."""
@@ -62,8 +67,8 @@ class Batch:
 class TokenizedSplit:
     """The captions of one split. Letters: N images, E examples, T tokens of all captions together."""
 
-    features: npt.NDArray[np.float16]
-    """float16[N, ...]: one row an image."""
+    images: Images
+    """One row an image: float16[N, F], its pooled state, or uint8[N, 3, S, S]; not read where pixels are streamed."""
 
     image: IntArray
     """int64[E]: the image of each example."""
@@ -77,7 +82,7 @@ class TokenizedSplit:
     @classmethod
     def tokenize(
         cls,
-        features: npt.NDArray[np.float16],
+        images: Images,
         captions: Sequence[Sequence[str]],
         tokenizer: Tokenizer | PreTrainedTokenizerFast,
         *,
@@ -94,7 +99,7 @@ class TokenizedSplit:
             lengths += map(len, rows)
         counts = [len(of_image) for of_image in captions]
         return cls(
-            features=features,
+            images=images,
             image=np.repeat(np.arange(len(captions)), counts),
             tokens=np.concatenate(tokens),
             starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
@@ -108,15 +113,15 @@ class TokenizedSplit:
         """int64[E]: tokens of each caption, its end token included."""
         return np.diff(self.starts)
 
-    def batch(self, rows: IntArray) -> Batch:
-        """Return the examples of int64[B]."""
+    def batch(self, rows: IntArray, images: Images | None = None) -> Batch:
+        """Return the examples of int64[B]. images: those of these examples, one each; by default from `self.images`."""
         lengths = self.starts[rows + 1] - self.starts[rows]  # not of all examples: there may be millions
         offsets = np.arange(int(lengths.max()))
         is_token = offsets < lengths[:, None]
         where = np.minimum(self.starts[rows][:, None] + offsets, self.starts[rows + 1][:, None] - 1)
         ids = self.tokens[where].astype(np.int64)
         return Batch(
-            features=torch.from_numpy(np.ascontiguousarray(self.features[self.image[rows]])),
+            images=torch.from_numpy(np.ascontiguousarray(self.images[self.image[rows]] if images is None else images)),
             input_ids=torch.from_numpy(ids[:, :-1]),
             labels=torch.from_numpy(np.where(is_token, ids, IGNORED)),
         )

@@ -6,7 +6,8 @@ fit was interrupted.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from captioner.config import TrainingConfig
 from captioner.errors import JobError, OutputError
 from captioner.model.caption_model import CaptionModel
-from captioner.training.fit.batches import IntArray, TokenizedSplit, epoch_batches, share
+from captioner.training.fit.batches import IntArray, PixelStream, TokenizedSplit, epoch_batches, share
 from captioner.training.fit.fit_state import Best, FitState, Row, weights_of
 from captioner.training.fit.projector import ProjectorFit, StepResult
 from captioner.training.fit.schedule import MIN_INTERVAL, Schedule, num_steps_of, steps_per_epoch
@@ -44,6 +45,7 @@ def fit_projector(
     config: TrainingConfig,
     *,
     group: WorkerGroup | None = None,
+    pixels: PixelStream | None = None,
     examples: str = "",
     saved: bytes | None = None,
     listener: Listener | None = None,
@@ -52,6 +54,7 @@ def fit_projector(
 ) -> FitState:
     """Return the state after the last step; its `best` holds the weights to keep.
 
+    pixels: gives the pixels of each batch to come, where `train` holds no features.
     examples: fingerprint of both splits. saved: the bytes of a state of this fit, to resume from. min_interval: see
     Schedule. checkpoint_after_s: seconds after which the next row comes with a checkpoint, whatever the schedule.
     Raises JobError when the loss is not finite, OutputError for a state of other examples.
@@ -64,24 +67,34 @@ def fit_projector(
     window = _Window()
     schedule = Schedule(config, order.steps_per_epoch, fit.num_steps, min_interval)
     kept_at = time.monotonic()
-    while state.step < fit.num_steps and not state.is_stopped:
-        rows = order.rows(state.step)
-        parts = share(rows, rank=group.rank, size=group.size, num_parts=config.gradient_accumulation_steps)
-        window.add(fit.step((train.batch(part) for part in parts), step=state.step), len(rows))
-        state.step += 1
-        if schedule.has_row(state.step):
-            row = {"step": state.step, "epoch": state.step / order.steps_per_epoch} | window.take()
-            row["learning_rate"] = fit.learning_rate(state.step - 1)
-            if schedule.has_evaluation(state.step):
-                row |= _evaluate(fit, validation, state)
-                window.restart()
-            state.history.append(row)
-            listener.on_row(state)
-            is_overdue = time.monotonic() - kept_at >= checkpoint_after_s
-            if is_overdue or schedule.has_checkpoint(state.step) or state.is_stopped:
-                listener.on_checkpoint(state, fit)
-                kept_at = time.monotonic()
+    coming = _images(train, config, group, range(state.step, fit.num_steps))
+    with nullcontext() if pixels is None else closing(pixels(coming)) as stream:
+        while state.step < fit.num_steps and not state.is_stopped:
+            batches = (train.batch(part, next(stream) if stream else None) for part in order.parts(state.step, group))
+            window.add(fit.step(batches, step=state.step), len(order.rows(state.step)))
+            state.step += 1
+            if schedule.has_row(state.step):
+                row = {"step": state.step, "epoch": state.step / order.steps_per_epoch} | window.take()
+                row["learning_rate"] = fit.learning_rate(state.step - 1)
+                if schedule.has_evaluation(state.step):
+                    row |= _evaluate(fit, validation, state)
+                    window.restart()
+                state.history.append(row)
+                listener.on_row(state)
+                is_overdue = time.monotonic() - kept_at >= checkpoint_after_s
+                if is_overdue or schedule.has_checkpoint(state.step) or state.is_stopped:
+                    listener.on_checkpoint(state, fit)
+                    kept_at = time.monotonic()
     return state
+
+
+def _images(
+    train: TokenizedSplit, config: TrainingConfig, group: WorkerGroup, steps: Iterable[int]
+) -> Iterator[IntArray]:
+    """Yield the images of each batch that this worker is to compute in these steps."""
+    order = _Order(train, config)  # of its own: what decodes is ahead of what computes
+    for step in steps:
+        yield from (train.image[part] for part in order.parts(step, group))
 
 
 def _check_examples(state: FitState, examples: str) -> None:
@@ -122,6 +135,11 @@ class _Order:
         self.num_examples = len(examples) if self._image is None else len(np.unique(self._image))
         self.steps_per_epoch = steps_per_epoch(self.num_examples, config.batch_size)
         self._epoch, self._batches = -1, list[IntArray]()
+
+    def parts(self, step: int, group: WorkerGroup) -> list[IntArray]:
+        """Return the examples of each batch of one worker in a step."""
+        num_parts = self._config.gradient_accumulation_steps
+        return share(self.rows(step), rank=group.rank, size=group.size, num_parts=num_parts)
 
     def rows(self, step: int) -> IntArray:
         epoch, position = divmod(step, self.steps_per_epoch)

@@ -16,21 +16,20 @@ from captioner.model.bundle import BundleDescription, describe, save_bundle
 from captioner.model.folder import Folder, open_folder
 from captioner.model.language.language import LanguageSource
 from captioner.model.language.table import read_language
-from captioner.model.projector_config import ProjectorConfig
 from captioner.model.template import DEFAULT_TEMPLATE
 from captioner.model.tokenizer import read_tokenizer
 from captioner.model.towers.table import read_tower
 from captioner.storage.urls import absolute, join, local_path, redact, scheme, server
 from captioner.training.features.feature_plan import FeaturePlan, plan_features
 from captioner.training.fit.fit_output import FitOutput
+from captioner.training.fit.rungs import projector_of, rung
 from captioner.training.fit.schedule import examples_per_epoch, num_steps_of
 from captioner.training.labels.labels import Labels, read_labels
 
 __all__ = ["FitPlan", "llama_of", "model_options", "open_output", "plan_fit", "save_initial_bundle"]
 
-_KINDS = {"linear": "linear", "mlp": "pooled_mlp"}
 _NOT_IN_IDENTITY = ("log_every", "checkpoint_every", "gradient_checkpointing")
-_LATER = {"captions_per_epoch": "all"}
+_LATER = {"captions_per_epoch": "all", "image_features": "pooled"}
 """Settings that older fits do not record, and their values in these."""
 
 
@@ -90,7 +89,12 @@ class FitPlan:
             f" ({self.start.projector_parameters:,} parameters, fitted)"
         )
         yield f"template  {self.start.template!r}"
-        yield f"features  {len(self.features.missing):,} of {self.labels.table.num_rows:,} images to compute"
+        num_missing, num_images = len(self.features.missing), self.labels.table.num_rows
+        if projector.reads_patches:
+            yield f"rung      {rung(projector)}"
+            yield f"pixels    {num_missing:,} of {num_images:,} images to check; streamed into each step, never kept"
+        else:
+            yield f"features  {num_missing:,} of {num_images:,} images to compute"
         shown = ", one caption an image and epoch" if training.captions_per_epoch == "one" else ""
         yield f"steps     {self.num_steps:,} of {training.batch_size:,} examples{shown}"
         yield f"output    {redact(self.output.url)}"
@@ -162,6 +166,7 @@ def plan_fit(
     take_lease()
     output.refuse_other_fit(identity)  # again: another fit may have begun here while this one waited for the lease
     labels = read_labels(config.labels, run_folder, output.storage_options)
+    _check_images(config, labels)
     _check_validation(config, labels)
     identity["labels"] = labels.fingerprint
     output.refuse_other_fit(identity)
@@ -198,6 +203,7 @@ def _features(
         features_options=_options_at(folder, config) if shared else output.storage_options,
         clip_options=model_options(config, output),
         output_options=output.storage_options,
+        keeps_features=not start.projector.reads_patches,
     )
 
 
@@ -208,12 +214,8 @@ def save_initial_bundle(config: FitConfig, folder: str, options: Mapping[str, An
     from captioner.model.projector import build_projector
 
     clip, llama, template = _parts(config)
-    projector = ProjectorConfig(
-        kind=_KINDS[config.training.projector],
-        num_features=int(read_tower(_folder(clip, config)).config.hidden_size),
-        width=read_language(_folder(llama, config), template=template).width,
-        num_image_tokens=config.training.image_tokens,
-    )
+    width = read_language(_folder(llama, config), template=template).width
+    projector = projector_of(config.training, read_tower(_folder(clip, config)), width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         weights = build_projector(projector)
@@ -271,6 +273,16 @@ def _check_context(config: FitConfig, start: BundleDescription) -> None:
         )
 
 
+def _check_images(config: FitConfig, labels: Labels) -> None:
+    """Raise ConfigError for images inside files where each step reads other images: a file is read from its start."""
+    if config.training.image_features == "patches" and labels.frozen is not None:
+        raise ConfigError(
+            f"--image-features patches reads other images in each step, and those of {labels.location} are inside its"
+            " files; expected images with a name or URI each, as in a .jsonl or .csv. Unpack them, or fit the pooled"
+            " state"
+        )
+
+
 def _check_validation(config: FitConfig, labels: Labels) -> None:
     """Raise ConfigError if the config chooses weights by their validation figures and there is no validation image."""
     if labels.counts()["validation"].num_images:
@@ -288,6 +300,7 @@ def _check_validation(config: FitConfig, labels: Labels) -> None:
 def _identity(config: FitConfig, start: BundleDescription) -> dict[str, Any]:
     training = {name: value for name, value in asdict(config.training).items() if name not in _NOT_IN_IDENTITY}
     training = {name: value for name, value in training.items() if value != _LATER.get(name, ...)}
+    training["image_tokens"] = start.projector.num_image_tokens
     return {
         "clip": start.clip_fingerprint,
         "llama": start.llama_fingerprint,

@@ -4,15 +4,18 @@ Every worker computes; only the first one writes.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from captioner.config import TrainingConfig
 from captioner.model.bundle import load
 from captioner.training.features.caption_tokens import CaptionTokens
-from captioner.training.features.examples import FeatureSet
+from captioner.training.features.examples import Examples, FeatureSet
+from captioner.training.fit.batches import Images, PixelStream
 from captioner.training.fit.fit_loop import Listener, fit_projector
 from captioner.training.fit.fit_output import FitOutput
 from captioner.training.fit.fit_state import FitState, Row
@@ -34,6 +37,9 @@ class FitTask:
     dtype: str
     device: str
     num_threads: int
+    pixels: Mapping[str, PixelStream] = field(default_factory=dict)
+    """The pixels of `train` and of the `validation` sample, where each step computes its features; else empty."""
+
     model_options: Mapping[str, Any] | None = None
     """Storage options of CLIP, LLaMA and the initial bundle; by default those of the output."""
 
@@ -56,6 +62,7 @@ def run_fit_worker(task: FitTask, device: str, on_row: Callable[[Row], None]) ->
         _validation(task),
         task.training,
         group=group,
+        pixels=task.pixels.get("train"),
         examples=task.features.fingerprint,
         saved=task.output.read("checkpoint.pt"),
         listener=RunFolderWriter(task.output, on_row).listener if group.rank == 0 else Listener(),
@@ -68,7 +75,16 @@ def _validation(task: FitTask) -> Validation | None:
     if not len(examples):
         return None
     scored = examples.captions[: task.training.num_scored_images]
-    return Validation(task.tokens.load("validation", examples.features), scored)
+    return Validation(task.tokens.load("validation", _validation_images(task, examples)), scored)
+
+
+def _validation_images(task: FitTask, examples: Examples) -> Images:
+    """Return what is read of the validation sample: kept features, or pixels, which stay in memory."""
+    stream = task.pixels.get("validation")
+    if stream is None:
+        return examples.features
+    with closing(stream(iter([np.arange(len(examples))]))) as pixels:
+        return next(pixels)
 
 
 def _dtype(name: str, device: str) -> str:

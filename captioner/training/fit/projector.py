@@ -66,7 +66,7 @@ class ProjectorFit:
     def loss_sum(self, batch: Batch) -> Tensor:
         """Return the negative log likelihood of a batch's caption tokens, summed: float32, on the device."""
         device = self.model.device
-        image_embeds = self.embed(batch.features.to(device, non_blocking=True))
+        image_embeds = self.embed(batch.images.to(device, non_blocking=True))
         llama: Any = self.model.llama
         with self.autocast():
             request = self.model.request_embeddings(image_embeds)
@@ -80,8 +80,11 @@ class ProjectorFit:
             logits = llama.lm_head(states[:, first:].flatten(0, 1).index_select(0, places))
         return F.cross_entropy(logits.float(), batch.targets.to(device, non_blocking=True), reduction="sum")
 
-    def embed(self, features: Tensor) -> Tensor:
-        """Return the embeddings that LLaMA reads for each image: float[B, k, D] from float[B, ...], on the device."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the embeddings that LLaMA reads for each image: float[B, k, D], on the device.
+
+        images: as in Batch, on the device. Of pixels the tower computes the features here, without a gradient."""
+        features = self.model.features(images) if images.dtype == torch.uint8 else images
         with self.autocast():
             embeddings: Tensor = self.projector(features.float())
         return embeddings

@@ -81,6 +81,6 @@ class Validation:
         return {int(str(done.id)): model.text(list(done.best.token_ids)) for done in engine.generate(requests)}
 
     def _prefixes(self, fit: ProjectorFit, images: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
-        features = torch.from_numpy(np.ascontiguousarray(self.examples.features[list(images)]))
-        request = fit.model.request_embeddings(fit.embed(features.to(fit.model.device)))
+        found = torch.from_numpy(np.ascontiguousarray(self.examples.images[list(images)]))
+        request = fit.model.request_embeddings(fit.embed(found.to(fit.model.device)))
         return list(zip(images, request, strict=True))

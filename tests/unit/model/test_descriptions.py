@@ -158,7 +158,7 @@ def test_names_of_activations_and_rotary_embeddings_are_those_of_transformers() 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_the_tensors_of_a_projector_are_those_of_its_module(kind: str, has_bias: bool) -> None:
-    config = ProjectorConfig(kind=kind, num_features=6, width=4, num_image_tokens=3, has_bias=has_bias)
+    config = ProjectorConfig(kind=kind, num_features=6, width=4, num_image_tokens=4, has_bias=has_bias)
     module = build_projector(config)
     assert config.shapes == shapes_of(module)
     assert KINDS[kind].module == type(module).__name__

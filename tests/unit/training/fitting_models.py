@@ -1,5 +1,6 @@
 """A model, features and captions to fit on, at toy size, at random."""
 
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from captioner.config import TrainingConfig
 from captioner.model.bundle import load, save_bundle
 from captioner.model.caption_model import CaptionModel
 from captioner.model.projector import ProjectorConfig, build_projector
-from captioner.training.fit.batches import TokenizedSplit
+from captioner.training.fit.batches import IntArray, PixelStream, TokenizedSplit
 from captioner.training.fit.projector import end_token_id
 from captioner.training.fit.validation import Validation
 from tests.unit.model import tiny_models
@@ -47,6 +48,20 @@ def captions(num_images: int, *, seed: int) -> list[list[str]]:
 
 def features(num_images: int, *, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(num_images, tiny_models.CLIP_WIDTH)).astype(np.float16)
+
+
+def pixels(num_images: int, *, seed: int) -> np.ndarray:
+    shape = (num_images, 3, tiny_models.IMAGE_SIZE, tiny_models.IMAGE_SIZE)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def stream_of(images: np.ndarray) -> PixelStream:
+    """The pixels of images that are in memory already, batch by batch."""
+
+    def stream(batches: Iterator[IntArray]) -> Generator[np.ndarray]:
+        yield from (images[batch] for batch in batches)
+
+    return stream
 
 
 def split(model: CaptionModel, num_images: int, *, seed: int, max_tokens: int = 64) -> TokenizedSplit:

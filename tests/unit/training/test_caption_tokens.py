@@ -82,7 +82,7 @@ def expected(llama: LanguageSource, examples: Examples) -> TokenizedSplit:
 
 
 def assert_same(found: TokenizedSplit, wanted: TokenizedSplit) -> None:
-    for name in ("features", "image", "tokens", "starts"):
+    for name in ("images", "image", "tokens", "starts"):
         assert np.array_equal(getattr(found, name), getattr(wanted, name)), name
         assert getattr(found, name).dtype == getattr(wanted, name).dtype
 

@@ -73,7 +73,7 @@ def test_llama_is_fed_what_captioning_feeds_it(model):
         lambda _module, _args, kwargs: fed.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     fit.loss_sum(batch)
-    image_embeds = fit.model.projector(batch.features.float())
+    image_embeds = fit.model.projector(batch.images.float())
     request = fit.model.request_embeddings(image_embeds)
     prompt = fit.model.prompt_embeddings().expand(len(request), -1, -1)
     assert request.shape[1] == 2 + len(model.template.suffix_ids)
@@ -83,7 +83,7 @@ def test_llama_is_fed_what_captioning_feeds_it(model):
 def test_the_loss_is_that_of_transformers_with_labels_behind_the_prompt_alone(model):
     fit, examples = fit_of(model), toys.train_split(model)
     batch = examples.batch(np.arange(9))
-    request = fit.model.request_embeddings(fit.embed(batch.features))
+    request = fit.model.request_embeddings(fit.embed(batch.images))
     prompt = fit.model.prompt_embeddings().expand(len(request), -1, -1)
     last = batch.labels.masked_fill(batch.labels == IGNORED, 0)
     embeds = torch.cat([prompt, request, model.llama.get_input_embeddings()(last)], dim=1)
@@ -475,7 +475,7 @@ def test_validation_captions_are_those_of_the_model_itself(folder):
     fit = fit_of(model, max_caption_tokens=7)
     validation = toys.validation(model, 5)
     found = validation.measure(fit)
-    image_embeds = fit.embed(torch.from_numpy(validation.examples.features[:5]))
+    image_embeds = fit.embed(torch.from_numpy(validation.examples.images[:5]))
     expected = fit.model.generate(image_embeds.detach(), DecodingConfig(max_new_tokens=7))
     assert found.captions == [model.text(caption.token_ids) for caption in expected]
     assert set(found.figures) == {"val_loss", "bleu_4", "rouge_l", "cider_d"}
@@ -492,7 +492,7 @@ def test_the_validation_loss_is_the_mean_over_its_tokens(folder):
 def test_a_fit_that_diverges_says_so(folder):
     model = toys.fresh(folder)
     examples = toys.train_split(model)
-    broken = replace(examples, features=np.full_like(examples.features, math.inf))
+    broken = replace(examples, images=np.full_like(examples.images, math.inf))
     with pytest.raises(JobError, match=r"diverged\. Lower --learning-rate"):
         fit_projector(model, broken, None, toys.config())
 

@@ -28,6 +28,9 @@ def parts(tmp_path_factory):
     return str(tiny_models.save_clip(folder / "clip")), str(tiny_models.save_llama(folder / "llama"))
 
 
+MORE = ([], ["--image-features", "patches"])
+
+
 def plan_of(*arguments):
     config = parse(FitConfig, list(arguments))
     output = open_output(config)
@@ -47,6 +50,8 @@ def plan_of(*arguments):
         (["--keep-best-by", "cider", "--num-scored-images", "0"], "--num-scored-images is 0; expected more than 0"),
         (["--num-measured-images", "9", "--num-scored-images", "10"], "--num-scored-images is 10; expected at most"),
         (["--seed", "-1"], "--seed is -1; expected 0 or more"),
+        (["--image-tokens", "0"], "--image-tokens is 0; expected at least 1"),
+        (["--image-features", "patches", "--image-tokens", "65"], "--image-tokens is 65; expected a square with"),
         (["--workers", "3:1"], "--workers is 3:1"),
         (["--device", "cuda:1"], "--device is cuda:1; expected auto or cpu"),
         (["demo", "s3://bucket/out", "--tensorboard"], "--tensorboard is given with s3://bucket/out"),
@@ -168,6 +173,54 @@ def test_the_lines_of_a_plan_name_what_will_be_done(labels, parts, tmp_path):
     assert "train 9 images 18 captions" in text
     assert "steps     3 of 6 examples" in text
     assert json.dumps(plan.identity)
+
+
+RUNGS = [
+    ([], "linear 48 -> 1 x 64", "features  12 of 12 images to compute"),
+    (["--projector", "mlp"], "mlp 48 -> 16 x 64", "each a token: 16 (mlp)"),
+    ([], "patch_linear 48 -> 16 x 64", "each a token: 16 (patch_linear)"),
+    (["--image-tokens", "16"], "patch_linear 48 -> 16 x 64", "each a token: 16 (patch_linear)"),
+    (["--image-tokens", "4"], "average_linear 48 -> 4 x 64", "averaged to 4 tokens (average_linear)"),
+    (["--projector", "mlp", "--image-tokens", "1"], "average_mlp 48 -> 1 x 64", "averaged to 1 tokens (average_mlp)"),
+]
+
+
+@pytest.mark.parametrize(("flags", "projector", "images"), RUNGS)
+def test_the_plan_says_the_rung_and_that_pixels_are_streamed(labels, parts, tmp_path, flags, projector, images):
+    on_patches = ["--image-features", "patches"] if "features" not in images else []
+    plan = plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], *on_patches, *flags)
+    text = "\n".join(plan.lines())
+    assert f"projector {projector}" in text
+    assert images in text
+    assert ("pixels    12 of 12 images to check; streamed into each step, never kept" in text) == bool(on_patches)
+
+
+def test_a_tower_without_a_cls_state_gives_all_its_states(labels, parts, tmp_path):
+    siglip = str(tiny_models.save_siglip(tmp_path / "siglip"))
+    flags = ["--clip", siglip, "--llama", parts[1], "--image-features", "patches", "--image-tokens", "4"]
+    projector = plan_of(labels, str(tmp_path / "out"), *flags).start.projector
+    assert (projector.kind, projector.vision_feature_select_strategy) == ("average_linear", "full")
+
+
+def test_more_image_tokens_than_patches_are_refused(labels, parts, tmp_path):
+    flags = ["--clip", parts[0], "--llama", parts[1], "--image-features", "patches", "--image-tokens", "25"]
+    with pytest.raises(ConfigError, match=r"--image-tokens is 25; the CLIP in .* gives 16 patches .* at most 16"):
+        plan_of(labels, str(tmp_path / "out"), *flags)
+
+
+def test_patches_of_images_inside_files_are_refused(parts, tmp_path):
+    models = ["--clip", parts[0], "--llama", parts[1], "--limit", "20"]
+    assert plan_of("demo", str(tmp_path / "pooled"), *models)
+    with pytest.raises(ConfigError, match=r"--image-features patches reads other images in each step, and those of"):
+        plan_of("demo", str(tmp_path / "patches"), *models, "--image-features", "patches")
+
+
+def test_what_is_known_of_checked_images_depends_on_no_tower(labels, parts, tmp_path):
+    other = str(tiny_models.save_clip(tmp_path / "other", seed=5))
+    flags = [labels, str(tmp_path / "out"), "--llama", parts[1], "--clip"]
+    pooled, patches = ([plan_of(*flags, clip, *more).features.cache.url for clip in (parts[0], other)] for more in MORE)
+    assert pooled[0] != pooled[1]
+    assert patches[0] == patches[1] != pooled[0]
 
 
 @pytest.mark.parametrize("flags", [["--early-stop", "3"], ["--keep-best-by", "cider"]])

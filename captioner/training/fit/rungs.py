@@ -1,0 +1,44 @@
+"""The rungs of quality: which projector the settings ask for over a tower. Knows no weights."""
+
+from captioner.config import TrainingConfig
+from captioner.errors import ConfigError
+from captioner.model.projector_config import ProjectorConfig
+from captioner.model.towers.tower import TowerSource
+
+__all__ = ["projector_of", "rung"]
+
+_POOLED = {"linear": "linear", "mlp": "pooled_mlp"}
+_PATCHES = {"linear": "patch_linear", "mlp": "mlp"}
+_AVERAGED = {"linear": "average_linear", "mlp": "average_mlp"}
+
+
+def projector_of(training: TrainingConfig, tower: TowerSource, width: int) -> ProjectorConfig:
+    """Return the shape of the projector that is to be fitted. width: of the language model.
+
+    Raises ConfigError for more image tokens than patches."""
+    asked, num_features = training.image_tokens, int(tower.config.hidden_size)
+    if training.image_features == "pooled":
+        kind = _POOLED[training.projector]
+        return ProjectorConfig(kind=kind, num_features=num_features, width=width, num_image_tokens=asked or 1)
+    patches = tower.config.num_patches
+    if asked and asked > patches:
+        raise ConfigError(
+            f"--image-tokens is {asked}; the {tower.family.name} in {tower.folder.name} gives {patches} patches of an"
+            f" image: expected at most {patches}"
+        )
+    kinds = _PATCHES if asked in (None, patches) else _AVERAGED
+    return ProjectorConfig(
+        kind=kinds[training.projector],
+        num_features=num_features,
+        width=width,
+        num_image_tokens=asked or patches,
+        vision_feature_select_strategy="default" if tower.family.has_cls else "full",
+    )
+
+
+def rung(projector: ProjectorConfig) -> str:
+    """Return for people what LLaMA reads of an image."""
+    layer = f"patches of hidden state {projector.vision_feature_layer}"
+    if projector.kind in _AVERAGED.values():
+        return f"{layer}, averaged to {projector.num_image_tokens:,} tokens ({projector.kind})"
+    return f"{layer}, each a token: {projector.num_image_tokens:,} ({projector.kind})"

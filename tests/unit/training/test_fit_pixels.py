@@ -1,0 +1,144 @@
+"""Fitting on patches: a step computes its features from pixels that a stream gives it, with all that a fit promises."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import CLIPVisionModel, LlamaForCausalLM
+
+from captioner.training.fit.batches import IGNORED
+from captioner.training.fit.fit_loop import Listener, fit_projector
+from captioner.training.fit.projector import ProjectorFit
+from captioner.training.fit.validation import Validation
+from captioner.training.fit.worker_group import WorkerGroup
+from tests.unit.model import tiny_models
+from tests.unit.training import fitting_models as toys
+from tests.unit.training.test_fit_loop import ThreadGroup, rows_without_time
+
+PIXELS = toys.pixels(toys.NUM_TRAIN, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toys.save_model(tmp_path_factory.mktemp("patches"), kind="average_mlp", image_tokens=4)
+
+
+def examples_of(model):
+    """Captions without features: what a fit on patches holds."""
+    return toys.split(model, toys.NUM_TRAIN, seed=1)
+
+
+def validation_of(model):
+    examples = toys.validation(model, num_scored=3)
+    images = toys.pixels(toys.NUM_VALIDATION, seed=4)
+    return Validation(toys.replace(examples.examples, images=images), examples.references)
+
+
+def fitted(folder, *, group=None, saved=None, asked=None, **changes):
+    """The last state of a fit, and the bytes of each checkpoint."""
+    model, states = toys.fresh(folder), []
+
+    def stream(batches):
+        for batch in batches:
+            if asked is not None:
+                asked.append(batch.tolist())
+            yield PIXELS[batch]
+
+    settings = toys.config(**{"max_caption_tokens": 8, "num_scored_images": 3, "checkpoint_every": 1, **changes})
+    state = fit_projector(
+        model,
+        examples_of(model),
+        validation_of(model),
+        settings,
+        group=group,
+        pixels=stream,
+        saved=saved,
+        listener=Listener(on_checkpoint=lambda state, fit: states.append(state.to_bytes(fit))),
+    )
+    return state, states
+
+
+def test_a_fit_resumed_at_any_step_ends_with_the_bits_of_an_unbroken_one(folder):
+    whole, states = fitted(folder, eval_every=3)
+    assert len(states) == whole.step > 5
+    losses = [row["loss"] for row in whole.history]
+    assert losses[-1] < losses[0]
+    for saved in states[1:-1:2]:
+        resumed, _ = fitted(folder, saved=saved, eval_every=3)
+        assert rows_without_time(resumed) == rows_without_time(whole)
+        assert all(torch.equal(weight, resumed.best.weights[name]) for name, weight in whole.best.weights.items())
+
+
+def test_a_resumed_fit_asks_for_the_images_that_are_left_and_no_others(folder):
+    whole, rest = [], []
+    _, states = fitted(folder, asked=whole)
+    fitted(folder, asked=rest, saved=states[3])
+    assert rest == whole[4:]
+    assert len(whole) == len(states)
+
+
+@pytest.mark.parametrize(("size", "num_parts"), [(2, 1), (2, 3)])
+def test_workers_and_parts_change_no_loss_beyond_the_last_bits(folder, size, num_parts):
+    alone, _ = fitted(folder, batch_size=7)
+    place, barrier = [None] * size, threading.Barrier(size)
+
+    def worker(rank):
+        group = ThreadGroup(rank, size, place, barrier)
+        return fitted(folder, group=group, batch_size=7, gradient_accumulation_steps=num_parts)[0]
+
+    with ThreadPoolExecutor(size) as threads:
+        for state in threads.map(worker, range(size)):
+            assert state.best.captions == alone.best.captions
+            for row, expected in zip(rows_without_time(state), rows_without_time(alone), strict=True):
+                assert row == pytest.approx(expected, rel=2e-5)
+
+
+def test_the_projector_alone_has_a_gradient(folder):
+    model = toys.fresh(folder)
+    fit = ProjectorFit(model, toys.config(), num_steps=9, group=WorkerGroup())
+    fit.loss_sum(examples_of(model).batch(np.arange(6), PIXELS[:6])).backward()
+    modules = {"tower": model.vision_tower, "projector": fit.projector, "llama": model.llama}
+    named = {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.named_parameters()}
+    names = {f"projector.linear_{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")}
+    assert {name for name, weight in named.items() if weight.grad is not None} == names
+
+
+@pytest.mark.parametrize(("kind", "image_tokens"), [("mlp", 16), ("average_mlp", 4)])
+def test_the_gradient_of_a_step_is_that_of_plain_transformers_and_torch(tmp_path, kind, image_tokens):
+    model = toys.fresh(toys.save_model(tmp_path, kind=kind, image_tokens=image_tokens))
+    fit = ProjectorFit(model, toys.config(max_grad_norm=1e9), num_steps=20, group=WorkerGroup())
+    weights = {name: weight.detach().clone().requires_grad_(True) for name, weight in fit.projector.named_parameters()}
+    fit.optimizer.zero_grad = lambda **_: None
+    batch = examples_of(model).batch(np.arange(9), PIXELS[:9])
+    result = fit.step([batch], step=10)
+
+    loss = plain_loss(tmp_path, model.template, batch, weights, image_tokens)
+    loss.backward()
+    assert float(result.loss_sum / result.num_tokens) == pytest.approx(loss.item(), rel=1e-6)
+    for name, weight in fit.projector.named_parameters():
+        expected = weights[name].grad
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def plain_loss(folder, template, batch, weights, image_tokens):
+    """The mean loss of a caption token, by transformers' own classes and the formulas of the papers."""
+    clip = CLIPVisionModel.from_pretrained(folder / "clip").eval()
+    llama = LlamaForCausalLM.from_pretrained(folder / "llama").eval()
+    config = tiny_models.preprocessor_config()
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    with torch.no_grad():
+        states = clip((batch.images / 255 - mean) / std, output_hidden_states=True).hidden_states[-2][:, 1:]
+    if image_tokens == 4:  # means of 2 x 2 patches of a 4 x 4 grid
+        states = states.view(len(states), 2, 2, 2, 2, -1).mean((2, 4)).flatten(1, 2)
+    hidden = F.gelu(F.linear(states, weights["linear_1.weight"], weights["linear_1.bias"]))
+    image = F.linear(hidden, weights["linear_2.weight"], weights["linear_2.bias"])
+    embed = llama.get_input_embeddings()
+    before, after = (embed(torch.tensor([ids] * len(batch))) for ids in (template.prefix_ids, template.suffix_ids))
+    captions = embed(batch.labels.masked_fill(batch.labels == IGNORED, 0))
+    prompt = torch.cat([before, image, after], dim=1)
+    labels = torch.cat([torch.full(prompt.shape[:2], IGNORED), batch.labels], dim=1)
+    return llama(inputs_embeds=torch.cat([prompt, captions], dim=1), labels=labels).loss
