@@ -14,6 +14,7 @@ from captioner.storage import urls
 __all__ = ["file_name", "stem"]
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a line break ends a name in any list, ESC commands a terminal
 _MAX_NAME_BYTES = 255  # of one component, on usual disks
 _MAX_PATH_BYTES = 1000  # of a key on usual stores
 
@@ -35,5 +36,6 @@ def file_name(image_id: str, suffix: str, folder: str = "") -> tuple[str, str]:
     if found.split("/")[0] in RESERVED:
         return found, Refusal.TAKEN
     parts = [len(part.encode("utf-8", "surrogateescape")) for part in found.split("/")]
-    is_usable = max(parts) <= _MAX_NAME_BYTES and sum(parts) + len(parts) <= _MAX_PATH_BYTES
+    is_short = max(parts) <= _MAX_NAME_BYTES and sum(parts) + len(parts) <= _MAX_PATH_BYTES
+    is_usable = is_short and not _CONTROL.search(found)
     return found, "" if is_usable else Refusal.UNUSABLE

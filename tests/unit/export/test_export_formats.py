@@ -177,6 +177,11 @@ def test_no_name_leads_out_of_the_folder(image_id: str) -> None:
     assert file_name(image_id, ".txt", "/photos")[1] == "name_leaves_the_folder"
 
 
+@pytest.mark.parametrize("letter", ["\n", "\x1b", "\x7f", "\x9b"])
+def test_no_name_holds_a_control_character(letter: str) -> None:
+    assert file_name(f"a/b{letter}c.jpg", ".txt")[1] == "name_unusable"
+
+
 @pytest.mark.parametrize("name", ["txt", "kohya"])
 def test_names_of_a_folders_images_begin_below_the_folder(name: str, tmp_path: Path) -> None:
     images = write_named_images(tmp_path / "images", ["a/x.jpg"])
