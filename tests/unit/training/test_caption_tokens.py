@@ -183,7 +183,7 @@ def test_a_run_folder_on_a_store_is_copied_once_a_machine(s3: Bucket, llama: Lan
     assert_same(first, expected(llama, features.load("train")))
     [copy] = local_cache.glob("*.arrow")
     s3.fs.rm(tokens.url("train"))
-    assert_same(tokens.load("train", first.features), first)
+    assert_same(tokens.load("train", first.images), first)
     assert str(copy) in mapped_files()
 
 
