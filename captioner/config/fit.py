@@ -98,6 +98,10 @@ class FitTargetConfig:
     carry_models: bool = False
     """Copy CLIP and LLaMA into the bundle, so that it can move."""
 
+    save_as: Literal["llava"] | None = None
+    """Write OUTPUT_BUNDLE/llava as well: the same model as transformers' LlavaForConditionalGeneration loads it. Of
+    --image-features patches with --projector mlp and all patches. Takes the memory of all three models once."""
+
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl; only into a local folder."""
 

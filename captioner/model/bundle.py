@@ -12,6 +12,8 @@ checkpoints and the name `demo` as well. `save_bundle` writes a bundle. Knows th
 import json
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
@@ -47,6 +49,7 @@ __all__ = [
     "load_clip_space",
     "load_joint_space",
     "load_vision",
+    "save_as_llava",
     "save_bundle",
 ]
 
@@ -197,6 +200,26 @@ def save_bundle(
     content["fitted_to"] = {"clip": parts.clip_fingerprint, "llama": parts.llama_fingerprint}
     target.write("bundle.json", json.dumps(content, indent=2).encode() + b"\n")
     return description_of(parts)
+
+
+def save_as_llava(
+    model: str, folder: str, *, storage_options: StorageOptions = None, allow_remote_parts: bool = False
+) -> None:
+    """Write a bundle as transformers' LLaVA into a folder of the same store; config.json last. Raises as `load` does.
+
+    The projector is one that `layouts.llava_export.check_llava` takes."""
+    from captioner.model.layouts.llava_export import save_llava
+
+    opener = Opener(storage_options=storage_options, is_on_disk=True, allow_remote_parts=allow_remote_parts)
+    parts = _read(model, opener, CheckpointOptions())
+    fs, path = url_to_fs(folder, **(storage_options or {}))
+    with TemporaryDirectory() as made:
+        save_llava(parts, Path(made))
+        config = Path(made, "config.json").read_bytes()
+        Path(made, "config.json").unlink()
+        target = Folder(fs, path.rstrip("/"), folder)
+        Folder.local(Path(made)).copy_to(target, MODEL_FILES)
+        target.write("config.json", config)
 
 
 def _read(model: str, opener: Opener, options: CheckpointOptions) -> Parts:

@@ -1,6 +1,7 @@
 """The output folder of a fit: the bundle, and in `_run/` everything to resume from.
 
     OUTPUT/bundle.json ...     the bundle, once the fit is done
+    OUTPUT/llava/              the bundle as transformers' LLaVA, with --save-as llava
     OUTPUT/_run/run.json       the settings that decide on the weights: another fit into the same folder is refused
     OUTPUT/_run/lease/         which fit writes the folder now
     OUTPUT/_run/start/         a bundle with the first, random weights
@@ -46,6 +47,16 @@ class FitOutput:
     def initial_bundle_url(self) -> str:
         """URL of the bundle with the initial weights."""
         return join(self.run_folder, "start")
+
+    @property
+    def llava_url(self) -> str:
+        """URL of the bundle as transformers' LLaVA."""
+        return join(self.url, "llava")
+
+    @property
+    def has_llava(self) -> bool:
+        """Whether it is there and complete. Raises StoreError."""
+        return self._store.info(join(self.llava_url, "config.json")) is not None
 
     @property
     def has_bundle(self) -> bool:

@@ -16,6 +16,7 @@ from captioner.model.bundle import BundleDescription, describe, save_bundle
 from captioner.model.folder import Folder, open_folder
 from captioner.model.language.language import LanguageSource
 from captioner.model.language.table import read_language
+from captioner.model.layouts.llava_export import check_llava
 from captioner.model.template import DEFAULT_TEMPLATE
 from captioner.model.tokenizer import read_tokenizer
 from captioner.model.towers.table import read_tower
@@ -98,6 +99,8 @@ class FitPlan:
         shown = ", one caption an image and epoch" if training.captions_per_epoch == "one" else ""
         yield f"steps     {self.num_steps:,} of {training.batch_size:,} examples{shown}"
         yield f"output    {redact(self.output.url)}"
+        if self.config.target.save_as:
+            yield f"llava     {redact(self.output.llava_url)}"
 
 
 def open_output(config: FitConfig) -> FitOutput:
@@ -163,6 +166,7 @@ def plan_fit(
     identity = _identity(config, start)
     output.refuse_other_fit(identity)  # before anything is written there
     _check_context(config, start)
+    _check_layout(config, start)
     take_lease()
     output.refuse_other_fit(identity)  # again: another fit may have begun here while this one waited for the lease
     labels = read_labels(config.labels, run_folder, output.storage_options)
@@ -271,6 +275,13 @@ def _check_context(config: FitConfig, start: BundleDescription) -> None:
             f"--max-caption-tokens is {longest}; the LLaMA reads {start.context_length} tokens, of which prompt and"
             f" image take {prompt}: expected at most {room}"
         )
+
+
+def _check_layout(config: FitConfig, start: BundleDescription) -> None:
+    """Raise ConfigError for a layout that does not know the projector."""
+    if config.target.save_as:
+        language = read_language(_folder(start.llama, config), template=start.template)
+        check_llava(start.projector, start.tower_config.model_type, language, start.template)
 
 
 def _check_images(config: FitConfig, labels: Labels) -> None:

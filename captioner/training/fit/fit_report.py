@@ -12,7 +12,7 @@ from typing import Any
 
 from captioner import __version__
 from captioner.config import LabelsConfig
-from captioner.model.bundle import describe, save_bundle
+from captioner.model.bundle import describe, save_as_llava, save_bundle
 from captioner.model.projector import build_projector
 from captioner.storage.urls import redact
 from captioner.terminal import command
@@ -20,7 +20,7 @@ from captioner.training.features.examples import FeatureSet
 from captioner.training.fit.fit_plan import FitPlan
 from captioner.training.fit.fit_state import Best, FitState, best_of
 
-__all__ = ["closing_lines", "dry_run_summary", "save_fitted_bundle", "summarize"]
+__all__ = ["closing_lines", "dry_run_summary", "save_fitted_bundle", "save_llava", "summarize"]
 
 
 def save_fitted_bundle(plan: FitPlan, features: FeatureSet, state: FitState) -> None:
@@ -39,6 +39,13 @@ def save_fitted_bundle(plan: FitPlan, features: FeatureSet, state: FitState) -> 
         provenance=_provenance(plan, features, state, best),
         storage_options=plan.model_options,
     )
+
+
+def save_llava(plan: FitPlan) -> None:
+    """Write the bundle as transformers' LLaVA, where that is asked for and not there yet."""
+    if plan.config.target.save_as and not plan.output.has_llava:
+        options = plan.model_options or None
+        save_as_llava(plan.output.url, plan.output.llava_url, storage_options=options, allow_remote_parts=True)
 
 
 def _provenance(plan: FitPlan, features: FeatureSet, state: FitState, best: Best) -> dict[str, Any]:
@@ -119,6 +126,8 @@ def closing_lines(plan: FitPlan, summary: Mapping[str, Any]) -> Iterator[str]:
     names = ("val_loss", "cider_d", "bleu_4")
     figures = ", ".join(f"{name} {summary[name]:.3f}" for name in names if name in summary)
     yield f"bundle    {output} (weights of step {summary['best_step']:,}{': ' + figures if figures else ''})"
+    if plan.config.target.save_as:
+        yield f"llava     {redact(plan.output.llava_url)}"
     yield f"look at   {output}/_run/curves.svg, validation.html, metrics.jsonl"
     yield f"next      {command('caption')} IMAGES CAPTIONS {shlex.join(['--model', output])}"
     yield f"          {command('evaluate')} CAPTIONS REFERENCES"

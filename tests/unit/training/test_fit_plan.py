@@ -12,6 +12,7 @@ from captioner.config import FitConfig
 from captioner.errors import BundleError, ConfigError, InputError, ShapeError
 from captioner.model.bundle import load, load_vision
 from captioner.training.fit.fit_plan import open_output, plan_fit, save_initial_bundle
+from captioner.training.fit.fit_report import save_llava
 from tests.bundles import save_tiny_bundle
 from tests.labelled_scenes import write_labels
 from tests.unit.model import tiny_models
@@ -28,6 +29,7 @@ def parts(tmp_path_factory):
     return str(tiny_models.save_clip(folder / "clip")), str(tiny_models.save_llama(folder / "llama"))
 
 
+ON_PATCHES = ["--image-features", "patches", "--projector", "mlp"]
 MORE = ([], ["--image-features", "patches"])
 
 
@@ -213,6 +215,29 @@ def test_patches_of_images_inside_files_are_refused(parts, tmp_path):
     assert plan_of("demo", str(tmp_path / "pooled"), *models)
     with pytest.raises(ConfigError, match=r"--image-features patches reads other images in each step, and those of"):
         plan_of("demo", str(tmp_path / "patches"), *models, "--image-features", "patches")
+
+
+@pytest.mark.parametrize("rung", [[], ["--image-features", "patches"], [*ON_PATCHES, "--image-tokens", "4"]])
+def test_a_rung_that_llava_does_not_know_is_refused_before_anything_is_written(labels, parts, tmp_path, rung):
+    models = ["--clip", parts[0], "--llama", parts[1], "--save-as", "llava"]
+    with pytest.raises(ConfigError, match=r"expected --image-features patches --projector mlp without --image-tokens"):
+        plan_of(labels, str(tmp_path / "out"), *models, *rung)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_is_saved_as_llava_once(labels, parts, tmp_path):
+    models = ["--clip", parts[0], "--llama", parts[1], "--template", "<|begin_of_text|>{image}\n"]
+    plan = plan_of(labels, str(tmp_path / "out"), *models, *ON_PATCHES, "--save-as", "llava")
+    assert f"llava     {tmp_path}/out/llava" in list(plan.lines())
+    save_initial_bundle(plan.config, plan.output.url, plan.model_options)
+    save_llava(plan)
+    config = tmp_path / "out" / "llava" / "config.json"
+    written = config.stat().st_mtime_ns
+    save_llava(plan)
+    assert config.stat().st_mtime_ns == written
+    found = load(str(config.parent), device="cpu", prompt="<|begin_of_text|>{image}\n")
+    own = load(plan.output.url, device="cpu")
+    assert all(torch.equal(weight, own.projector.state_dict()[n]) for n, weight in found.projector.state_dict().items())
 
 
 def test_what_is_known_of_checked_images_depends_on_no_tower(labels, parts, tmp_path):
