@@ -43,7 +43,17 @@ class Finding(NamedTuple):
 def doctor(config: DoctorConfig) -> Mapping[str, Any]:
     """Look at everything, print a line of each and return them as a summary, `ok` unless something is in the way."""
     found = []
-    for look in (_python, _packages, _device, _memory, _disks, _ray, _hub, lambda: _asked(config), _job):
+    for look in (
+        _python,
+        _packages,
+        _device,
+        _memory,
+        _disks,
+        _ray,
+        _hub,
+        lambda: _asked(config),
+        lambda: _job(config),
+    ):
         for finding in look():
             found.append(finding)
             say([f"{'ok' if finding.is_ok else 'PROBLEM':8}{finding.name:12}{finding.says}"])
@@ -137,7 +147,7 @@ def _asked(config: DoctorConfig) -> Iterator[Finding]:
         if path and path != "demo":
             place = Location(path, config.storage_options)
             yield _checked(name, partial(_seen, place, is_new=name == "output"))
-    if config.model:
+    if config.model.model:
         yield _checked("model", partial(_summary_of, config.model))
 
 
@@ -159,14 +169,14 @@ def _seen(place: Location, *, is_new: bool) -> str:
     return f"{place} is a {'folder' if entry.is_folder else 'file'}"
 
 
-def _summary_of(model: str) -> str:
-    from captioner.model.bundle import describe
+def _summary_of(model: ModelConfig) -> str:
+    from captioner.captioning.plan import describe_model
 
-    found = describe(model)
+    found = describe_model(model)
     return f"{found.summary}, {found.weights_bytes / 1e9:.1f} GB of weights"
 
 
-def _job() -> Iterator[Finding]:
+def _job(config: DoctorConfig) -> Iterator[Finding]:
     """Say what a job would run with on this machine."""
     import torch
 
@@ -177,5 +187,5 @@ def _job() -> Iterator[Finding]:
     yield Finding(
         "a job here",
         f"{counted(high, 'model worker')} on {where}, {counted(allocation.decoders[1], 'decoder')},"
-        f" {resolved_dtype(ModelConfig(), gpus)}",
+        f" {resolved_dtype(config.model, gpus)}",
     )

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from captioner.config.model import ModelConfig
+
 __all__ = ["DoctorConfig"]
 
 
@@ -21,5 +23,4 @@ class DoctorConfig:
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of these stores, as JSON. By default the usual environment variables."""
 
-    model: str = ""
-    """A model whose files are looked at, as of a job: a bundle or a LLaVA checkpoint."""
+    model: ModelConfig = field(default_factory=ModelConfig)
