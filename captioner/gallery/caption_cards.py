@@ -3,6 +3,7 @@
 Knows the columns of the table; reads and writes nothing. A row is a mapping from column to value, as Arrow gives it.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -42,7 +43,7 @@ def _answers(row: Row) -> Iterator[Text]:
     """Yield the answers to named prompts, each below its name."""
     for name in filter(lambda name: details_name(name) in row, row):
         if (value := row[name]) is not None and name != "caption":
-            yield Text.of(str(_fact(value)), name)
+            yield Text.of(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), name)
 
 
 def pair_card(rows: tuple[Row, Row], labels: tuple[str, str], image: PageImage, change: float, path: str = "") -> Card:

@@ -1,7 +1,7 @@
 """The column of a prompt with a JSON schema: typed where the schema is flat, else JSON as text.
 
-A schema is flat where it is an object of named properties that each are a text, a number, a truth value, or a list of
-one of these. Knows JSON schemas and Arrow; not who wrote the answers.
+A schema is flat where it is an object of properties, named apart in any case of letters, that each are a text, a
+number, a truth value, or a list of one of these. Knows JSON schemas and Arrow; not who wrote the answers.
 """
 
 import json
@@ -23,6 +23,8 @@ def column_type(schema: Mapping[str, Any]) -> pa.DataType:
         return pa.string()
     if schema.get("additionalProperties", True) is not False:
         return pa.string()
+    if "" in properties or len({name.lower() for name in properties}) < len(properties):
+        return pa.string()  # SQL would call them otherwise
     fields = {name: _field_type(of) for name, of in properties.items()}
     if None in fields.values():
         return pa.string()

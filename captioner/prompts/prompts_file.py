@@ -217,6 +217,7 @@ def _constraint(where: str, said: Mapping[str, Any]) -> dict[str, Any] | None:
             raise ConfigError(f"{where}: regex is {value!r}: {error}; expected a regular expression") from error
     else:
         _require(isinstance(value, dict), where, key, value, "a JSON schema, as a mapping")
+        value = json.loads(json.dumps(value, default=str))  # in YAML a key may be a number
     return {key: value}
 
 

@@ -46,6 +46,8 @@ def test_a_flat_schema_is_a_struct() -> None:
         an_object(a={"type": "array", "items": {"type": "array", "items": {"type": "string"}}}),
         an_object(a={"enum": [1, "b"]}),
         an_object(a=True),
+        an_object(a={"type": "string"}, A={"type": "string"}),  # one name in SQL
+        an_object(**{"": {"type": "string"}}),
         {"type": "object", "properties": {"a": {"type": "string"}}},  # others may come
     ],
 )

@@ -173,3 +173,8 @@ def test_an_answer_that_is_not_whole_is_null(tmp_path: Path, constraint: str, te
     [prompt] = read(tmp_path, f"a:\n  text: x\n  {constraint}")
     assert prompt.value(text, is_whole=True) == value
     assert prompt.value(text, is_whole=False) is None
+
+
+def test_the_keys_of_a_schema_are_texts_as_in_json(tmp_path: Path) -> None:
+    [prompt] = read(tmp_path, "a: {text: x, json_schema: {type: object, properties: {1: {type: string}}}}")
+    assert prompt.constraint == {"json_schema": {"type": "object", "properties": {"1": {"type": "string"}}}}

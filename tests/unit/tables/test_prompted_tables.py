@@ -106,7 +106,7 @@ def test_a_card_shows_each_answer_and_how_it_came_about(table: CaptionTable) -> 
     assert [(text.label, text.runs[0][1]) for text in card.texts] == [
         ("", "caption 1"),
         ("is_photo", "yes"),
-        ("scene", "{'people': 1, 'place': 'here'}"),
+        ("scene", '{"people": 1, "place": "here"}'),
         ("tags", "a, b"),
     ]
     assert (card.facts["tags_details.num_tokens"], card.facts["caption_details.num_cut_values"]) == (3, 1)

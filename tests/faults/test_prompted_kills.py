@@ -1,0 +1,68 @@
+"""A job of four prompts, killed and run again: each column comes out as in an unbroken run."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.faults.running_job import Job, assert_same, num_parts, table, verified, wait_for_parts
+from tests.http_server import SlowStore
+
+pytestmark = pytest.mark.slow
+
+NUM = 800
+PROMPTS = """
+caption: "w1"
+tags: {text: "w2 {?alt: w3 {alt}}", max_new_tokens: 4, max_value_tokens: 3}
+drawn: {texts: [w4, {text: w5, weight: 2}], do_sample: true, num_captions: 2}
+is_photo: {text: "w6 {alt}", choice: [yes, no], max_new_tokens: 2, max_value_tokens: 5}
+"""
+
+
+@pytest.fixture
+def captioned(store: SlowStore, tmp_path: Path) -> tuple[Path, str]:
+    """A list of images with their alt texts, every third without one; a file of prompts."""
+    lines = [f"{store.url(f'{seed:05d}.jpg')},{f'w{seed % 7} w8 w9' if seed % 3 else ''}" for seed in range(NUM)]
+    (tmp_path / "images.csv").write_text("\n".join(["url,alt", *lines]))
+    (tmp_path / "prompts.yaml").write_text(PROMPTS)
+    return tmp_path / "images.csv", str(tmp_path / "prompts.yaml")
+
+
+def answers(output: Path) -> pd.DataFrame:
+    """The rows of a table; of how answers came about, what is no score: these differ in their last bits."""
+    rows = table(output)
+    for name in (column for column in rows if column.endswith("_details")):
+        rows[name] = rows[name].map(_told, na_action="ignore")
+    return rows
+
+
+def _told(details: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in details.items() if "logprob" not in name and name != "candidates"}
+
+
+def test_a_job_of_four_prompts_that_is_killed_and_run_again_ends_with_the_unbroken_table(
+    start: Callable[..., Job], captioned: tuple[Path, str], store: SlowStore, tmp_path: Path
+) -> None:
+    images, prompts = captioned
+    asked = ("--prompts", prompts, "--rows-per-part", "64")
+    unbroken = start(images, tmp_path / "unbroken", *asked).summary()
+    assert unbroken["read"] == NUM
+    output = tmp_path / "table"
+    store.hold_after(600)  # more than the two blocks of 256 that one decoder fetches at once: one is whole
+    killed = start(images, output, *asked)
+    wait_for_parts(killed, output)
+    killed.kill_everything()
+    assert num_parts(output) > 0
+    store.hold_after(math.inf)
+    summary = start(images, output, *asked).summary()
+    assert summary["skipped_done"] > 0
+    assert summary["read"] > 0, "the injector came too late to do anything"
+    assert set(summary["prompts"]) == {"caption", "tags", "drawn", "is_photo"}
+    found, expected = answers(output), answers(tmp_path / "unbroken")
+    assert_same(found, expected)
+    assert set(found["is_photo"].dropna()) <= {"yes", "no"}
+    assert found.loc[found["caption"].notna(), "tags"].notna().all()
+    verified(str(output), "--compact")
+    assert_same(answers(output), expected)
