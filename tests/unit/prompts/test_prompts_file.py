@@ -178,3 +178,12 @@ def test_an_answer_that_is_not_whole_is_null(tmp_path: Path, constraint: str, te
 def test_the_keys_of_a_schema_are_texts_as_in_json(tmp_path: Path) -> None:
     [prompt] = read(tmp_path, "a: {text: x, json_schema: {type: object, properties: {1: {type: string}}}}")
     assert prompt.constraint == {"json_schema": {"type": "object", "properties": {"1": {"type": "string"}}}}
+
+
+def test_the_file_that_the_guide_shows_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "jobs" / "guide" / "prompts.md").read_text()
+    prompts = {prompt.name: prompt for prompt in read(tmp_path, page.split("```yaml\n")[1].split("```")[0])}
+    assert list(prompts) == ["caption", "detailed", "tags", "is_photo", "scene"]
+    assert prompts["tags"].columns == {"alt_text"}
+    place = {"num_people": 2, "place": "indoors"}
+    assert prompts["scene"].value(json.dumps(place), is_whole=True) == place
