@@ -6,13 +6,11 @@ Knows answers and the columns' names; no model.
 from collections.abc import Sequence
 from typing import Any
 
-from captioner.caption_columns import CAPTION_COLUMNS, Caption
+from captioner.caption_columns import Caption
 from captioner.captioning.questions import Answer
-from captioner.prompts import CAPTION, Prompt, details_name
+from captioner.prompts import CAPTION, SCORE_COLUMNS, Prompt, details_name
 
 __all__ = ["answer_values"]
-
-_SCORES = [column for column in CAPTION_COLUMNS if column.name not in ("caption", "clip_score")]
 
 
 def answer_values(prompts: Sequence[Prompt], rows: Sequence[Sequence[Answer] | None]) -> dict[str, list[Any]]:
@@ -39,4 +37,4 @@ def _details(prompt: Prompt, answer: Answer) -> dict[str, Any]:
 
 
 def _scores(caption: Caption) -> dict[str, Any]:
-    return {column.name: column.value(caption) for column in _SCORES}
+    return {column.name: column.value(caption) for column in SCORE_COLUMNS}

@@ -5,6 +5,7 @@ Knows YAML, texts and the values of an image's columns; no tokens, models, image
 
 from captioner.prompts.answer_columns import (
     CAPTION,
+    SCORE_COLUMNS,
     answer_counts,
     answer_fields,
     answer_type,
@@ -19,6 +20,7 @@ from captioner.prompts.weighted_choice import weighted_choice
 
 __all__ = [
     "CAPTION",
+    "SCORE_COLUMNS",
     "Prompt",
     "PromptText",
     "Segment",

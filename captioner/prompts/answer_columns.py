@@ -18,12 +18,15 @@ from captioner.caption_columns import CAPTION_COLUMNS
 from captioner.prompts.json_column import column_type
 from captioner.schema import FinishReason
 
-__all__ = ["CAPTION", "answer_counts", "answer_fields", "answer_type", "details_name", "num_tokens"]
+__all__ = ["CAPTION", "SCORE_COLUMNS", "answer_counts", "answer_fields", "answer_type", "details_name", "num_tokens"]
 
 CAPTION = "caption"
 """The prompt that fills the column which galleries show and `evaluate` measures."""
 
-_SCORES = [pa.field(one.name, one.type) for one in CAPTION_COLUMNS if one.name not in ("caption", "clip_score")]
+SCORE_COLUMNS = [column for column in CAPTION_COLUMNS if column.name not in ("caption", "clip_score")]
+"""What the details of an answer say beside its text; CLIPScore is of the caption alone."""
+
+_SCORES = [pa.field(column.name, column.type) for column in SCORE_COLUMNS]
 _OF_QUESTION = [pa.field("text_number", pa.int32()), pa.field("num_cut_values", pa.int32())]
 _CANDIDATES = pa.field("candidates", pa.list_(pa.struct([pa.field("caption", pa.string()), *_SCORES])))
 

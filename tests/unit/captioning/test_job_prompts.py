@@ -88,9 +88,12 @@ def test_other_prompts_are_refused_naming_both(
 
 
 def test_the_same_prompts_in_another_order_continue_the_table(config: CaptionJobConfig, tmp_path: Path) -> None:
-    plan_job(config)
-    prompts = FILE.strip().splitlines()
-    plan_job(replace(config, prompts=write(tmp_path, "\n".join(reversed(prompts)))))
+    first = plan_job(config)
+    reordered = write(tmp_path, "\n".join(reversed(FILE.strip().splitlines())))
+    then = plan_job(replace(config, prompts=reordered))
+    assert [prompt.name for prompt in then.job.prompts] == [prompt.name for prompt in reversed(first.job.prompts)]
+    assert then.job.answers == first.job.answers, "the columns of the table are the same"
+    assert then.table.digest == first.table.digest
 
 
 CASES: list[tuple[str, dict[str, Any], type[UsageError], str]] = [
