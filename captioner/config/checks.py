@@ -2,7 +2,10 @@
 
 from captioner.errors import ConfigError
 
-__all__ = ["check", "check_hosts", "flag_name", "is_count", "typed", "worker_range"]
+__all__ = ["DAY_S", "check", "check_hosts", "flag_name", "is_count", "typed", "worker_range"]
+
+DAY_S = 86_400
+"""The longest time that a flag may say: system timers take no infinity, and overflow far above this."""
 
 
 def check(holds: bool, flag: str, value: object, expected: str) -> None:

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from captioner.config.checks import check, flag_name
+from captioner.config.checks import DAY_S, check, flag_name
 
 __all__ = ["ImageConfig"]
-
-_DAY_S = 86_400  # system timers take no infinity, and overflow far above this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +36,6 @@ class ImageConfig:
         for name in ("max_image_bytes", "max_image_pixels", "fetch_concurrency"):
             check(getattr(self, name) > 0, flag_name(name), getattr(self, name), "more than 0")
         for name in ("decode_timeout_s", "fetch_timeout_s"):
-            is_time = 0 < getattr(self, name) <= _DAY_S
-            check(is_time, flag_name(name), getattr(self, name), f"more than 0, at most {_DAY_S} (a day)")
+            is_time = 0 < getattr(self, name) <= DAY_S
+            check(is_time, flag_name(name), getattr(self, name), f"more than 0, at most {DAY_S} (a day)")
         check(self.fetch_retries >= 0, "--fetch-retries", self.fetch_retries, "0 or more")

@@ -1,9 +1,8 @@
 """Flags for the workers, GPUs and output files of a job."""
 
-import math
 from dataclasses import dataclass
 
-from captioner.config.checks import check, is_count, worker_range
+from captioner.config.checks import DAY_S, check, is_count, worker_range
 
 __all__ = ["ResourceConfig"]
 
@@ -48,5 +47,6 @@ class ResourceConfig:
             self.gpus_per_worker,
             "a share of one GPU, or a whole number of them",
         )
-        check(0 <= self.drain_s < math.inf, "--drain-s", self.drain_s, "seconds, 0 or more")
+        is_time = 0 <= self.drain_s <= DAY_S
+        check(is_time, "--drain-s", self.drain_s, f"0 or more, at most {DAY_S} (a day)")
         check(self.rows_per_part is None or self.rows_per_part > 0, "--rows-per-part", self.rows_per_part, "at least 1")

@@ -169,6 +169,8 @@ def test_an_unknown_setting_in_a_file_is_named_with_the_nearest_known_one(tmp_pa
         (["in", "out", "--length-penalty", "nan"], "--length-penalty is nan; expected a number that is finite"),
         (["in", "out", "--gpus-per-worker", "1.5"], "--gpus-per-worker is 1.5; expected a share of one GPU, or a whol"),
         (["in", "out", "--decode-timeout-s", "inf"], "--decode-timeout-s is inf; expected more than 0, at most 86400"),
+        (["in", "out", "--drain-s", "-1"], "--drain-s is -1.0; expected 0 or more, at most 86400"),
+        (["in", "out", "--drain-s", "inf"], "--drain-s is inf; expected 0 or more, at most 86400"),
         (["in", "out", "--top-p", "1.5"], "--top-p is 1.5; expected above 0, at most 1"),
         (["in", "out", "--temperature", "0.7"], "--temperature is 0.7; expected --do-sample with it"),
         (["in", "out", "--top-p", "0.9"], "--top-p is 0.9; expected --do-sample with it"),
