@@ -237,7 +237,7 @@ def _lists(schema: pa.Schema) -> list[str]:
     return holding or pointing
 
 
-def check_later(columns: Columns, schema: pa.Schema, where: str) -> None:
+def check_later(columns: Columns, schema: pa.Schema, where: str, config: InputConfig) -> None:
     """Raise InputError for a later file whose ids are no single values, or whose kept column is written otherwise."""
     if columns.id in schema.names:
         _check_id(schema, str(columns.id), where, may_be_bytes=True)
@@ -245,8 +245,8 @@ def check_later(columns: Columns, schema: pa.Schema, where: str) -> None:
         others = [other for other in schema.names if other.lower() == name.lower()]
         if others and name not in others:
             raise InputError(
-                f"--keep-columns {name}: {where} has {others[0]}, which differs in case alone; expected one name in all"
-                " files"
+                f"{config.flag_of(name)} {name}: {where} has {others[0]}, which differs in case alone; expected one"
+                " name in all files"
             )
 
 

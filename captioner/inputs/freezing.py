@@ -158,8 +158,9 @@ def _tables(
     columns = choose(filled(list(schemas)), config, urls.shown(first.entry.url))
     for table in tables:
         if table.schema is not None:
-            check_later(columns, table.schema, selection.name(table.entry.url))
-            columns = widen(columns, table.schema, (selection.name(first.entry.url), selection.name(table.entry.url)))
+            check_later(columns, table.schema, selection.name(table.entry.url), config)
+            names = (selection.name(first.entry.url), selection.name(table.entry.url))
+            columns = widen(columns, table.schema, names, config)
     with ThreadPoolExecutor(_THREADS) as threads:
         found = list(threads.map(lambda table: counted(table, columns, selection.store), tables))
     units = [table_unit(ordinal, table, selection.name(table.entry.url)) for ordinal, table in enumerate(found)]
@@ -212,22 +213,23 @@ def _with_items(table: TableFile, columns: Columns, store: Store) -> TableFile:
     return table._replace(num_further=num_items - table.num_rows)
 
 
-def widen(columns: Columns, schema: pa.Schema, names: tuple[str, str]) -> Columns:
+def widen(columns: Columns, schema: pa.Schema, names: tuple[str, str], config: InputConfig) -> Columns:
     """Return the kept columns with types that also hold one more table's values. Raises InputError if none does."""
     pairs = zip(columns.kept, columns.kept_from, strict=True)
-    return replace(columns, kept=tuple(_wider(field, old, schema, names) for field, old in pairs))
+    return replace(columns, kept=tuple(_wider(field, old, schema, names, config) for field, old in pairs))
 
 
-def _wider(field: pa.Field, old: str, schema: pa.Schema, names: tuple[str, str]) -> pa.Field:
+def _wider(field: pa.Field, old: str, schema: pa.Schema, names: tuple[str, str], config: InputConfig) -> pa.Field:
     if old not in schema.names:
         return field
     other = pa.field(field.name, plain_type(schema.field(old).type))
     try:
         both = pa.unify_schemas([pa.schema([field]), pa.schema([other])], promote_options="permissive")
     except pa.ArrowTypeError as error:
+        flag = config.flag_of(old)
         raise InputError(
-            f"--keep-columns {old} is {field.type} in {names[0]} and {other.type} in {names[1]};"
-            " expected one type. Drop it from --keep-columns or the prompts"
+            f"{flag} {old} is {field.type} in {names[0]} and {other.type} in {names[1]}; expected one type."
+            f" Drop it from {flag}"
         ) from error
     return pa.field(field.name, both.field(0).type)
 

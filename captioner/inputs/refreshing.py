@@ -119,18 +119,18 @@ def _retry(unit: Unit, frozen: Frozen, config: InputConfig) -> Unit:
         table = read_footer(store, Entry(unit.path, unit.size_bytes))
         if table.reject is not None:
             return unit if table.reject.reason != RejectReason.CORRUPT else replace(unit, reject=table.reject)
-        return table_unit(unit.ordinal, _fit_to(table, frozen.columns, unit.name, store), unit.name)
+        return table_unit(unit.ordinal, _fit_to(table, frozen.columns, unit.name, store, config), unit.name)
     except StoreError:
         return unit
 
 
-def _fit_to(table: TableFile, columns: Columns, name: str, store: Store) -> TableFile:
+def _fit_to(table: TableFile, columns: Columns, name: str, store: Store, config: InputConfig) -> TableFile:
     """Return the table, or one row that says why its rows cannot be added: the row that was frozen for it needs one."""
     assert table.schema is not None
     if not table.num_rows:
         return TableFile(table.entry, reject=Reject(RejectReason.EMPTY, "a table without rows"))
     try:
-        is_fitting = widen(columns, table.schema, ("the table", name)) == columns
+        is_fitting = widen(columns, table.schema, ("the table", name), config) == columns
     except InputError:
         is_fitting = False
     if not is_fitting:
@@ -271,10 +271,10 @@ def _units(
     refreshed.names += vanished[: _NUM_NAMED - len(refreshed.names)]
     new = [entry for entry in entries if entry.url not in known]
     refreshed.num_new = len(new)
-    return _made(selection, frozen, new), refreshed, census.skipped(frozen.kind)
+    return _made(selection, frozen, new, config), refreshed, census.skipped(frozen.kind)
 
 
-def _made(selection: Selection, frozen: Frozen, new: Sequence[Entry]) -> list[Unit]:
+def _made(selection: Selection, frozen: Frozen, new: Sequence[Entry], config: InputConfig) -> list[Unit]:
     first = len(frozen.units)
     if frozen.kind == "webdataset":
         return [tar_unit(first + index, entry, selection) for index, entry in enumerate(new)]
@@ -283,7 +283,7 @@ def _made(selection: Selection, frozen: Frozen, new: Sequence[Entry]) -> list[Un
         for index, table in enumerate(threads.map(lambda entry: read_footer(selection.store, entry), new)):
             name = selection.name(table.entry.url)
             if table.schema is not None:
-                if widen(frozen.columns, table.schema, ("the table", name)) != frozen.columns:
+                if widen(frozen.columns, table.schema, ("the table", name), config) != frozen.columns:
                     raise InputError(
                         f"{name} has kept columns of types that the table's do not hold; caption it into a new OUTPUT"
                     )

@@ -634,7 +634,19 @@ def test_bytes_that_are_called_a_hash_are_no_image_where_there_is_another_column
             {"Text": ["x"]},
             {"text": ["y"]},
             {"keep_columns": ("Text",)},
-            r"1.parquet has text, which differs in case alone",
+            r"--keep-columns Text: 1.parquet has text, which differs in case alone",
+        ),
+        (
+            {"Text": ["x"]},
+            {"text": ["y"]},
+            {"prompt_columns": ("Text",)},
+            r"--prompts Text: 1.parquet has text, which differs in case alone",
+        ),
+        (
+            {"n": [1]},
+            {"n": ["y"]},
+            {"prompt_columns": ("n",)},
+            r"--prompts n is int64 in 0.parquet and string in 1.parquet; expected one type. Drop it from --prompts",
         ),
     ],
 )
