@@ -13,8 +13,9 @@ __all__ = ["TrainingConfig"]
 class TrainingConfig:
     """How the projector is trained. An example is one caption with its image; a step is one update of the weights."""
 
-    projector: Literal["linear", "mlp"] = "linear"
-    """What turns --image-features into --image-tokens embeddings: one linear map, or two with a GELU between."""
+    projector: Literal["linear", "mlp", "query"] = "linear"
+    """What turns --image-features into --image-tokens embeddings: one linear map, two with a GELU between, or as many
+    learned queries, which attend to the patches."""
 
     image_features: Literal["pooled", "patches"] = "pooled"
     """What the projector reads of an image: CLIP's pooled state, computed once and kept, or the states of its patches,
@@ -22,7 +23,7 @@ class TrainingConfig:
 
     image_tokens: int | None = None
     """Embeddings that LLaMA reads for one image. By default 1 of the pooled state, and one for each patch; fewer of
-    patches are averages over a square grid, so that the number is a square, as 64."""
+    patches are averages over a square grid, so that the number is a square, as 64; with --projector query any."""
 
     epochs: int = 1
     """Passes over the examples."""
@@ -96,9 +97,7 @@ class TrainingConfig:
         for name in ("warmup_steps", "weight_decay", "num_scored_images", "early_stop", "seed"):
             value = getattr(self, name)
             check(value is None or 0 <= value < math.inf, flag_name(name), value, "0 or more")
-        is_grid = self.image_features == "pooled" or math.isqrt(self.image_tokens or 1) ** 2 == self.image_tokens
-        wanted = "a square with --image-features patches, as 16, 64 or 144: patches are averaged over a square grid"
-        check(is_grid or self.image_tokens is None, "--image-tokens", self.image_tokens, wanted)
+        self._check_image_tokens()
         fewest = self.gradient_accumulation_steps
         check(self.batch_size >= fewest, "--batch-size", self.batch_size, f"at least its {fewest} parts")
         most = self.num_measured_images
@@ -106,3 +105,14 @@ class TrainingConfig:
         check(is_known, "--num-scored-images", self.num_scored_images, f"at most --num-measured-images ({most})")
         is_scored = self.keep_best_by == "val_loss" or self.num_scored_images > 0
         check(is_scored, "--num-scored-images", self.num_scored_images, "more than 0 with --keep-best-by cider")
+
+    def _check_image_tokens(self) -> None:
+        asked, reads_patches = self.image_tokens, self.image_features == "patches"
+        if self.projector == "query":
+            check(reads_patches, "--image-features", self.image_features, "patches, which --projector query attends to")
+            check(asked is not None, "--image-tokens", asked, "a number with --projector query, as 32: its queries")
+        elif reads_patches and asked is not None:
+            wanted = (
+                "a square with --image-features patches, as 64: patches are averaged over a grid; or --projector query"
+            )
+            check(math.isqrt(asked) ** 2 == asked, "--image-tokens", asked, wanted)

@@ -123,19 +123,19 @@ class Parts:
             return
         self.tower.num_layers(self.projector.vision_feature_layer)
         states = self.tower.num_states - (self.projector.vision_feature_select_strategy == "default")
-        if KINDS[self.projector.kind].averages_patches:
-            self._check_grid(states)
+        if KINDS[self.projector.kind].pooling:
+            self._check_pooling(states)
         elif self.projector.num_image_tokens != states:
             raise ShapeError(
                 f"the projector of {self.name} says {self.projector.num_image_tokens} image tokens, the "
                 f"{self.tower_name} in {self.tower.folder.name} gives {states} patch states; expected the same number"
             )
 
-    def _check_grid(self, states: int) -> None:
+    def _check_pooling(self, states: int) -> None:
         patches = self.tower.config.num_patches
         if states != patches or self.projector.num_image_tokens > patches:
             raise ShapeError(
-                f"the projector of {self.name} averages patches to {self.projector.num_image_tokens} image tokens and "
+                f"the projector of {self.name} pools patches to {self.projector.num_image_tokens} image tokens and "
                 f"reads {states} states of the {self.tower_name} in {self.tower.folder.name}, which has {patches} "
                 "patches; expected the patches alone, and no more tokens than patches"
             )

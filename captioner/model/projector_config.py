@@ -53,7 +53,7 @@ class ProjectorConfig:
             raise BundleError(
                 f"unknown projector activation {self.hidden_act!r}; expected a name of transformers' ACT2FN"
             )
-        if KINDS[self.kind].averages_patches and math.isqrt(self.num_image_tokens) ** 2 != self.num_image_tokens:
+        if KINDS[self.kind].pooling == "average" and math.isqrt(self.num_image_tokens) ** 2 != self.num_image_tokens:
             raise ShapeError(
                 f"a projector of kind {self.kind} has {self.num_image_tokens} image tokens; expected a square: it"
                 " averages patches over a square grid"
@@ -90,8 +90,9 @@ class Kind:
     shapes: Callable[[ProjectorConfig], Shapes]
     """Its tensors."""
 
-    averages_patches: bool = False
-    """Whether it averages patches over a square grid, so that an image may have fewer tokens than patches."""
+    pooling: Literal["", "average", "query"] = ""
+    """How it pools patches, so that an image may have fewer tokens than patches: averages over a square grid, or
+    learned queries that attend to them."""
 
 
 def _linear(config: ProjectorConfig) -> Shapes:
@@ -115,6 +116,15 @@ def _two_layers(config: ProjectorConfig, gives: int) -> Shapes:
     return first | linear_shapes("linear_2", config.width, gives, has_bias=config.has_bias)
 
 
+def _query(config: ProjectorConfig) -> Shapes:
+    k, width = config.num_image_tokens, config.num_features
+    maps = {name: linear_shapes(name, width, width, has_bias=config.has_bias) for name in ("key", "value")}
+    last = linear_shapes("linear", width, config.width, has_bias=config.has_bias)
+    places: Shapes = {"y": (k,), "x": (k,), "log_sharpness": (k,)}
+    norm: Shapes = {"norm.weight": (width,), "norm.bias": (width,)}
+    return {"query": (k, width)} | places | norm | maps["key"] | maps["value"] | last
+
+
 KINDS = {
     "linear": Kind(file="linear", module="LinearProjector", reads_patches=False, shapes=_linear),
     "pooled_mlp": Kind(file="pooled_mlp", module="PooledMlpProjector", reads_patches=False, shapes=_pooled_mlp),
@@ -125,9 +135,10 @@ KINDS = {
         module="AverageLinearProjector",
         reads_patches=True,
         shapes=_patch_linear,
-        averages_patches=True,
+        pooling="average",
     ),
     "average_mlp": Kind(
-        file="average_mlp", module="AverageMlpProjector", reads_patches=True, shapes=_mlp, averages_patches=True
+        file="average_mlp", module="AverageMlpProjector", reads_patches=True, shapes=_mlp, pooling="average"
     ),
+    "query": Kind(file="query", module="QueryProjector", reads_patches=True, shapes=_query, pooling="query"),
 }

@@ -2,7 +2,7 @@
 
 from captioner.config import TrainingConfig
 from captioner.errors import ConfigError
-from captioner.model.projector_config import ProjectorConfig
+from captioner.model.projector_config import KINDS, ProjectorConfig
 from captioner.model.towers.tower import TowerSource
 
 __all__ = ["projector_of", "rung"]
@@ -28,7 +28,7 @@ def projector_of(training: TrainingConfig, tower: TowerSource, width: int) -> Pr
         )
     kinds = _PATCHES if asked in (None, patches) else _AVERAGED
     return ProjectorConfig(
-        kind=kinds[training.projector],
+        kind=kinds.get(training.projector, "query"),
         num_features=num_features,
         width=width,
         num_image_tokens=asked or patches,
@@ -39,6 +39,9 @@ def projector_of(training: TrainingConfig, tower: TowerSource, width: int) -> Pr
 def rung(projector: ProjectorConfig) -> str:
     """Return for people what LLaMA reads of an image."""
     layer = f"patches of hidden state {projector.vision_feature_layer}"
-    if projector.kind in _AVERAGED.values():
-        return f"{layer}, averaged to {projector.num_image_tokens:,} tokens ({projector.kind})"
+    match KINDS[projector.kind].pooling:
+        case "average":
+            return f"{layer}, averaged to {projector.num_image_tokens:,} tokens ({projector.kind})"
+        case "query":
+            return f"{layer}, read by {projector.num_image_tokens:,} learned queries, each a token (query)"
     return f"{layer}, each a token: {projector.num_image_tokens:,} ({projector.kind})"

@@ -253,7 +253,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], type[BundleError], str]] = {
     "an unknown projector": (
         lambda b: edit_json(b / "bundle.json", projector={"kind": "qformer", "num_features": 48, "width": 64}),
         BundleError,
-        r"unknown projector kind 'qformer'; expected one of average_linear, average_mlp, linear, mlp",
+        r"unknown projector kind 'qformer'; expected one of average_linear, average_mlp, linear, mlp, patch_linear",
     ),
     "a projector setting that is not known": (
         lambda b: edit_json(b / "bundle.json", projector={"kind": "linear", "depth": 3}),

@@ -53,6 +53,11 @@ def plan_of(*arguments):
         (["--num-measured-images", "9", "--num-scored-images", "10"], "--num-scored-images is 10; expected at most"),
         (["--seed", "-1"], "--seed is -1; expected 0 or more"),
         (["--image-tokens", "0"], "--image-tokens is 0; expected at least 1"),
+        (["--projector", "query", "--image-tokens", "8"], "--image-features is pooled; expected patches, which --proj"),
+        (
+            ["--projector", "query", "--image-features", "patches"],
+            "--image-tokens is None; expected a number with --pro",
+        ),
         (["--image-features", "patches", "--image-tokens", "65"], "--image-tokens is 65; expected a square with"),
         (["--workers", "3:1"], "--workers is 3:1"),
         (["--device", "cuda:1"], "--device is cuda:1; expected auto or cpu"),
@@ -183,6 +188,7 @@ RUNGS = [
     ([], "patch_linear 48 -> 16 x 64", "each a token: 16 (patch_linear)"),
     (["--image-tokens", "16"], "patch_linear 48 -> 16 x 64", "each a token: 16 (patch_linear)"),
     (["--image-tokens", "4"], "average_linear 48 -> 4 x 64", "averaged to 4 tokens (average_linear)"),
+    (["--projector", "query", "--image-tokens", "3"], "query 48 -> 3 x 64", "read by 3 learned queries, each a token"),
     (["--projector", "mlp", "--image-tokens", "1"], "average_mlp 48 -> 1 x 64", "averaged to 1 tokens (average_mlp)"),
 ]
 
