@@ -1,6 +1,7 @@
 """What several rooms' tests share: how property tests draw their examples, and a real S3 server on loopback."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,9 @@ from tests import hypothesis_profiles
 hypothesis_profiles.load_profile()
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each core has a pytest of its own already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+_MEMORY = "/dev/shm"
+if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)  # each fsync, which makes parts durable, is 5 ms on a disk
 
 _SERVER = """
 import logging

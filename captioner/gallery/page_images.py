@@ -4,6 +4,7 @@ found = thumbnails(TableImages.of(table, storage_options), keys)     # key -> Th
 """
 
 import logging
+import math
 import os
 from collections.abc import Collection
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 _IMAGE = ImageConfig(fetch_timeout_s=20, fetch_retries=2)  # a page can do without an image
 _PAGE_BYTES = 14_500_000  # of a page of up to _FULL_PAGE, with its images in base64: 15 MB is promised
 _FULL_PAGE = 500
+_IMAGES_A_PROCESS = 16  # to start one takes about as long as sixteen thumbnails
 _MIN_BYTES, _MAX_BYTES = 12 << 10, 64 << 10  # of one image
 _MIN_BYTES_BESIDE_LONG_TEXTS = 4 << 10  # of one image on a full page whose texts are long
 
@@ -31,9 +33,9 @@ def thumbnails(images: TableImages, keys: Collection[int], page_bytes: int = 0) 
     page_bytes: size of the rest of the page."""
     log.info("images=%d", len(keys))
     side, max_bytes = room_for(len(keys), page_bytes)
-    num_cpus = min(8, os.cpu_count() or 1)
+    num_processes = max(1, min(8, os.cpu_count() or 1, math.ceil(len(keys) / _IMAGES_A_PROCESS)))
     found: dict[int, PageImage] = {}
-    with Thumbnailer(_IMAGE, side=side, max_bytes=max_bytes, num_processes=num_cpus) as thumbnailer:
+    with Thumbnailer(_IMAGE, side=side, max_bytes=max_bytes, num_processes=num_processes) as thumbnailer:
         for made in images.map_images(keys, lambda _, data: thumbnailer.make_all(data), _IMAGE):
             found |= made
     return found
