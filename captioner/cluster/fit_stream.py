@@ -27,10 +27,11 @@ from captioner.errors import JobError
 from captioner.gallery.fit_page import write_fit_page
 from captioner.training.features.caption_tokens import tokenize_examples
 from captioner.training.features.examples import FeatureSet
-from captioner.training.fit.fit_plan import FitPlan, llama_of, save_initial_bundle
+from captioner.training.fit.fit_plan import FitPlan, llama_of
 from captioner.training.fit.fit_report import save_fitted_bundle, summarize
 from captioner.training.fit.fit_state import FitState, best_of
 from captioner.training.fit.fit_worker import FitTask
+from captioner.training.fit.initial_bundle import save_initial_bundle
 from captioner.training.fit.progress import FitProgress
 
 __all__ = ["run", "train"]

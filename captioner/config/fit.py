@@ -16,11 +16,16 @@ __all__ = ["FitConfig", "FitModelConfig", "FitResourceConfig", "FitTargetConfig"
 
 @dataclass(frozen=True, kw_only=True)
 class FitModelConfig:
-    """Which vision tower and language model the projector connects. Both stay frozen."""
+    """Which vision tower and language model the projector connects. Both stay frozen, the language model's adapter
+    aside."""
 
     model: str | None = None
-    """A bundle whose CLIP, LLaMA and template are used, by folder on any store; its projector is not.
-    By default `demo` when LABELS is `demo`."""
+    """A bundle whose CLIP, LLaMA and template are used, by folder on any store; --initial-projector says whether its
+    projector is. By default `demo` when LABELS is `demo`."""
+
+    initial_projector: Literal["random", "model"] | None = None
+    """The first weights of the projector: `random`, by --seed, or those of --model, which go on learning, as an adapter
+    in it does. By default those of --model with --lora-rank, else random."""
 
     model_storage_options: dict[str, object] | None = field(default=None, repr=False)
     """fsspec options of the store of --model, or of --clip and --llama, as JSON. By default those of the output on the
@@ -52,6 +57,8 @@ class FitModelConfig:
         check((self.clip is None) == (self.llama is None), "--clip without --llama, or the reverse,", "given", "both")
         is_one = self.model is None or self.clip is None
         check(is_one, "--model", self.model, "either a bundle, or --clip and --llama")
+        has_own = self.initial_projector != "model" or self.clip is None
+        check(has_own, "--initial-projector", "model", "random with --clip and --llama, which have no projector")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,20 @@ class TrainingConfig:
     """Micro-batches in which each worker computes its share of a step; more take less memory."""
 
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW, reached after the warm-up; a cosine then lowers it to 0."""
+    """Peak learning rate of AdamW, reached after the warm-up; a cosine then lowers it to 0. With --lora-rank that of
+    the projector alone; 0 leaves the projector as it is."""
+
+    lora_rank: int = 0
+    """Rank of a LoRA adapter of the language model, which learns beside the projector; 0 for none."""
+
+    lora_modules: tuple[str, ...] = ()
+    """Linear maps of each layer of the language model that are adapted, as `q_proj,v_proj`. By default all of them."""
+
+    lora_alpha: float | None = None
+    """An update of the adapter is scaled by this over --lora-rank. By default twice the rank."""
+
+    lora_learning_rate: float = 2e-4
+    """Peak learning rate of the adapter."""
 
     warmup_steps: int | None = None
     """Warm-up steps, in which the learning rate rises. By default 3 % of all steps."""
@@ -91,10 +104,16 @@ class TrainingConfig:
         for name in ("image_tokens", "max_steps", "log_every", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             check(value is None or value >= 1, flag_name(name), value, "at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("max_grad_norm", "lora_learning_rate", "lora_alpha"):
             value = getattr(self, name)
-            check(0 < value < math.inf, flag_name(name), value, "more than 0")
-        for name in ("warmup_steps", "weight_decay", "num_scored_images", "early_stop", "seed"):
+            check(value is None or 0 < value < math.inf, flag_name(name), value, "more than 0")
+        expected = "0 or more" if self.lora_rank else "more than 0, or 0 with --lora-rank"
+        has_rate = 0 < self.learning_rate < math.inf or (self.learning_rate == 0 and self.lora_rank > 0)
+        check(has_rate, "--learning-rate", self.learning_rate, expected)
+        for name in ("lora_modules", "lora_alpha"):
+            is_used = self.lora_rank > 0 or not getattr(self, name)
+            check(is_used, flag_name(name), getattr(self, name), "none without --lora-rank")
+        for name in ("lora_rank", "warmup_steps", "weight_decay", "num_scored_images", "early_stop", "seed"):
             value = getattr(self, name)
             check(value is None or 0 <= value < math.inf, flag_name(name), value, "0 or more")
         self._check_image_tokens()

@@ -35,6 +35,7 @@ from captioner.decoding.sequences import StopConditions
 from captioner.decoding.slots import Lanes, PrefixAllocator, SlotAllocator
 from captioner.decoding.step import Layers, SlotModel, Step, upload
 from captioner.decoding.strategy import BeamStrategy, Strategy, TokenStrategy
+from captioner.model.adapted_layers import has_adapter
 from captioner.model.cuda_graphs import Recorder
 from captioner.model.language.table import can_fuse
 
@@ -325,5 +326,5 @@ def _strategy_of(
 def _layers_for(llama: LlamaForCausalLM, *, is_recorded: bool) -> Layers:
     if not is_recorded and llama.device.type != "cuda":
         return TransformersLayers(llama)
-    make = FusedLlama if can_fuse(llama.config.model_type) else UnfusedLlama
+    make = FusedLlama if can_fuse(llama.config.model_type) and not has_adapter(llama) else UnfusedLlama
     return make(llama, operations_for(llama.device))

@@ -3,6 +3,7 @@
     bundle.json             names the tower as `clip` and the language model as `llama` (a folder inside, a path, a URL
                             or a hub id), the template, and the fingerprints of both that the projector was fitted to
     projector.safetensors   the projector
+    adapter/                LoRA of the language model, as peft writes it, where a fit has made one
     clip/ llama/            in a bundle that contains its models
 
 `describe` reads configs and headers only, without torch; `load` loads the weights to a device; both take published
@@ -11,6 +12,7 @@ checkpoints and the name `demo` as well. `save_bundle` writes a bundle. Knows th
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fsspec.core import url_to_fs
 
 from captioner.errors import BundleError, ConfigError
+from captioner.model.adapter import Adapter, AdapterConfig, read_adapter, save_adapter
 from captioner.model.description import BundleDescription, ClipDescription, description_of
 from captioner.model.folder import Folder, StorageOptions, open_folder, options_for, reference
 from captioner.model.hub import MODEL_FILES
@@ -34,7 +37,7 @@ from captioner.model.weights import read_weights
 from captioner.storage import redact
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from captioner.model.caption_model import CaptionModel
     from captioner.model.joint_space import JointSpace
@@ -49,13 +52,17 @@ __all__ = [
     "load_clip_space",
     "load_joint_space",
     "load_vision",
+    "read_parts",
     "save_as_llava",
     "save_bundle",
 ]
 
 _FORMAT = "captioner-bundle"
-_VERSION = 1
+_VERSIONS = (1, 2)
+"""2 of bundles with an adapter, which older releases would leave out in silence."""
+
 _PROJECTOR = "projector.safetensors"
+_ADAPTER = "adapter"
 
 
 def describe(
@@ -71,8 +78,21 @@ def describe(
     URLs on other servers than its own. checkpoint_options: as in `CheckpointOptions`, `prompt` among them. Raises
     BundleError or ShapeError naming both sides of what does not fit.
     """
+    return description_of(
+        read_parts(model, storage_options, allow_remote_parts=allow_remote_parts, **checkpoint_options)
+    )
+
+
+def read_parts(
+    model: str,
+    storage_options: StorageOptions = None,
+    *,
+    allow_remote_parts: bool = False,
+    **checkpoint_options: str | None,
+) -> Parts:
+    """Return the checked parts of a model where they lie, no weights loaded. Others, and raises, as `describe`."""
     opener = Opener(storage_options=storage_options, is_on_disk=False, allow_remote_parts=allow_remote_parts)
-    return description_of(_read(model, opener, CheckpointOptions(**checkpoint_options)))
+    return _read(model, opener, CheckpointOptions(**checkpoint_options))
 
 
 def load(
@@ -82,21 +102,23 @@ def load(
     device: str = "auto",
     storage_options: StorageOptions = None,
     with_text_tower: bool = False,
+    merges_adapter: bool = True,
     allow_remote_parts: bool = False,
     **checkpoint_options: str | None,
 ) -> "CaptionModel":
     """Return a model on the device, frozen; a model on a store is copied to the local cache first.
 
     dtype: as in `ModelConfig`; `auto` is bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU.
-    with_text_tower: CLIP's text tower too, for CLIPScore. Others, and raises, as `describe`; ConfigError for a device
-    that does not exist.
+    with_text_tower: CLIP's text tower too, for CLIPScore. merges_adapter: else it stays in layers of its own, which a
+    fit trains. Others, and raises, as `describe`; ConfigError for a device that does not exist.
     """
     from captioner.model import loading  # here and below, not above: it brings torch, and a description needs none
 
     where = loading.device_of(device)
     opener = Opener(storage_options=storage_options, is_on_disk=True, allow_remote_parts=allow_remote_parts)
     parts = _read(model, opener, CheckpointOptions(**checkpoint_options))
-    return loading.load_parts(parts, loading.dtype_of(dtype, where), where, with_text_tower=with_text_tower)
+    options = {"with_text_tower": with_text_tower, "merges_adapter": merges_adapter}
+    return loading.load_parts(parts, loading.dtype_of(dtype, where), where, **options)
 
 
 def load_vision(
@@ -162,6 +184,7 @@ def save_bundle(
     clip: str,
     llama: str,
     template: str = DEFAULT_TEMPLATE,
+    adapter: "tuple[AdapterConfig, Mapping[str, Tensor]] | None" = None,
     carries_models: bool = False,
     provenance: dict[str, Any] | None = None,
     storage_options: StorageOptions = None,
@@ -171,29 +194,31 @@ def save_bundle(
     bundle.json is removed first and written last, so that an interrupted save leaves no bundle.
 
     clip, llama: a folder that is already inside (`clip`), a path, a URL or a hub id; a local path is made absolute.
-    carries_models: copy them to `clip/` and `llama/` inside, so that the bundle can be moved. Raises BundleError or
-    ShapeError, and leaves no bundle.json, if the parts do not fit.
+    adapter: of the LLaMA, its settings and weights. carries_models: copy CLIP and LLaMA to `clip/` and `llama/`
+    inside, so that the bundle can be moved. Raises BundleError or ShapeError, and leaves no bundle.json, if the parts
+    do not fit.
     """
     from safetensors.torch import save as to_safetensors
 
-    fs, path = url_to_fs(os.fspath(folder), **(storage_options or {}))
-    fs.makedirs(path, exist_ok=True)
-    target = Folder(fs, path.rstrip("/"), os.fspath(folder))
+    target = _new_folder(os.fspath(folder), storage_options)
     target.remove("bundle.json")  # a new projector must never stand beside an old config
     if carries_models:
         clip = _carry(clip, "clip", target, storage_options)
         llama = _carry(llama, "llama", target, storage_options)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
     target.write(_PROJECTOR, to_safetensors(state))
-    content = {
+    content: dict[str, Any] = {
         "format": _FORMAT,
-        "version": _VERSION,
+        "version": 2 if adapter else 1,
         "clip": reference(clip, target),
         "llama": reference(llama, target),
         "projector": asdict(config),
         "template": template,
         "provenance": provenance or {},
     }
+    if adapter:
+        save_adapter(target.child(_ADAPTER), *adapter)
+        content["adapter"] = _ADAPTER
     opener = Opener(storage_options=storage_options, is_on_disk=False, allow_remote_parts=True)
     parts = _read_bundle(target, content, opener)
     parts.check()
@@ -275,6 +300,7 @@ def _read_bundle(folder: Folder, content: dict[str, Any], opener: Opener) -> Par
         language=language,
         projector=_projector_config(folder, content["projector"]),
         projector_weights=read_weights(folder, _PROJECTOR),
+        adapter=_adapter(folder, content, opener),
         template=Template.parse(content["template"], language.tokenizer),
         turns=FittedTurns(content["template"]),
         fitted_to=content.get("fitted_to", {}),
@@ -286,15 +312,25 @@ def _check_format(folder: Folder, content: dict[str, Any]) -> None:
     where = f"{folder.name}/bundle.json"
     if content.get("format") != _FORMAT:
         raise BundleError(f"{where} has format {content.get('format')!r}; expected {_FORMAT!r}")
-    if content.get("version") != _VERSION:
+    if content.get("version") not in _VERSIONS:
         raise BundleError(
-            f"{where} has version {content.get('version')!r}; this release reads version {_VERSION}: update "
-            "captioner, or fit the bundle again"
+            f"{where} has version {content.get('version')!r}; this release reads versions {_VERSIONS[0]} to "
+            f"{_VERSIONS[-1]}: update captioner, or fit the bundle again"
         )
     types = {"clip": str, "llama": str, "template": str, "projector": dict}
     for name, kind in types.items():
         if not isinstance(content.get(name), kind):
             raise BundleError(f"{where} has {name} = {content.get(name)!r}; expected a {kind.__name__}")
+
+
+def _adapter(folder: Folder, content: dict[str, Any], opener: Opener) -> Adapter | None:
+    if "adapter" not in content:
+        return None
+    if content["adapter"] != _ADAPTER:
+        raise BundleError(
+            f"{folder.name}/bundle.json has adapter = {content['adapter']!r}; expected {_ADAPTER!r}, a folder inside"
+        )
+    return read_adapter(opener.open(_ADAPTER, folder, is_named_inside=True))
 
 
 def _projector_config(folder: Folder, content: dict[str, Any]) -> ProjectorConfig:
@@ -314,6 +350,13 @@ def _not_a_model(folder: Folder) -> str:
         f"{folder.name} is a {found} model; expected a bundle or a checkpoint of {supported()}. To tie a vision tower "
         "and a language model together, fit one: python jobs/fit_projector.py"
     )
+
+
+def _new_folder(location: str, storage_options: StorageOptions) -> Folder:
+    """Return a folder to write, made if it is not there."""
+    fs, path = url_to_fs(location, **(storage_options or {}))
+    fs.makedirs(path, exist_ok=True)
+    return Folder(fs, path.rstrip("/"), location)
 
 
 def _carry(location: str, name: str, folder: Folder, storage_options: StorageOptions) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from captioner.errors import ConfigError
+from captioner.model.adapter import AdapterConfig
 from captioner.model.anyres import AnyRes
 from captioner.model.language.language import LanguageConfig
 from captioner.model.parts import Parts
@@ -66,6 +67,10 @@ class BundleDescription:
     weights_bytes: int
     """Bytes of all three as stored."""
 
+    adapter: AdapterConfig | None = None
+    """LoRA of the language model; None for one that is used as it is."""
+
+    adapter_parameters: int = 0
     tower_config: TowerConfig = field(repr=False)
     language_config: LanguageConfig = field(repr=False)
 
@@ -105,10 +110,11 @@ class BundleDescription:
     def summary(self) -> str:
         """One log line for people and grep."""
         projector = self.projector
+        lora = f" adapter=rank{self.adapter.rank}:{','.join(self.adapter.modules)}" if self.adapter else ""
         return (
             f"model={self.name} kind={self.kind} clip={_millions(self.clip_parameters)} image_size={self.image_size} "
             f"projector={projector.kind}:{projector.num_features}->{projector.num_image_tokens}x{projector.width} "
-            f"llama={_millions(self.llama_parameters)} context_length={self.context_length} "
+            f"llama={_millions(self.llama_parameters)}{lora} context_length={self.context_length} "
             f"template={self.template!r} fingerprint={self.fingerprint[:12]}"
         )
 
@@ -151,6 +157,8 @@ def description_of(parts: Parts) -> BundleDescription:
         projector_parameters=parts.projector_weights.num_parameters,
         llama_parameters=parts.language.weights.num_parameters,
         weights_bytes=sum(w.size_bytes for w in (parts.tower.weights, parts.projector_weights, parts.language.weights)),
+        adapter=parts.adapter.config if parts.adapter else None,
+        adapter_parameters=parts.adapter.weights.num_parameters if parts.adapter else 0,
         tower_config=parts.tower.config,
         language_config=parts.language.config,
         text_weights=parts.tower.text_weights,

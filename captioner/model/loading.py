@@ -28,11 +28,17 @@ __all__ = ["device_of", "dtype_of", "load_clip", "load_joint_space", "load_parts
 
 
 def load_parts(
-    parts: Parts, dtype: torch.dtype, device: torch.device, *, with_text_tower: bool = False
+    parts: Parts,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    with_text_tower: bool = False,
+    merges_adapter: bool = True,
 ) -> CaptionModel:
     """Return a model on the device, frozen; the folders of all parts must be on disk.
 
-    with_text_tower: CLIP's text tower too. Raises BundleError if there is none."""
+    with_text_tower: CLIP's text tower too. merges_adapter: else the language model has layers of peft's, whose weights
+    are float32. Raises BundleError if there is no text tower."""
     projector = allocate(build_projector, parts.projector, dtype=dtype, device=device)
     parts.projector_weights.load_into(projector)
     num_layers = parts.tower.num_layers(parts.projector.vision_feature_layer) if parts.projector.reads_patches else None
@@ -40,7 +46,7 @@ def load_parts(
         vision=_load_vision(parts.tower, num_layers=num_layers, dtype=dtype, device=device),
         projector=freeze(projector),
         projector_config=parts.projector,
-        llama=_load_language(parts.language, dtype=dtype, device=device),
+        llama=_adapted(parts, _load_language(parts.language, dtype=dtype, device=device), merges=merges_adapter),
         tokenizer=load_tokenizer(parts.language.tokenizer_folder),
         template=parts.template,
         prompt_writer=parts.prompt_writer,
@@ -123,6 +129,17 @@ def _load_language(source: LanguageSource, *, dtype: torch.dtype, device: torch.
         bos_token_id=source.tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos[0]
     )
     return freeze(model)
+
+
+def _adapted(parts: Parts, llama: Any, *, merges: bool) -> Any:
+    """Return the language model with the adapter, where there is one."""
+    if parts.adapter and merges:
+        parts.adapter.merge_into(llama)
+    elif parts.adapter:
+        from captioner.model.adapted_layers import adapt  # here, not above: only a fit needs peft
+
+        adapt(llama, parts.adapter)
+    return llama
 
 
 def pixel_affine(preprocessing: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from captioner.errors import BundleError, ShapeError
 from captioner.images.preprocessing import Preprocessing
+from captioner.model.adapter import Adapter
 from captioner.model.anyres import AnyRes
 from captioner.model.language.language import LanguageSource
 from captioner.model.projector_config import KINDS, ProjectorConfig
 from captioner.model.prompt_writer import PromptWriter
+from captioner.model.shapes import Shapes
 from captioner.model.template import Template
 from captioner.model.towers.tower import TowerSource
 from captioner.model.turns import Turns
@@ -35,6 +37,9 @@ class Parts:
     language: LanguageSource
     projector: ProjectorConfig
     projector_weights: Weights
+    adapter: Adapter | None = None
+    """LoRA of the language model; None for one that is used as it is."""
+
     template: Template
     turns: Turns
     """How it is asked by named prompts."""
@@ -73,6 +78,8 @@ class Parts:
             "template": self.template.text,
             "eos_token_ids": self.language.eos_token_ids,
         }
+        if self.adapter:
+            identity["adapter"] = self.adapter.fingerprint()
         if self.anyres and self.newline_weights:
             identity["tiles"] = [self.anyres.identity(), self.newline_weights.fingerprint()]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -82,6 +89,8 @@ class Parts:
         self._check_widths()
         self._check_image_tokens()
         self.projector_weights.check_fits(self.projector.shapes, KINDS[self.projector.kind].module)
+        if self.adapter:
+            self.adapter.check(self.language_shapes, f"the {self.language_name} in {self.language.folder.name}")
         self._check_tiles()
         self._check_context()
         self._check_fitted("clip", self.tower_name, self.clip_fingerprint, self.tower.folder.name)
@@ -101,6 +110,11 @@ class Parts:
     def language_name(self) -> str:
         """The family of the language model, for people."""
         return self.language.family.name
+
+    @property
+    def language_shapes(self) -> Shapes:
+        """The tensors of the language model."""
+        return self.language.family.shapes(self.language.config)
 
     def _check_widths(self) -> None:
         features = self.tower.config.hidden_size

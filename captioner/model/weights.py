@@ -20,7 +20,7 @@ from captioner.storage.json_text import parse_object
 from captioner.storage.urls import is_inside
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["Stored", "Weights", "read_weights"]
 
@@ -30,7 +30,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _WHOLE_BYTES = 64 << 20
 _BLOCK_BYTES = 4096
 _READERS = 16
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # computed from the config; old checkpoints store them as well
 
 
@@ -111,6 +111,15 @@ class Weights:
                 for name, stored_name in names:
                     targets[name].copy_(stored.get_tensor(stored_name))
 
+    def tensor(self, name: str) -> "Tensor":
+        """Return one tensor on the CPU, as it is stored, from any store."""
+        import torch
+
+        found = self.tensors[name]
+        data = bytearray(self.folder.read(found.file, found.start, found.end))
+        flat = torch.frombuffer(data, dtype=getattr(torch, _TORCH_NAMES[found.dtype])) if data else torch.empty(0)
+        return flat.view(found.shape)
+
     def _content(self, tensor: Stored) -> str:
         if self.size_bytes <= _WHOLE_BYTES:
             return hashlib.sha256(self.folder.read(tensor.file, tensor.start, tensor.end)).hexdigest()
@@ -190,9 +199,9 @@ def _check_file(where: str, size: int, tensors: dict[str, Stored]) -> None:
     if end > size:
         raise BundleError(f"{where} is cut: it has {size} bytes of {end}; copy it again")
     for tensor in tensors.values():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in _TORCH_NAMES:
             raise BundleError(
-                f"{where}: {tensor.name} is stored as {tensor.dtype}; expected one of {', '.join(_DTYPES)} "
+                f"{where}: {tensor.name} is stored as {tensor.dtype}; expected one of {', '.join(_TORCH_NAMES)} "
                 "(quantized checkpoints are not supported: use the original)"
             )
 

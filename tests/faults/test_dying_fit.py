@@ -16,7 +16,8 @@ from captioner.command_line import parse
 from captioner.config import FitConfig
 from captioner.errors import OutputError
 from captioner.training.features.features import feature_schema
-from captioner.training.fit.fit_plan import FitPlan, open_output, plan_fit, save_initial_bundle
+from captioner.training.fit.fit_plan import FitPlan, open_output, plan_fit
+from captioner.training.fit.initial_bundle import save_initial_bundle
 from tests.faults.crashes import Moment, crashing
 from tests.labelled_scenes import write_labels
 from tests.unit.model import tiny_models

@@ -19,8 +19,9 @@ from captioner.model.bundle import describe
 from captioner.training.features.caption_tokens import tokenize_examples
 from captioner.training.features.examples import gather, sampled_rows
 from captioner.training.fit.fit_output import FitOutput
-from captioner.training.fit.fit_plan import llama_of, open_output, plan_fit, save_initial_bundle
+from captioner.training.fit.fit_plan import llama_of, open_output, plan_fit
 from captioner.training.fit.fit_worker import FitTask, run_fit_worker
+from captioner.training.fit.initial_bundle import save_initial_bundle
 from tests.faults.running_job import wait_for_nobody
 from tests.faults.test_fit_interruptions import ROOT, Fit, environment, weights
 from tests.labelled_scenes import write_labels

@@ -100,6 +100,8 @@ def _model(parts: "Parts", image_id: int) -> Any:
         (parts.language.weights, "model.language_"),
     ):
         weights.select(partial(_placed, place)).load_into(model)
+    if parts.adapter:
+        parts.adapter.merge_into(model, partial(_placed, "model.language_"))
     _make_room(model, image_id, parts.language.tokenizer.bos_token_id or parts.language.eos_token_ids[0])
     eos = list(parts.language.eos_token_ids)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]

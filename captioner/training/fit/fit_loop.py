@@ -18,7 +18,7 @@ from captioner.config import TrainingConfig
 from captioner.errors import JobError, OutputError
 from captioner.model.caption_model import CaptionModel
 from captioner.training.fit.batches import IntArray, PixelStream, TokenizedSplit, epoch_batches, share
-from captioner.training.fit.fit_state import Best, FitState, Row, weights_of
+from captioner.training.fit.fit_state import Best, FitState, Row
 from captioner.training.fit.projector import ProjectorFit, StepResult
 from captioner.training.fit.schedule import MIN_INTERVAL, Schedule, num_steps_of, steps_per_epoch
 from captioner.training.fit.validation import Validation
@@ -75,7 +75,7 @@ def fit_projector(
             state.step += 1
             if schedule.has_row(state.step):
                 row = {"step": state.step, "epoch": state.step / order.steps_per_epoch} | window.take()
-                row["learning_rate"] = fit.learning_rate(state.step - 1)
+                row |= fit.learning_rates(state.step - 1)
                 if schedule.has_evaluation(state.step):
                     row |= _evaluate(fit, validation, state)
                     window.restart()
@@ -110,11 +110,11 @@ def _evaluate(fit: ProjectorFit, validation: Validation | None, state: FitState)
     """Measure the weights, keep them if they are the best, and return the figures."""
     start = time.monotonic()
     if validation is None:
-        state.best = Best(state.step, {}, [], weights_of(fit))
+        state.best = Best(state.step, {}, [], fit.weights())
         return {}
     measured = validation.measure(fit)
     if state.best is None or _score(fit.config, measured.figures) > _score(fit.config, state.best.figures):
-        state.best = Best(state.step, measured.figures, measured.captions, weights_of(fit))
+        state.best = Best(state.step, measured.figures, measured.captions, fit.weights())
         state.evaluations_without_gain = 0
     else:
         state.evaluations_without_gain += 1

@@ -3,34 +3,36 @@
 Everything that can be refused is refused here, before Ray starts. Loads no weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from captioner.config import Dtype, FitConfig, ModelConfig
-from captioner.config.checks import check
-from captioner.errors import BundleError, ConfigError
-from captioner.model.bundle import BundleDescription, describe, save_bundle
-from captioner.model.folder import Folder, open_folder
+from captioner.errors import ConfigError
+from captioner.model.bundle import BundleDescription
 from captioner.model.language.language import LanguageSource
-from captioner.model.language.table import read_language
 from captioner.model.layouts.llava_export import check_llava
-from captioner.model.template import DEFAULT_TEMPLATE
-from captioner.model.tokenizer import read_tokenizer
-from captioner.model.towers.table import read_tower
-from captioner.storage.urls import absolute, join, local_path, redact, scheme, server
+from captioner.storage.urls import absolute, join, local_path, redact
 from captioner.training.features.feature_plan import FeaturePlan, plan_features
 from captioner.training.fit.fit_output import FitOutput
-from captioner.training.fit.rungs import projector_of, rung
+from captioner.training.fit.fit_stores import model_options, options_at
+from captioner.training.fit.initial_bundle import keeps_projector, language_of, save_initial_bundle
+from captioner.training.fit.rungs import rung, settings_of
 from captioner.training.fit.schedule import examples_per_epoch, num_steps_of
 from captioner.training.labels.labels import Labels, read_labels
 
-__all__ = ["FitPlan", "llama_of", "model_options", "open_output", "plan_fit", "save_initial_bundle"]
+__all__ = ["FitPlan", "llama_of", "open_output", "plan_fit"]
 
 _NOT_IN_IDENTITY = ("log_every", "checkpoint_every", "gradient_checkpointing")
-_LATER = {"captions_per_epoch": "all", "image_features": "pooled"}
+_LATER = {
+    "captions_per_epoch": "all",
+    "image_features": "pooled",
+    "lora_rank": 0,
+    "lora_modules": (),
+    "lora_alpha": None,
+    "lora_learning_rate": 2e-4,
+}
 """Settings that older fits do not record, and their values in these."""
 
 
@@ -84,11 +86,18 @@ class FitPlan:
         yield f"labels    {redact(self.config.labels.labels_path)}: {splits}{out}"
         yield f"clip      {self.start.clip} ({self.start.clip_parameters:,} parameters, frozen)"
         yield f"llama     {self.start.llama} ({self.start.llama_parameters:,} parameters, frozen)"
-        projector = self.start.projector
+        projector, begun = self.start.projector, ", from its weights in --model" if keeps_projector(self.config) else ""
+        learns = f"fitted{begun}" if training.learning_rate else "frozen"
         yield (
             f"projector {projector.kind} {projector.num_features} -> {projector.num_image_tokens} x {projector.width}"
-            f" ({self.start.projector_parameters:,} parameters, fitted)"
+            f" ({self.start.projector_parameters:,} parameters, {learns})"
         )
+        if adapter := self.start.adapter:
+            learns = "fitted" if training.lora_rank else "frozen"
+            yield (
+                f"adapter   LoRA of rank {adapter.rank}, alpha {adapter.alpha:g} on {', '.join(adapter.modules)}"
+                f" ({self.start.adapter_parameters:,} parameters, {learns})"
+            )
         yield f"template  {self.start.template!r}"
         num_missing, num_images = len(self.features.missing), self.labels.table.num_rows
         if projector.reads_patches:
@@ -106,49 +115,9 @@ class FitPlan:
 def open_output(config: FitConfig) -> FitOutput:
     """Return the output folder, after checking that only this fit may have written it."""
     output = absolute(config.target.output)
-    found = FitOutput(output, _options_at(output, config))
+    found = FitOutput(output, options_at(output, config))
     found.check_owner()
     return found
-
-
-def _options_at(url: str, config: FitConfig) -> dict[str, object]:
-    """Return the storage options of a URL: the output's on the output's server, else those of LABELS on theirs.
-
-    If LABELS is local, its options are for any remote store: it needs none itself."""
-    own, of_labels = config.target.output_storage_options, config.labels.storage_options
-    of = server(absolute(url))
-    if own is not None and of == server(absolute(config.target.output)):
-        return own
-    local = server("/")
-    return of_labels if server(config.labels.labels_path) in (of, local) and of != local else {}
-
-
-def model_options(config: FitConfig, output: FitOutput) -> dict[str, object]:
-    """Return the storage options of the initial bundle, which the parts that it names share on its server alone.
-
-    Those of a local bundle are for its parts. Raises ConfigError for parts on another store than a remote bundle's."""
-    part, given = _named_part(config), config.model.model_storage_options
-    if scheme(output.url) == "file":
-        return _part_options(part, config)
-    is_shared = given is None or server(absolute(part)) in (server(absolute(output.url)), server("/"))
-    check(
-        is_shared,
-        "--model-storage-options",
-        f"given for {redact(part)}, which {redact(output.url)} will name",
-        "an OUTPUT_BUNDLE of this machine or on the model's own store",
-    )
-    return output.storage_options
-
-
-def _named_part(config: FitConfig) -> str:
-    return config.model.model or config.model.clip or "demo"
-
-
-def _part_options(part: str, config: FitConfig) -> dict[str, object]:
-    """Return the storage options of a model: those given, else those of the output or LABELS where it is theirs."""
-    given = config.model.model_storage_options
-    is_named = server(absolute(part)) == server(absolute(_named_part(config)))
-    return given if given is not None and is_named else _options_at(part, config)
 
 
 def plan_fit(
@@ -163,6 +132,8 @@ def plan_fit(
 
     with TemporaryDirectory() as folder:
         start = save_initial_bundle(config, folder, model_options(config, output))
+    if keeps_projector(config):
+        config = replace(config, training=replace(config.training, **settings_of(start.projector)))
     identity = _identity(config, start)
     output.refuse_other_fit(identity)  # before anything is written there
     _check_context(config, start)
@@ -170,7 +141,7 @@ def plan_fit(
     take_lease()
     output.refuse_other_fit(identity)  # again: another fit may have begun here while this one waited for the lease
     labels = read_labels(config.labels, run_folder, output.storage_options)
-    _check_images(config, labels)
+    _check_images(start, labels)
     _check_validation(config, labels)
     identity["labels"] = labels.fingerprint
     output.refuse_other_fit(identity)
@@ -204,66 +175,16 @@ def _features(
         config.image,
         run_folder=run_folder,
         features_folder=folder,
-        features_options=_options_at(folder, config) if shared else output.storage_options,
+        features_options=options_at(folder, config) if shared else output.storage_options,
         clip_options=model_options(config, output),
         output_options=output.storage_options,
         keeps_features=not start.projector.reads_patches,
     )
 
 
-def save_initial_bundle(config: FitConfig, folder: str, options: Mapping[str, Any] | None = None) -> BundleDescription:
-    """Write the bundle with the initial weights, a function of the seed, and return its description."""
-    import torch
-
-    from captioner.model.projector import build_projector
-
-    clip, llama, template = _parts(config)
-    width = read_language(_folder(llama, config), template=template).width
-    projector = projector_of(config.training, read_tower(_folder(clip, config)), width)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        weights = build_projector(projector)
-    return save_bundle(
-        folder, weights, projector, clip=clip, llama=llama, template=template, storage_options=dict(options or {})
-    )
-
-
 def llama_of(plan: FitPlan) -> LanguageSource:
     """Return the LLaMA of a fit, not loaded."""
-    return read_language(_folder(plan.start.llama, plan.config), template=plan.start.template)
-
-
-def _folder(part: str, config: FitConfig) -> Folder:
-    return open_folder(part, _part_options(part, config) or None)
-
-
-def _parts(config: FitConfig) -> tuple[str, str, str]:
-    """Return tower, language model and template. Raises BundleError for a model that has neither of its own."""
-    model = config.model
-    if model.clip and model.llama:
-        return model.clip, model.llama, model.template or _default_template(model.llama, config)
-    named = model.model or "demo"
-    found = describe(named, _part_options(named, config) or None, allow_remote_parts=model.allow_remote_parts)
-    if found.kind != "bundle":
-        raise BundleError(
-            f"{found.name} is a LLaVA checkpoint, whose CLIP and LLaMA are not stored apart; expected a bundle, or the"
-            " two by --clip and --llama"
-        )
-    return _absolute_part(found.clip), _absolute_part(found.llama), model.template or found.template
-
-
-def _default_template(language_model: str, config: FitConfig) -> str:
-    """Return the tokenizer's start token, where it has one, and the image."""
-    tokenizer = read_tokenizer(_folder(language_model, config))
-    if "<|begin_of_text|>" in tokenizer.get_added_vocab():
-        return DEFAULT_TEMPLATE
-    return f"{tokenizer.bos_token or ''}{{image}}"
-
-
-def _absolute_part(part: str) -> str:
-    """Return the name of CLIP or LLaMA for any process: the absolute path of a local folder."""
-    is_local = "://" not in part and Path(part).is_dir()
-    return str(Path(part).resolve()) if is_local else part
+    return language_of(plan.config, plan.start)
 
 
 def _check_context(config: FitConfig, start: BundleDescription) -> None:
@@ -280,13 +201,12 @@ def _check_context(config: FitConfig, start: BundleDescription) -> None:
 def _check_layout(config: FitConfig, start: BundleDescription) -> None:
     """Raise ConfigError for a layout that does not know the projector."""
     if config.target.save_as:
-        language = read_language(_folder(start.llama, config), template=start.template)
-        check_llava(start.projector, start.tower_config.model_type, language, start.template)
+        check_llava(start.projector, start.tower_config.model_type, language_of(config, start), start.template)
 
 
-def _check_images(config: FitConfig, labels: Labels) -> None:
+def _check_images(start: BundleDescription, labels: Labels) -> None:
     """Raise ConfigError for images inside files where each step reads other images: a file is read from its start."""
-    if config.training.image_features == "patches" and labels.frozen is not None:
+    if start.projector.reads_patches and labels.frozen is not None:
         raise ConfigError(
             f"--image-features patches reads other images in each step, and those of {labels.location} are inside its"
             " files; expected images with a name or URI each, as in a .jsonl or .csv. Unpack them, or fit the pooled"
@@ -312,7 +232,9 @@ def _identity(config: FitConfig, start: BundleDescription) -> dict[str, Any]:
     training = {name: value for name, value in asdict(config.training).items() if name not in _NOT_IN_IDENTITY}
     training = {name: value for name, value in training.items() if value != _LATER.get(name, ...)}
     training["image_tokens"] = start.projector.num_image_tokens
-    return {
+    # Random weights follow from the seed; those of a model do not.
+    begun = {"start": start.fingerprint} if keeps_projector(config) else {}
+    return begun | {
         "clip": start.clip_fingerprint,
         "llama": start.llama_fingerprint,
         "template": start.template,

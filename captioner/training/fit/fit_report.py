@@ -10,9 +10,12 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from torch import Tensor
+
 from captioner import __version__
 from captioner.config import LabelsConfig
-from captioner.model.bundle import describe, save_as_llava, save_bundle
+from captioner.model.adapter import AdapterConfig
+from captioner.model.bundle import describe, read_parts, save_as_llava, save_bundle
 from captioner.model.projector import build_projector
 from captioner.storage.urls import redact
 from captioner.terminal import command
@@ -26,8 +29,9 @@ __all__ = ["closing_lines", "dry_run_summary", "save_fitted_bundle", "save_llava
 def save_fitted_bundle(plan: FitPlan, features: FeatureSet, state: FitState) -> None:
     """Write the bundle with the best weights: it appears when all of it is there."""
     best = best_of(state)
+    learnt = {name: weight for name, weight in best.weights.items() if "lora_" in name}
     projector = build_projector(plan.start.projector)
-    projector.load_state_dict(best.weights)
+    projector.load_state_dict({name: weight for name, weight in best.weights.items() if name not in learnt})
     save_bundle(
         plan.output.url,
         projector,
@@ -35,10 +39,21 @@ def save_fitted_bundle(plan: FitPlan, features: FeatureSet, state: FitState) -> 
         clip=plan.start.clip,
         llama=plan.start.llama,
         template=plan.start.template,
+        adapter=_adapter(plan, learnt),
         carries_models=plan.config.target.carry_models,
         provenance=_provenance(plan, features, state, best),
         storage_options=plan.model_options,
     )
+
+
+def _adapter(plan: FitPlan, learnt: Mapping[str, Tensor]) -> tuple[AdapterConfig, Mapping[str, Tensor]] | None:
+    """Return the adapter that was fitted, or that of the model, which has stayed as it was."""
+    config = plan.start.adapter
+    if config is None or learnt:
+        return None if config is None else (config, learnt)
+    start = read_parts(plan.output.initial_bundle_url, plan.model_options or None, allow_remote_parts=True)
+    assert start.adapter is not None, "the bundle that the fit began with has an adapter"
+    return config, start.adapter.tensors()
 
 
 def save_llava(plan: FitPlan) -> None:

@@ -3,7 +3,6 @@
 After the initial weights nothing is random: the order of the examples and the learning rate follow from seed and step.
 """
 
-import copy
 import io
 from dataclasses import dataclass, field
 from pickle import UnpicklingError
@@ -15,7 +14,7 @@ from torch import Tensor
 from captioner.errors import JobError
 from captioner.training.fit.projector import ProjectorFit
 
-__all__ = ["Best", "FitState", "best_of", "weights_of"]
+__all__ = ["Best", "FitState", "best_of"]
 
 Row = dict[str, float]
 
@@ -56,14 +55,14 @@ class FitState:
         """Return this with the weights and the optimizer of `fit`."""
         buffer = io.BytesIO()
         fields = {**vars(self), "best": vars(self.best) if self.best else None}
-        torch.save({**fields, "weights": weights_of(fit), "optimizer": fit.optimizer.state_dict()}, buffer)
+        torch.save({**fields, "weights": fit.weights(), "optimizer": fit.optimizer.state_dict()}, buffer)
         return buffer.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes, fit: ProjectorFit) -> "FitState":
         """Return the state in a checkpoint, and load its weights and optimizer into `fit`."""
         fields = _loaded(data)
-        fit.projector.load_state_dict(fields.pop("weights"))
+        fit.load(fields.pop("weights"))
         fit.optimizer.load_state_dict(fields.pop("optimizer"))
         best = fields.pop("best")
         return cls(**fields, best=Best(**best) if best else None)
@@ -83,11 +82,6 @@ def best_of(state: FitState) -> Best:
     """Return the best weights of a fit that has ended."""
     assert state.best is not None, "a fit ends with an evaluation"
     return state.best
-
-
-def weights_of(fit: ProjectorFit) -> dict[str, Tensor]:
-    """Return a copy of the projector's weights on the CPU."""
-    return {name: copy.deepcopy(weight.detach().cpu()) for name, weight in fit.projector.state_dict().items()}
 
 
 def _loaded(data: bytes) -> dict[str, Any]:

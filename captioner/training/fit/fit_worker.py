@@ -53,6 +53,7 @@ def run_fit_worker(task: FitTask, device: str, on_row: Callable[[Row], None]) ->
         dtype=_dtype(task.dtype, device),
         device=device,
         storage_options=dict(task.model_options or task.output.storage_options) or None,
+        merges_adapter=task.training.lora_rank == 0,
         allow_remote_parts=True,  # this fit has written the bundle
     )
     group = WorkerGroup.of_torch()

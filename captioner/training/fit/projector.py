@@ -1,11 +1,14 @@
 """One step of a fit: the loss of a batch, its gradient over all workers, AdamW, the learning rate.
 
-Only the projector is trained. LLaMA reads what it reads when it captions: the template's prompt, the image, then the
-caption. The loss is that of every caption token and the end token, given those before (teacher forcing).
+The projector is trained, and the adapter of a model that has one; nothing else has a gradient. LLaMA reads what it
+reads when it captions: the template's prompt, the image, then the caption. The loss is that of every caption token and
+the end token, given those before (teacher forcing).
 """
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +19,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from captioner.config import TrainingConfig
+from captioner.model.adapted_layers import adapter_weights
 from captioner.model.caption_model import CaptionModel
 from captioner.model.tokenizer import Tokenizer
 from captioner.training.fit.batches import Batch
 from captioner.training.fit.worker_group import WorkerGroup
 
-__all__ = ["ProjectorFit", "StepResult", "end_token_id", "learning_rate"]
+__all__ = ["ProjectorFit", "StepResult", "describe_trained", "end_token_id", "learning_rate"]
+
+log = logging.getLogger("captioner")
 
 _BETAS = (0.9, 0.98)
 _END_OF_TURN = "<|eot_id|>"
@@ -42,23 +48,27 @@ class StepResult:
 
 
 class ProjectorFit:
-    """A model whose projector is trained: float32 weights, computed in LLaMA's dtype."""
+    """A model whose projector and adapter are trained: float32 weights, computed in LLaMA's dtype."""
+
+    trained: dict[str, nn.Parameter]
+    """What has a gradient, by name: the projector's weights, unless they stay as they are, and the adapter's."""
 
     def __init__(self, model: CaptionModel, config: TrainingConfig, *, num_steps: int, group: WorkerGroup) -> None:
         self.config = config
         self.group = group
         self.num_steps = num_steps
-        self.projector = model.projector.float().requires_grad_(True)
+        self.projector = model.projector.float().requires_grad_(config.learning_rate > 0)
         self.model = replace(model, projector=self.projector)
         self._prompt = model.prompt_embeddings()
-        matrices = [weight for weight in self.projector.parameters() if weight.ndim > 1]
-        vectors = [weight for weight in self.projector.parameters() if weight.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self._weights = [*matrices, *vectors]
+        adapter = adapter_weights(model.llama)
+        for weight in adapter.values():
+            weight.requires_grad_(True)
+        learning = {name: weight for name, weight in self.projector.named_parameters() if weight.requires_grad}
+        groups, self._peaks = _groups(learning, adapter, config)
+        self.trained = learning | adapter
+        self._weights = list(self.trained.values())
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)
+        log.info("gradients=%s", describe_trained(self.trained))
         if config.gradient_checkpointing:
             llama: Any = model.llama
             llama.activation_checkpointing_enable({"use_reentrant": False})
@@ -112,17 +122,38 @@ class ProjectorFit:
                 num_tokens += len(batch.loss_positions)
         totals = self._exchange(loss_sum, num_tokens)
         grad_norm = nn.utils.clip_grad_norm_(self._weights, self.config.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = self._rate(step, peak)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(totals[0], totals[1], grad_norm)
 
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Return the learning rates of a step, counted from 0: the projector's, and the adapter's if there is one."""
+        rates = {"learning_rate": self._rate(step, self.config.learning_rate)}
+        if self.config.lora_rank:
+            rates["lora_learning_rate"] = self._rate(step, self.config.lora_learning_rate)
+        return rates
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of the weights that it knows on the CPU: the projector's, and the adapter's if there is one.
+
+        The names of an adapter's weights hold `lora_`."""
+        found = {**self.projector.state_dict(), **adapter_weights(self.model.llama)}
+        return {name: weight.detach().cpu().clone() for name, weight in found.items()}
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take such weights."""
+        mine = {**self.projector.state_dict(), **adapter_weights(self.model.llama)}
+        assert mine.keys() == weights.keys(), mine.keys() ^ weights.keys()
+        with torch.no_grad():
+            for name, weight in mine.items():
+                weight.copy_(weights[name])
+
+    def _rate(self, step: int, peak: float) -> float:
         warmup = self.config.warmup_steps
         warmup = math.ceil(0.03 * self.num_steps) if warmup is None else warmup
-        return learning_rate(step, peak=self.config.learning_rate, warmup_steps=warmup, num_steps=self.num_steps)
+        return learning_rate(step, peak=peak, warmup_steps=warmup, num_steps=self.num_steps)
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
@@ -146,6 +177,29 @@ class ProjectorFit:
             weight.grad = summed[start : start + weight.numel()].view_as(weight)
             start += weight.numel()
         return totals
+
+
+def describe_trained(names: Iterable[str]) -> str:
+    """Return for people which weights have a gradient: names, those of layers by what all layers share."""
+    shared = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return ",".join(shared)
+
+
+def _groups(
+    learning: Mapping[str, Tensor], adapter: Mapping[str, Tensor], config: TrainingConfig
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Return AdamW's groups of the projector's and the adapter's weights, and the peak learning rate of each."""
+    matrices = [weight for weight in learning.values() if weight.ndim > 1]
+    vectors = [weight for weight in learning.values() if weight.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    peaks = [config.learning_rate, config.learning_rate]
+    if adapter:
+        groups.append({"params": list(adapter.values()), "weight_decay": config.weight_decay})
+        peaks.append(config.lora_learning_rate)
+    return groups, peaks
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, num_steps: int) -> float:

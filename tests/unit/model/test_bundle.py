@@ -344,9 +344,9 @@ BREAKS: dict[str, tuple[Callable[[Path], object], type[BundleError], str]] = {
         r"take \d+ tokens, the LLaMA in \S*llama reads 512; expected a shorter prompt",
     ),
     "a later format": (
-        lambda b: edit_json(b / "bundle.json", version=2),
+        lambda b: edit_json(b / "bundle.json", version=3),
         BundleError,
-        r"bundle.json has version 2; this release reads version 1: update captioner",
+        r"bundle.json has version 3; this release reads versions 1 to 2: update captioner",
     ),
     "another format": (
         lambda b: write_json(b / "bundle.json", {"name": "a package of JavaScript"}),

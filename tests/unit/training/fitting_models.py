@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from captioner.config import TrainingConfig
+from captioner.model.adapter import AdapterConfig
 from captioner.model.bundle import load, save_bundle
 from captioner.model.caption_model import CaptionModel
+from captioner.model.folder import Folder
+from captioner.model.language.table import read_language
 from captioner.model.projector import ProjectorConfig, build_projector
 from captioner.training.fit.batches import IntArray, PixelStream, TokenizedSplit
 from captioner.training.fit.projector import end_token_id
@@ -20,7 +23,18 @@ TEMPLATE = "<|begin_of_text|>Look: {image} It shows "
 NUM_TRAIN, NUM_VALIDATION = 40, 12
 
 
-def save_model(folder: Path, *, kind: str = "linear", image_tokens: int = 2, template: str = TEMPLATE) -> str:
+LORA = AdapterConfig(rank=3, alpha=4.0, modules=("q_proj", "down_proj"))
+
+
+def save_model(
+    folder: Path,
+    *,
+    kind: str = "linear",
+    image_tokens: int = 2,
+    template: str = TEMPLATE,
+    lora: AdapterConfig | None = None,
+) -> str:
+    """A bundle; lora: with a random adapter, whose second matrices are not zero."""
     tiny_models.save_clip(folder / "clip")
     tiny_models.save_llama(folder / "llama")
     config = ProjectorConfig(
@@ -30,12 +44,22 @@ def save_model(folder: Path, *, kind: str = "linear", image_tokens: int = 2, tem
         num_image_tokens=image_tokens,
     )
     torch.manual_seed(7)
-    save_bundle(folder, build_projector(config), config, clip="clip", llama="llama", template=template)
+    projector = build_projector(config)
+    adapter = (lora, random_adapter(folder, lora)) if lora else None
+    save_bundle(folder, projector, config, clip="clip", llama="llama", template=template, adapter=adapter)
     return str(folder)
 
 
-def fresh(model_folder: str, dtype: str = "float32") -> CaptionModel:
-    return load(model_folder, dtype=dtype, device="cpu")
+def random_adapter(folder: Path, lora: AdapterConfig, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Weights of an adapter of the language model of a bundle."""
+    language = read_language(Folder.local(folder / "llama"), template=TEMPLATE)
+    draw = torch.Generator().manual_seed(seed)
+    shapes = lora.shapes(language.family.shapes(language.config))
+    return {name: 0.2 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+
+def fresh(model_folder: str, dtype: str = "float32", **options: bool) -> CaptionModel:
+    return load(model_folder, dtype=dtype, device="cpu", **options)
 
 
 def captions(num_images: int, *, seed: int) -> list[list[str]]:

@@ -14,7 +14,7 @@ from captioner.config import DecodingConfig
 from captioner.errors import JobError, OutputError
 from captioner.training.fit.batches import IGNORED, TokenizedSplit, epoch_batches, share
 from captioner.training.fit.fit_loop import Listener, fit_projector
-from captioner.training.fit.fit_state import FitState, weights_of
+from captioner.training.fit.fit_state import FitState
 from captioner.training.fit.projector import ProjectorFit, end_token_id, learning_rate
 from captioner.training.fit.schedule import Schedule, steps_per_epoch
 from captioner.training.fit.validation import Evaluation, Validation
@@ -59,9 +59,9 @@ def test_only_the_projector_has_a_gradient(model):
 def test_a_step_changes_the_projector_and_nothing_else(model):
     frozen = {name: weight.clone() for name, weight in model.llama.state_dict().items()}
     fit, examples = fit_of(model), toys.train_split(model)
-    before = weights_of(fit)
+    before = fit.weights()
     fit.step([examples.batch(np.arange(6))], step=10)
-    assert all(not torch.equal(before[name], weight) for name, weight in weights_of(fit).items())
+    assert all(not torch.equal(before[name], weight) for name, weight in fit.weights().items())
     assert all(torch.equal(frozen[name], weight) for name, weight in model.llama.state_dict().items())
 
 
@@ -247,11 +247,11 @@ def test_steps_follow_the_schedule_and_the_gradient_is_cut_to_its_limit(model):
 def test_weight_decay_shrinks_matrices_and_no_bias(model):
     fit = fit_of(model, weight_decay=0.5, learning_rate=0.1, warmup_steps=0)
     fit.projector.bias.data.fill_(1.0)
-    before = weights_of(fit)
+    before = fit.weights()
     for weight in fit.projector.parameters():
         weight.grad = torch.zeros_like(weight)
     fit.optimizer.step()
-    after = weights_of(fit)
+    after = fit.weights()
     assert torch.equal(after["bias"], before["bias"])
     torch.testing.assert_close(after["weight"], before["weight"] * (1 - 0.1 * 0.5))
 
@@ -344,7 +344,7 @@ def test_a_fit_resumed_from_any_checkpoint_ends_with_the_same_bits(folder, check
 
         def keep(state, fit):
             kept.setdefault(state.step, state.to_bytes(fit))
-            final[state.step] = weights_of(fit)
+            final[state.step] = fit.weights()
 
         return fit_projector(
             model,
@@ -455,7 +455,7 @@ def test_the_best_weights_are_kept_and_the_fit_ends_early(folder):
     model = toys.fresh(folder)
     seen = []
     config = toys.config(eval_every=2, checkpoint_every=2, max_steps=12, early_stop=2)
-    listener = Listener(on_checkpoint=lambda state, fit: seen.append((state.step, weights_of(fit)["weight"])))
+    listener = Listener(on_checkpoint=lambda state, fit: seen.append((state.step, fit.weights()["weight"])))
     validation = ScriptedValidation(*({"val_loss": loss} for loss in losses))
     state = fit_projector(model, toys.train_split(model), validation, config, listener=listener)
     assert (state.step, state.is_stopped, state.best.step) == (8, True, 4)

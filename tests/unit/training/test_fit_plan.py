@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from captioner.command_line import parse
 from captioner.config import FitConfig
 from captioner.errors import BundleError, ConfigError, InputError, ShapeError
 from captioner.model.bundle import load, load_vision
-from captioner.training.fit.fit_plan import open_output, plan_fit, save_initial_bundle
+from captioner.training.fit.fit_plan import open_output, plan_fit
 from captioner.training.fit.fit_report import save_llava
+from captioner.training.fit.initial_bundle import save_initial_bundle
 from tests.bundles import save_tiny_bundle
 from tests.labelled_scenes import write_labels
 from tests.unit.model import tiny_models
@@ -52,6 +53,15 @@ def plan_of(*arguments):
         (["--keep-best-by", "cider", "--num-scored-images", "0"], "--num-scored-images is 0; expected more than 0"),
         (["--num-measured-images", "9", "--num-scored-images", "10"], "--num-scored-images is 10; expected at most"),
         (["--seed", "-1"], "--seed is -1; expected 0 or more"),
+        (["--lora-rank", "-1"], "--lora-rank is -1; expected 0 or more"),
+        (["--lora-modules", "q_proj"], "--lora-modules is ('q_proj',); expected none without --lora-rank"),
+        (["--lora-alpha", "2"], "--lora-alpha is 2.0; expected none without --lora-rank"),
+        (["--lora-rank", "2", "--lora-alpha", "0"], "--lora-alpha is 0.0; expected more than 0"),
+        (["--lora-rank", "2", "--lora-learning-rate", "0"], "--lora-learning-rate is 0.0; expected more than 0"),
+        (
+            ["x.csv", "o", "--clip", "c", "--llama", "l", "--initial-projector", "model"],
+            "--initial-projector is model; expected random with --clip and --llama",
+        ),
         (["--image-tokens", "0"], "--image-tokens is 0; expected at least 1"),
         (["--projector", "query", "--image-tokens", "8"], "--image-features is pooled; expected patches, which --proj"),
         (
@@ -252,6 +262,63 @@ def test_what_is_known_of_checked_images_depends_on_no_tower(labels, parts, tmp_
     pooled, patches = ([plan_of(*flags, clip, *more).features.cache.url for clip in (parts[0], other)] for more in MORE)
     assert pooled[0] != pooled[1]
     assert patches[0] == patches[1] != pooled[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora-rank", "2", "--lora-modules", "q_proj,query"], r"--lora-modules names query; .* are q_proj, k_proj,"),
+        (["--lora-rank", "40"], r"--lora-rank is 40; the narrowest of the maps .* is 32 wide: expected at most 32"),
+        (["--lora-rank", "2", "--learning-rate", "0"], "--learning-rate is 0; expected more than 0 for a projector of"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused_before_anything_is_written(labels, parts, tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_of(labels, str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1], *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_begins_with_the_projector_of_the_model_and_says_so(labels, tmp_path):
+    bundle = save_tiny_bundle(tmp_path / "bundle", num_image_tokens=3)
+    flags = [labels, str(tmp_path / "out"), "--model", bundle, "--lora-rank", "2", "--lora-modules", "q_proj,v_proj"]
+    plan = plan_of(*flags)
+    text = "\n".join(plan.lines())
+    assert "projector linear 48 -> 3 x 64 (9,408 parameters, fitted, from its weights in --model)" in text
+    assert "adapter   LoRA of rank 2, alpha 4 on q_proj, v_proj (896 parameters, fitted)" in text
+    assert plan.config.training.image_tokens == 3
+    assert "projector linear 48 -> 3 x 64 (9,408 parameters, frozen)" in "\n".join(
+        plan_of(*flags, "--learning-rate", "0").lines()
+    )
+    start = save_initial_bundle(plan.config, str(tmp_path / "start"))
+    own, begun = (load_file(f"{folder}/projector.safetensors") for folder in (bundle, tmp_path / "start"))
+    assert all(torch.equal(weight, begun[name]) for name, weight in own.items())
+    assert start.fingerprint == plan.start.fingerprint
+    fresh = load_file(tmp_path / "start" / "adapter" / "adapter_model.safetensors")
+    assert {bool(weight.any()) for name, weight in fresh.items() if "lora_B" in name} == {False}
+    assert {bool(weight.any()) for name, weight in fresh.items() if "lora_A" in name} == {True}
+
+
+def test_other_first_weights_are_another_fit(labels, tmp_path):
+    bundle = save_tiny_bundle(tmp_path / "bundle")
+    flags = [labels, str(tmp_path / "out"), "--model", bundle]
+    random, begun = plan_of(*flags), plan_of(*flags, "--initial-projector", "model")
+    assert "lora_rank" not in random.identity["training"]
+    assert "start" not in random.identity
+    weights = load_file(f"{bundle}/projector.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, f"{bundle}/projector.safetensors")
+    again = plan_of(*flags, "--initial-projector", "model")
+    assert again.identity["start"] != begun.identity["start"], "another projector in the same bundle"
+
+
+def test_a_rung_beside_the_projector_of_the_model_is_refused_unless_it_is_its_own(labels, tmp_path):
+    bundle = save_tiny_bundle(tmp_path / "bundle")
+    flags = [labels, str(tmp_path / "out"), "--model", bundle, "--lora-rank", "2"]
+    message = (
+        r"--projector mlp is given, but the projector of \S+, which goes on learning, is of kind linear with 1 image"
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan_of(*flags, "--projector", "mlp")
+    assert plan_of(*flags, "--projector", "mlp", "--initial-projector", "random").start.projector.kind == "pooled_mlp"
 
 
 @pytest.mark.parametrize("flags", [["--early-stop", "3"], ["--keep-best-by", "cider"]])

@@ -7,20 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from captioner.captioning.captioner import Captioner
 from captioner.command_line import parse
 from captioner.config import FitConfig
-from captioner.errors import BundleError
+from captioner.errors import BundleError, ConfigError
 from captioner.gallery.fit_page import write_fit_page
 from captioner.model.bundle import describe, load
 from captioner.training.features.caption_tokens import tokenize_examples
 from captioner.training.features.examples import Examples
 from captioner.training.fit.batches import TokenizedSplit
-from captioner.training.fit.fit_plan import llama_of, open_output, plan_fit, save_initial_bundle
+from captioner.training.fit.fit_plan import llama_of, open_output, plan_fit
 from captioner.training.fit.fit_report import closing_lines, save_fitted_bundle, summarize
 from captioner.training.fit.fit_state import FitState, best_of
 from captioner.training.fit.fit_worker import FitTask, run_fit_worker
+from captioner.training.fit.initial_bundle import save_initial_bundle
 from captioner.training.fit.progress import FitProgress
 from captioner.training.fit.projector import ProjectorFit, end_token_id
 from captioner.training.fit.run_folder import RunFolderWriter
@@ -56,22 +58,15 @@ class RandomFeatures:
 class Fit:
     """A fit that has ended, and its rows."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, model: str | None = None) -> None:
+        """model: a bundle to begin with, whose rung it has, in place of a CLIP and a LLaMA."""
         self.labels = write_labels(folder, NUM_IMAGES)
         self.parts = [str(tiny_models.save_clip(folder / "clip")), str(tiny_models.save_llama(folder / "llama"))]
         self.output = folder / "bundle"
         training = ["--batch-size", "8", "--max-steps", "9", "--eval-every", "3", "--log-every", "1"]
-        few = [
-            "--num-scored-images",
-            "4",
-            "--max-caption-tokens",
-            "8",
-            "--learning-rate",
-            "0.01",
-            "--image-tokens",
-            "2",
-        ]
-        models = ["--clip", self.parts[0], "--llama", self.parts[1], "--template", "<|begin_of_text|>Look: {image}"]
+        few = ["--num-scored-images", "4", "--max-caption-tokens", "8", "--learning-rate", "0.01"]
+        two = ["--template", "<|begin_of_text|>Look: {image}", "--image-tokens", "2"]
+        models = ["--model", model] if model else ["--clip", self.parts[0], "--llama", self.parts[1], *two]
         config = parse(FitConfig, [str(self.labels), str(self.output), *models, *training, *few, *flags])
         output = open_output(config)
         self.plan = plan_fit(config, output, output.run_folder)
@@ -260,6 +255,38 @@ def test_a_bundle_that_carries_its_models_can_move(tmp_path):
     for part in carried.parts:
         Path(part).rename(f"{part}-gone")
     assert describe(str(moved)).fingerprint
+
+
+def test_an_adapter_is_saved_and_goes_on_learning_or_stays_as_it_was(tmp_path):
+    lora = ["--lora-rank", "2", "--lora-modules", "q_proj,down_proj", "--lora-learning-rate", "0.02"]
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    for folder in folders:
+        folder.mkdir()
+    first = Fit(folders[0], *lora)
+    told = describe(str(first.output))
+    assert (told.adapter.rank, told.adapter.modules) == (2, ("q_proj", "down_proj"))
+    own = load_file(first.output / "adapter" / "adapter_model.safetensors")
+    learnt = {f"base_model.model.{name}": weight for name, weight in first.state.best.weights.items()}
+    assert all(torch.equal(weight, learnt[name]) for name, weight in own.items())
+    assert all(weight.any() for weight in own.values())
+    captioner = Captioner.from_bundle(str(first.output))
+    assert all(caption.num_tokens for caption in captioner.caption(sorted(first.labels.parent.glob("*.png"))[:2]))
+    captioner.close()
+
+    second = Fit(folders[1], *lora, model=str(first.output))
+    before, after = (last_loss(fit) for fit in (first, second))
+    assert after < before
+    third = Fit(folders[2], "--initial-projector", "model", model=str(first.output))
+    kept = load_file(third.output / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(weight, own[name]) for name, weight in kept.items())
+    assert "adapter   LoRA of rank 2" in "\n".join(third.plan.lines())
+    assert not torch.equal(third.state.best.weights["weight"], first.state.best.weights["weight"])
+    with pytest.raises(ConfigError, match="has an adapter already, of rank 2, alpha 4 and the maps q_proj, down_proj"):
+        Fit(tmp_path, "--lora-rank", "3", model=str(first.output))
+
+
+def last_loss(fit):
+    return fit.rows[-1]["loss"]
 
 
 def test_tensorboard_has_each_figure_of_each_row(tmp_path):
