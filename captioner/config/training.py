@@ -25,6 +25,10 @@ class TrainingConfig:
     """Embeddings that LLaMA reads for one image. By default 1 of the pooled state, and one for each patch; fewer of
     patches are averages over a square grid, so that the number is a square, as 64; with --projector query any."""
 
+    min_crop_area: float = 1.0
+    """Least share of an image, above 0 to 1, that a step shows with --image-features patches: a random resized crop,
+    another one in each epoch, as 0.5. 1 shows whole images. Validation images are whole."""
+
     epochs: int = 1
     """Passes over the examples."""
 
@@ -113,6 +117,9 @@ class TrainingConfig:
         for name in ("lora_modules", "lora_alpha"):
             is_used = self.lora_rank > 0 or not getattr(self, name)
             check(is_used, flag_name(name), getattr(self, name), "none without --lora-rank")
+        check(0 < self.min_crop_area <= 1, "--min-crop-area", self.min_crop_area, "more than 0, at most 1")
+        is_at_hand = self.min_crop_area == 1 or self.image_features == "patches"
+        check(is_at_hand, "--min-crop-area", self.min_crop_area, "1: kept features are those of whole images")
         for name in ("lora_rank", "warmup_steps", "weight_decay", "num_scored_images", "early_stop", "seed"):
             value = getattr(self, name)
             check(value is None or 0 <= value < math.inf, flag_name(name), value, "0 or more")

@@ -49,6 +49,9 @@ class Batch:
     labels: Tensor
     """int64[B, L]: the token after prompt and image, and after each input token; IGNORED after the end."""
 
+    boxes: Tensor | None = None
+    """float32[B, 4]: the part of each image that is shown, as `random_crops` has it; None for whole images."""
+
     @cached_property
     def loss_positions(self) -> Tensor:
         """int64[T]: positions in the flattened labels that have a loss."""
@@ -113,8 +116,11 @@ class TokenizedSplit:
         """int64[E]: tokens of each caption, its end token included."""
         return np.diff(self.starts)
 
-    def batch(self, rows: IntArray, images: Images | None = None) -> Batch:
-        """Return the examples of int64[B]. images: those of these examples, one each; by default from `self.images`."""
+    def batch(
+        self, rows: IntArray, images: Images | None = None, *, boxes: npt.NDArray[np.float32] | None = None
+    ) -> Batch:
+        """Return the examples of int64[B]. images: those of these examples, one each; by default from `self.images`.
+        boxes: the part of each that is shown."""
         lengths = self.starts[rows + 1] - self.starts[rows]  # not of all examples: there may be millions
         offsets = np.arange(int(lengths.max()))
         is_token = offsets < lengths[:, None]
@@ -124,6 +130,7 @@ class TokenizedSplit:
             images=torch.from_numpy(np.ascontiguousarray(self.images[self.image[rows]] if images is None else images)),
             input_ids=torch.from_numpy(ids[:, :-1]),
             labels=torch.from_numpy(np.where(is_token, ids, IGNORED)),
+            boxes=None if boxes is None else torch.from_numpy(boxes),
         )
 
 

@@ -11,6 +11,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from captioner.model.caption_model import CaptionModel
 from captioner.training.fit.batches import IntArray, PixelStream, TokenizedSplit, epoch_batches, share
 from captioner.training.fit.fit_state import Best, FitState, Row
 from captioner.training.fit.projector import ProjectorFit, StepResult
+from captioner.training.fit.random_crops import random_boxes
 from captioner.training.fit.schedule import MIN_INTERVAL, Schedule, num_steps_of, steps_per_epoch
 from captioner.training.fit.validation import Validation
 from captioner.training.fit.worker_group import WorkerGroup
@@ -70,7 +72,10 @@ def fit_projector(
     coming = _images(train, config, group, range(state.step, fit.num_steps))
     with nullcontext() if pixels is None else closing(pixels(coming)) as stream:
         while state.step < fit.num_steps and not state.is_stopped:
-            batches = (train.batch(part, next(stream) if stream else None) for part in order.parts(state.step, group))
+            batches = (
+                train.batch(part, next(stream) if stream else None, boxes=order.boxes(state.step, part))
+                for part in order.parts(state.step, group)
+            )
             window.add(fit.step(batches, step=state.step), len(order.rows(state.step)))
             state.step += 1
             if schedule.has_row(state.step):
@@ -140,6 +145,13 @@ class _Order:
         """Return the examples of each batch of one worker in a step."""
         num_parts = self._config.gradient_accumulation_steps
         return share(self.rows(step), rank=group.rank, size=group.size, num_parts=num_parts)
+
+    def boxes(self, step: int, part: IntArray) -> npt.NDArray[np.float32] | None:
+        """Return the part of each image that a batch of this step shows, float32[B, 4]; None for whole images."""
+        config = self._config
+        if config.min_crop_area == 1:
+            return None
+        return random_boxes(part, min_area=config.min_crop_area, seed=config.seed, epoch=step // self.steps_per_epoch)
 
     def rows(self, step: int) -> IntArray:
         epoch, position = divmod(step, self.steps_per_epoch)

@@ -28,6 +28,7 @@ _NOT_IN_IDENTITY = ("log_every", "checkpoint_every", "gradient_checkpointing")
 _LATER = {
     "captions_per_epoch": "all",
     "image_features": "pooled",
+    "min_crop_area": 1.0,
     "lora_rank": 0,
     "lora_modules": (),
     "lora_alpha": None,
@@ -106,6 +107,7 @@ class FitPlan:
         else:
             yield f"features  {num_missing:,} of {num_images:,} images to compute"
         shown = ", one caption an image and epoch" if training.captions_per_epoch == "one" else ""
+        shown += f", crops of {training.min_crop_area:g} or more of it" if training.min_crop_area < 1 else ""
         yield f"steps     {self.num_steps:,} of {training.batch_size:,} examples{shown}"
         yield f"output    {redact(self.output.url)}"
         if self.config.target.save_as:

@@ -23,6 +23,7 @@ from captioner.model.adapted_layers import adapter_weights
 from captioner.model.caption_model import CaptionModel
 from captioner.model.tokenizer import Tokenizer
 from captioner.training.fit.batches import Batch
+from captioner.training.fit.random_crops import cropped
 from captioner.training.fit.worker_group import WorkerGroup
 
 __all__ = ["ProjectorFit", "StepResult", "describe_trained", "end_token_id", "learning_rate"]
@@ -76,7 +77,10 @@ class ProjectorFit:
     def loss_sum(self, batch: Batch) -> Tensor:
         """Return the negative log likelihood of a batch's caption tokens, summed: float32, on the device."""
         device = self.model.device
-        image_embeds = self.embed(batch.images.to(device, non_blocking=True))
+        images = batch.images.to(device, non_blocking=True)
+        if batch.boxes is not None:
+            images = cropped(images, batch.boxes.to(device, non_blocking=True))
+        image_embeds = self.embed(images)
         llama: Any = self.model.llama
         with self.autocast():
             request = self.model.request_embeddings(image_embeds)

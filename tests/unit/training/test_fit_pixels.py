@@ -51,12 +51,12 @@ def fitted(folder, *, group=None, saved=None, asked=None, **changes):
                 asked.append(batch.tolist())
             yield PIXELS[batch]
 
-    settings = toys.config(**{"max_caption_tokens": 8, "num_scored_images": 3, "checkpoint_every": 1, **changes})
+    settings = {"image_features": "patches", "max_caption_tokens": 8, "num_scored_images": 3, "checkpoint_every": 1}
     state = fit_projector(
         model,
         examples_of(model),
         validation_of(model),
-        settings,
+        toys.config(**{**settings, **changes}),
         group=group,
         pixels=stream,
         saved=saved,
@@ -76,6 +76,16 @@ def test_a_fit_resumed_at_any_step_ends_with_the_bits_of_an_unbroken_one(folder)
         assert all(torch.equal(weight, resumed.best.weights[name]) for name, weight in whole.best.weights.items())
 
 
+def test_a_fit_on_crops_resumed_in_any_epoch_ends_with_the_bits_of_an_unbroken_one(folder):
+    crops = {"min_crop_area": 0.3}
+    whole, states = fitted(folder, **crops)
+    for saved in states[2::5]:
+        resumed, _ = fitted(folder, saved=saved, **crops)
+        assert rows_without_time(resumed) == rows_without_time(whole)
+    uncropped, _ = fitted(folder)
+    assert rows_without_time(uncropped)[0] != rows_without_time(whole)[0]
+
+
 def test_a_resumed_fit_asks_for_the_images_that_are_left_and_no_others(folder):
     whole, rest = [], []
     _, states = fitted(folder, asked=whole)
@@ -84,20 +94,23 @@ def test_a_resumed_fit_asks_for_the_images_that_are_left_and_no_others(folder):
     assert len(whole) == len(states)
 
 
-@pytest.mark.parametrize(("size", "num_parts"), [(2, 1), (2, 3)])
-def test_workers_and_parts_change_no_loss_beyond_the_last_bits(folder, size, num_parts):
-    alone, _ = fitted(folder, batch_size=7)
+@pytest.mark.parametrize(("size", "num_parts", "area"), [(2, 1, 1.0), (2, 3, 0.3)])
+def test_workers_and_parts_change_no_loss_beyond_the_last_bits(folder, size, num_parts, area):
+    alone, _ = fitted(folder, batch_size=7, min_crop_area=area)
     place, barrier = [None] * size, threading.Barrier(size)
 
     def worker(rank):
         group = ThreadGroup(rank, size, place, barrier)
-        return fitted(folder, group=group, batch_size=7, gradient_accumulation_steps=num_parts)[0]
+        settings = {"batch_size": 7, "gradient_accumulation_steps": num_parts, "min_crop_area": area}
+        return fitted(folder, group=group, **settings)[0]
 
     with ThreadPoolExecutor(size) as threads:
         for state in threads.map(worker, range(size)):
             assert state.best.captions == alone.best.captions
             for row, expected in zip(rows_without_time(state), rows_without_time(alone), strict=True):
-                assert row == pytest.approx(expected, rel=1e-4)
+                rough = {"grad_norm": row.get("grad_norm", 0)}  # the last bits of 17 steps add up in it
+                assert rough == pytest.approx({"grad_norm": expected.get("grad_norm", 0)}, rel=1e-3)
+                assert row | rough == pytest.approx(expected | rough, rel=1e-4)
 
 
 def test_the_projector_alone_has_a_gradient(folder):

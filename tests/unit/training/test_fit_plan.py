@@ -63,6 +63,8 @@ def plan_of(*arguments):
             "--initial-projector is model; expected random with --clip and --llama",
         ),
         (["--image-tokens", "0"], "--image-tokens is 0; expected at least 1"),
+        (["--min-crop-area", "0"], "--min-crop-area is 0.0; expected more than 0, at most 1"),
+        (["--min-crop-area", "0.5"], "--min-crop-area is 0.5; expected 1: kept features are those of whole images"),
         (["--projector", "query", "--image-tokens", "8"], "--image-features is pooled; expected patches, which --proj"),
         (
             ["--projector", "query", "--image-features", "patches"],
