@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from captioner.config_file import merged
+from captioner.config_file import merged, with_recipe
 from captioner.errors import CaptionerError, ConfigError, UsageError
 from captioner.terminal import say, visible_lines
 
@@ -110,6 +110,7 @@ def parse(
     files, arguments = _split_config_flag(arguments)
     if files:
         arguments = merged(config_type, files[0], arguments)
+    arguments = with_recipe(config_type, arguments)
     if _HELP.isdisjoint(arguments):
         return _parse(config_type, arguments, program=program)
     texts = [_named(name)() for name in details]

@@ -1,8 +1,8 @@
 """A `--config` file and the words of a command line as one command line, which is parsed once.
 
 A scalar in the file means what it means after its flag: it is the text that stands there, `1:8` and `no` too. An empty
-one and null leave the default. Options that a flag takes as JSON have JSON's values. Knows YAML and the fields of a
-config; checks no value.
+one and null leave the default. Options that a flag takes as JSON have JSON's values. A config may have recipes: named
+settings, which `--recipe` puts below both. Knows YAML and the fields of a config; checks no value.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from captioner.errors import ConfigError
 
-__all__ = ["flag_names", "merged"]
+__all__ = ["flag_names", "merged", "with_recipe"]
 
 _POSITIONAL, _APPENDED = (get_args(marker[str])[1] for marker in (Positional, UseAppendAction))
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -62,6 +62,18 @@ def merged(config_type: type, file: Path, arguments: Sequence[str]) -> list[str]
     return [*from_file, *flags, *_positionals(fields, settings, free)]
 
 
+def with_recipe(config_type: type, arguments: Sequence[str]) -> list[str]:
+    """Return the command line with the settings of its `--recipe`, where it has one, that it does not set itself."""
+    recipes = getattr(config_type, "recipes", {})
+    given, flags, _ = _sorted(arguments, dict(_fields(config_type)) if recipes else {})
+    named = [value for flag, value in _valued(flags) if flag == "--recipe"]
+    if not named or named[-1] not in recipes:  # an unknown one is refused with the other flags
+        return list(arguments)
+    settings = recipes[named[-1]].settings
+    filled = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name not in given]
+    return [*filled, *arguments]
+
+
 def flag_names(config_type: type) -> list[str]:
     """Return the flags of a config, in their order, for a shell that completes them."""
     return ["--" + name.replace("_", "-") for name, field in _fields(config_type) if not field.is_positional]
@@ -94,6 +106,13 @@ def _sorted(arguments: Sequence[str], fields: Mapping[str, _Field]) -> tuple[set
         if not equals and not is_switch:
             flags += [value for value in [next(words, None)] if value is not None]
     return given, flags, free
+
+
+def _valued(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each flag with the word that follows it, or what stands behind its equals sign."""
+    for place, word in enumerate(flags):
+        name, equals, value = word.partition("=")
+        yield name, value if equals else next(iter(flags[place + 1 : place + 2]), "")
 
 
 def _positionals(fields: Mapping[str, _Field], settings: Mapping[str, list[str]], free: list[str]) -> list[str]:

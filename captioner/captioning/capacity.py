@@ -7,11 +7,12 @@ its allocator are in the tenth that this leaves free.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from captioner.captioning.card_rate import CARD, CARD_GIB, ImageWork, images_per_s
+from captioner.captioning.card_rate import ImageWork, images_per_s
 from captioner.captioning.job import resolve
 from captioner.captioning.plan import describe_model
 from captioner.config import PlanConfig
 from captioner.errors import ResourceError
+from captioner.model.card import CARD, CARD_GIB
 from captioner.model.description import BundleDescription
 from captioner.terminal import say
 

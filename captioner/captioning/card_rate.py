@@ -7,15 +7,11 @@ an engine reaches. Knows numbers alone.
 
 from dataclasses import dataclass
 
-__all__ = ["CARD", "ImageWork", "images_per_s"]
+from captioner.model.card import CARD_BYTES_PER_S, CARD_FLOPS
 
-CARD = "H100 of 80 GB"
-CARD_GIB = 80
+__all__ = ["ImageWork", "images_per_s"]
 
 _SHARE = 0.5
-_BYTES_PER_S = 3.35e12 * _SHARE
-_FLOPS = {2: 989e12 * _SHARE, 4: 67e12 * _SHARE}
-"""Bytes of a number -> operations a second: bfloat16 by its tensor cores, float32 without them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +37,8 @@ def images_per_s(work: ImageWork, slots: int, item_bytes: int) -> float:
     """Return the rate of one card that writes so many captions at once; 0 where it holds none."""
     if not slots:
         return 0.0
-    flops, weights_bytes = _FLOPS[item_bytes], work.language_parameters * item_bytes
+    flops, weights_bytes = CARD_FLOPS[item_bytes] * _SHARE, work.language_parameters * item_bytes
     products = work.tower_parameters * work.tower_tokens + work.language_parameters * work.prompt_tokens
-    read_s = (weights_bytes / slots + work.kv_bytes) / _BYTES_PER_S
+    read_s = (weights_bytes / slots + work.kv_bytes) / (CARD_BYTES_PER_S * _SHARE)
     token_s = max(read_s, 2 * work.language_parameters / flops)
     return 1 / (2 * products / flops + work.caption_tokens * token_s)

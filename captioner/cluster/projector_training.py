@@ -29,6 +29,7 @@ def fit_projector(config: FitConfig) -> Mapping[str, Any]:
         check_labels(config.labels)
         take_lease = (lambda: None) if config.dry_run else lambda: held.enter_context(output.take_lease())
         plan = plan_fit(config, output, run_folder, take_lease)
+        from captioner.training.fit.fit_price import fit_prices, price_lines
         from captioner.training.fit.fit_report import (
             closing_lines,
             dry_run_summary,
@@ -38,7 +39,9 @@ def fit_projector(config: FitConfig) -> Mapping[str, Any]:
 
         say(plan.lines())
         if config.dry_run:
-            return dry_run_summary(plan)
+            prices = fit_prices(plan)
+            say(price_lines(prices))
+            return {**dry_run_summary(plan), "prices": prices}
         with redirect_stdout(sys.stderr):  # Ray prints what happens to workers on stdout
             summary = summarize(plan) if output.has_bundle else _run(plan)
             save_llava(plan)

@@ -1,13 +1,15 @@
 """What a user may set for jobs/fit_projector.py."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
 from captioner.config.checks import check
 from captioner.config.image import ImageConfig
 from captioner.config.labels import LabelsConfig
+from captioner.config.recipes import RECIPES, Recipe, RecipeName
 from captioner.config.resources import ResourceConfig
 from captioner.config.training import TrainingConfig
 
@@ -129,8 +131,14 @@ class FitConfig:
     image: ImageConfig = field(default_factory=ImageConfig)
     resources: FitResourceConfig = field(default_factory=FitResourceConfig)
 
+    recipe: RecipeName | None = None
+    """Take the settings behind a published figure, which the plan prints with its source; any flag given wins, and any
+    setting of a --config file. In Python, `config.recipes.RECIPES` has them."""
+
     dry_run: bool = False
-    """Print the plan - images, models, steps left - and stop."""
+    """Print the plan - images, models, steps left, the price by rung - and stop."""
+
+    recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
 
     def __post_init__(self) -> None:
         is_demo = self.labels.labels_path == "demo"

@@ -292,6 +292,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(command, tmp_path, capsys)
     assert "linear 48 -> 2 x 64" in captured.err
     summary = json.loads(captured.out.splitlines()[-1])
     assert (summary["steps"], summary["features_missing"]) == (12, 60)
+    assert summary["prices"].keys() == {"this fit", "linear-1", "patches"}
     assert not (tmp_path / "new").exists()
 
 

@@ -3,12 +3,13 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from captioner.command_line import parse, run
-from captioner.config import CaptionJobConfig, EvaluateConfig
+from captioner.config import CaptionJobConfig, EvaluateConfig, FitConfig
+from captioner.config.recipes import RECIPES, RecipeName
 from captioner.errors import ConfigError, InputError, JobError
 
 
@@ -106,6 +107,43 @@ def test_a_file_and_flags_are_checked_together(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("num_captions: 4\ndo_sample: false\n")
     config = caption_config("in", "out", "--config", str(tmp_path / "job.yaml"), "--do-sample")
     assert (config.decoding.num_captions, config.decoding.do_sample) == (4, True)
+
+
+RECIPE_WORDS = {
+    "as it is": ("", [], {"epochs": 8, "image_tokens": 64, "learning_rate": 1e-3}),
+    "a flag wins": (
+        "",
+        ["--epochs", "1", "--min-crop-area=1"],
+        {"epochs": 1, "min_crop_area": 1.0, "image_tokens": 64},
+    ),
+    "a setting of a file wins": ("epochs: 3", [], {"epochs": 3, "image_tokens": 64}),
+    "a flag wins over both": ("epochs: 3", ["--epochs", "1"], {"epochs": 1, "image_tokens": 64}),
+    "the recipe in the file": ("recipe: patches", [], {"image_tokens": None, "min_crop_area": 0.5, "epochs": 8}),
+    "the flag's recipe": ("recipe: patches", ["--recipe", "pooled-64"], {"image_tokens": 64}),
+}
+
+
+@pytest.mark.parametrize(("file", "flags", "expected"), RECIPE_WORDS.values(), ids=RECIPE_WORDS)
+def test_a_recipe_sets_what_neither_flags_nor_a_file_do(
+    tmp_path: Path, file: str, flags: list[str], expected: dict[str, object]
+) -> None:
+    (tmp_path / "fit.yaml").write_text(file)
+    named = [] if "recipe" in file else ["--recipe", "pooled-64"]
+    training = parse(FitConfig, ["--config", str(tmp_path / "fit.yaml"), *named, *flags]).training
+    assert {name: getattr(training, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", get_args(RecipeName))
+def test_each_recipe_is_what_its_settings_say(name: str) -> None:
+    training = parse(FitConfig, ["demo", f"--recipe={name}"]).training
+    assert {field: getattr(training, field) for field in RECIPES[name].settings} == RECIPES[name].settings
+    assert RECIPES.keys() == set(get_args(RecipeName))
+
+
+def test_an_unknown_recipe_is_refused_as_any_flag_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(FitConfig, ["demo", "--recipe", "pooled-65"])
+    assert "pooled-64" in capsys.readouterr().err
 
 
 def test_gates_of_a_file_and_of_flags_all_hold(tmp_path: Path) -> None:

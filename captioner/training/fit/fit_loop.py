@@ -72,10 +72,8 @@ def fit_projector(
     coming = _images(train, config, group, range(state.step, fit.num_steps))
     with nullcontext() if pixels is None else closing(pixels(coming)) as stream:
         while state.step < fit.num_steps and not state.is_stopped:
-            batches = (
-                train.batch(part, next(stream) if stream else None, boxes=order.boxes(state.step, part))
-                for part in order.parts(state.step, group)
-            )
+            parts = ((part, order.boxes(state.step, part)) for part in order.parts(state.step, group))
+            batches = (train.batch(part, next(stream) if stream else None, boxes=boxes) for part, boxes in parts)
             window.add(fit.step(batches, step=state.step), len(order.rows(state.step)))
             state.step += 1
             if schedule.has_row(state.step):

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from captioner.config import Dtype, FitConfig, ModelConfig
+from captioner.config.checks import flag_name
 from captioner.errors import ConfigError
 from captioner.model.bundle import BundleDescription
 from captioner.model.language.language import LanguageSource
@@ -100,6 +101,7 @@ class FitPlan:
                 f" ({self.start.adapter_parameters:,} parameters, {learns})"
             )
         yield f"template  {self.start.template!r}"
+        yield from _recipe_lines(self.config)
         num_missing, num_images = len(self.features.missing), self.labels.table.num_rows
         if projector.reads_patches:
             yield f"rung      {rung(projector)}"
@@ -112,6 +114,18 @@ class FitPlan:
         yield f"output    {redact(self.output.url)}"
         if self.config.target.save_as:
             yield f"llava     {redact(self.output.llava_url)}"
+
+
+def _recipe_lines(config: FitConfig) -> Iterator[str]:
+    """Yield what the recipe is, with its source, and what of it was set otherwise."""
+    if config.recipe:
+        recipe, training = config.recipes[config.recipe], asdict(config.training)
+        yield f"recipe    {config.recipe}: {recipe.figure}; {recipe.source}"
+        ours = [name for name, value in recipe.settings.items() if training[name] == value]
+        yield "          " + ", ".join(f"{flag_name(name)} {recipe.settings[name]}" for name in ours)
+        others = [f"{flag_name(n)} {training[n]} in place of {v}" for n, v in recipe.settings.items() if n not in ours]
+        if others:
+            yield f"          but {', '.join(others)}"
 
 
 def open_output(config: FitConfig) -> FitOutput:

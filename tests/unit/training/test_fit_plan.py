@@ -215,6 +215,17 @@ def test_the_plan_says_the_rung_and_that_pixels_are_streamed(labels, parts, tmp_
     assert ("pixels    12 of 12 images to check; streamed into each step, never kept" in text) == bool(on_patches)
 
 
+def test_the_plan_says_what_a_recipe_is_and_what_was_set_otherwise(labels, parts, tmp_path):
+    flags = ["--clip", parts[0], "--llama", parts[1], "--recipe", "patches", "--epochs", "3"]
+    plan = plan_of(labels, str(tmp_path / "out"), *flags)
+    text = "\n".join(plan.lines())
+    assert "recipe    patches: 136.3 CIDEr on COCO by a frozen LLaMA-7B" in text
+    assert "DePALM (arXiv:2403.13499)" in text
+    assert "--image-features patches, --min-crop-area 0.5" in text
+    assert "but --epochs 3 in place of 8" in text
+    assert "of 256 examples, one caption an image and epoch, crops of 0.5 or more of it" in text
+
+
 def test_a_tower_without_a_cls_state_gives_all_its_states(labels, parts, tmp_path):
     siglip = str(tiny_models.save_siglip(tmp_path / "siglip"))
     flags = ["--clip", siglip, "--llama", parts[1], "--image-features", "patches", "--image-tokens", "4"]
