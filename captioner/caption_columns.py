@@ -20,9 +20,12 @@ __all__ = ["CAPTION_COLUMNS", "Caption", "CaptionColumn"]
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """One caption with its scores; `candidates` are all captions of the image, best first, if several were wanted.
+    """One caption with its scores; `candidates` are all captions of the image, best first, if several were wanted, or
+    one was drawn again.
 
-    clip_score: 0 to 2.5, None unless asked for. mean_logprob, min_logprob: of its tokens, at most 0."""
+    clip_score: 0 to 2.5, None unless asked for. mean_logprob, min_logprob: of its tokens, at most 0; num_tokens and
+    they are of all tokens that the model wrote. is_trimmed: whether `--trim-to-sentence` took its end away. is_whole:
+    false for one that a constraint does not allow to end where it was cut."""
 
     caption: str
     num_tokens: int
@@ -31,6 +34,8 @@ class Caption:
     min_logprob: float
     clip_score: float | None = None
     candidates: tuple["Caption", ...] = ()
+    is_trimmed: bool = False
+    is_whole: bool = True
 
     def __str__(self) -> str:
         return self.caption

@@ -13,14 +13,15 @@ import pyarrow.compute as pc
 import torch
 
 from captioner.caption_columns import CAPTION_COLUMNS, Caption
-from captioner.captioning.answer_values import answer_values
+from captioner.captioning.answer_values import answer_values, caption_details
 from captioner.captioning.captioner import Captioner
+from captioner.captioning.job_prompts import answers_of
 from captioner.captioning.model_clock import ModelClock
 from captioner.captioning.questions import Answer
 from captioner.captioning.telemetry import NullRecorder, Recorder, decode_label
 from captioner.config import CaptionJobConfig
 from captioner.model.image_encoder import pixel_tensor
-from captioner.prompts import CAPTION, Prompt, answer_fields
+from captioner.prompts import CAPTION, Prompt
 from captioner.schema import build_table, captioned_schema
 from captioner.storage.stop_file import StopFile
 
@@ -43,12 +44,12 @@ class CaptionWorker:
         stop: StopFile | None = None,
         prompts: Sequence[Prompt] = (),
     ) -> None:
-        self._stop, self._prompts = stop, prompts
+        self._stop, self._prompts, self._decoding = stop, prompts, config.decoding
         self._kept_as = {old: new for new, old in config.input.kept_columns.items()}
         if num_threads:
             torch.set_num_threads(num_threads)
         limit_gpu_memory(config.resources.gpus_per_worker)
-        self._schema = captioned_schema(kept, answer_fields({prompt.name: prompt.identity for prompt in prompts}))
+        self._schema = captioned_schema(kept, answers_of(config.decoding, prompts))
         self._captioner = Captioner.from_bundle(
             config.model,
             config.decoding,
@@ -87,7 +88,10 @@ class CaptionWorker:
             column.name: [caption and column.value(caption) for caption in found] for column in CAPTION_COLUMNS
         }
         made["candidates"] = [caption and _candidates(caption) for caption in found]
-        made |= answer_values(self._prompts, [outcome and outcome.answers for outcome in of_rows])
+        if self._prompts:
+            made |= answer_values(self._prompts, [outcome and outcome.answers for outcome in of_rows])
+        else:
+            made |= caption_details(self._decoding, found)
         made["model_clock"] = pa.repeat(
             pa.scalar(asdict(self._clock.read()), self._schema.field("model_clock").type), rows.num_rows
         )

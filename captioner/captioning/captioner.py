@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from captioner.caption_columns import Caption
+from captioner.captioning.caption_text import CaptionText, decodings_of
 from captioner.captioning.image_values import ImageLike, decoded, is_one_image
 from captioner.captioning.prompt_engines import PendingAnswer, PromptEngines
 from captioner.captioning.questions import Answer
 from captioner.captioning.seeds import image_seed
 from captioner.captioning.telemetry import EngineMonitor, Recorder
 from captioner.config import DecodingConfig, ImageConfig, ModelConfig, ScoringConfig, with_options
-from captioner.decoding import Engine, EngineThread, Generation, Hypothesis, Request
+from captioner.decoding import Engine, EngineThread, Fork, Generation, Request
 from captioner.errors import ConfigError
 from captioner.evaluation.metrics import clip_scores
 from captioner.images import Decoded, Decoder, Preprocessing
@@ -70,6 +71,8 @@ class Captioner:
         self.model = model
         self.decoding = decoding or DecodingConfig()
         self.scoring = scoring or ScoringConfig()
+        self._text = CaptionText(model.text, self.decoding)
+        self._fork = Fork(is_stopped=self._text.stop_check, redraw=self._text.redraw(decoding=1))
         self._decoder = Decoder(Preprocessing.from_config(model.preprocessing), image or ImageConfig())
         self.encoder = ImageEncoder(  # before the engine, which takes what memory is left
             model,
@@ -199,19 +202,15 @@ class Captioner:
         self, pending: Sequence[Sequence[PendingAnswer]], features: Sequence[torch.Tensor]
     ) -> list[tuple[Answer, ...]]:
         flat = [one for of_image in pending for one in of_image]
-        candidates = [
-            [self._one(hypothesis, one.question.prompt.decoding.stop) for hypothesis in one.hypotheses()]
-            for one in flat
-        ]
+        candidates = [one.text.captions(one.hypotheses()) for one in flat]
         scored = [place for place, one in enumerate(flat) if one.question.prompt.name == CAPTION]
         if scored and self.scoring.needs_text_tower:
-            of_captions = self._scored([candidates[place] for place in scored], torch.cat(list(features)))
+            text = flat[scored[0]].text
+            of_captions = self._scored([candidates[place] for place in scored], torch.cat(list(features)), text)
             for place, captions in zip(scored, of_captions, strict=True):
                 candidates[place] = captions
         answers = iter(
-            Answer(
-                _with_candidates(captions), one.question.text_number, one.question.tokens.num_cut_values, one.is_whole()
-            )
+            Answer(_with_candidates(captions), one.question.text_number, one.question.tokens.num_cut_values)
             for one, captions in zip(flat, candidates, strict=True)
         )
         return [tuple(next(answers) for _ in of_image) for of_image in pending]
@@ -229,12 +228,9 @@ class Captioner:
             begun.features.append(joint)  # the engine decodes these while CLIP encodes the next
 
     def _ended(self, begun: _Begun) -> list[Caption]:
-        candidates = [
-            [self._one(hypothesis, self.decoding.stop) for hypothesis in future.result().hypotheses]
-            for future in begun.futures
-        ]
+        candidates = [self._text.captions(future.result().hypotheses) for future in begun.futures]
         if candidates and self.scoring.needs_text_tower:
-            candidates = self._scored(candidates, torch.cat(begun.features))
+            candidates = self._scored(candidates, torch.cat(begun.features), self._text)
         return [_with_candidates(of_image) for of_image in candidates]
 
     def _groups(self, num_images: int, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
@@ -252,32 +248,22 @@ class Captioner:
     def _requests(self, image_ids: Sequence[str], embeds: torch.Tensor | Sequence[torch.Tensor]) -> list[Request]:
         """Return what the engine is asked for. embeds: float[k, D] each, what LLaMA reads in place of the image."""
         return [
-            Request(id=image_id, prefix=prefix, seed=image_seed(self.decoding.seed, image_id))
+            Request(image_id, prefix, seed=image_seed(self.decoding.seed, image_id), forks=(self._fork,))
             for image_id, prefix in zip(image_ids, embeds, strict=True)
         ]
 
-    def _scored(self, candidates: list[list[Caption]], images: torch.Tensor) -> list[list[Caption]]:
-        """Return the candidates of each image with their CLIPScore, best first. images: float[B, J], joint features."""
+    def _scored(self, candidates: list[list[Caption]], images: torch.Tensor, text: CaptionText) -> list[list[Caption]]:
+        """Return the candidates of each image with their CLIPScore, best first. images: float[B, J], joint features.
+        text: of their prompt."""
         assert self.model.joint_space is not None
         texts = self.model.joint_space.of_captions([one.caption for of_image in candidates for one in of_image])
         owners = [index for index, of_image in enumerate(candidates) for _ in of_image]
         scores = iter(clip_scores(images[owners].cpu(), texts.cpu()).tolist())
         scored = [[replace(one, clip_score=next(scores)) for one in of_image] for of_image in candidates]
         if self.scoring.rerank == "clip-score":
-            for of_image in scored:
-                of_image.sort(
-                    key=_clip_score, reverse=True
-                )  # stable: equal scores stay in the order of their probability
+            for of_image in scored:  # stable: equal scores stay in the order of their probability
+                of_image.sort(key=lambda one: (text.fault(one), -_clip_score(one)))
         return scored
-
-    def _one(self, hypothesis: Hypothesis, stops: Sequence[str]) -> Caption:
-        return Caption(
-            caption=_before(stops, self.model.text(list(hypothesis.token_ids))),
-            num_tokens=len(hypothesis.token_ids),
-            finish_reason=hypothesis.finish_reason,
-            mean_logprob=hypothesis.mean_logprob,
-            min_logprob=hypothesis.min_logprob,
-        )
 
     def monitor(self, recorder: Recorder, num_failed: Callable[[], int] = int) -> EngineMonitor:
         """Return a thread that records, once a second, how busy the engine is and how many images are finished.
@@ -304,20 +290,14 @@ class Captioner:
 
 def _engine(model: CaptionModel, decoding: DecodingConfig, slots: str, recorder: cuda_graphs.Recorder | None) -> Engine:
     prompt = model.prompt_embeddings()
-
-    def is_stopped(token_ids: Sequence[int]) -> bool:
-        text = model.text(list(token_ids))
-        return any(stop in text for stop in decoding.stop)
-
     return Engine(
         model.llama,
-        decodings=[decoding],
+        decodings=decodings_of([decoding]),
         eos_token_ids=model.eos_token_ids,
         shared_prefix=prompt,
         max_prefix_len=model.num_prompt_tokens - len(prompt),
         context_length=model.context_length,
         slots="auto" if slots == "auto" else int(slots),
-        is_stopped=is_stopped if decoding.stop else None,
         recorder=recorder,
     )
 
@@ -330,9 +310,3 @@ def _clip_score(caption: Caption) -> float:
 def _with_candidates(candidates: Sequence[Caption]) -> Caption:
     """Return the first of an image's captions, all of them attached where there is more than one."""
     return replace(candidates[0], candidates=tuple(candidates) if len(candidates) > 1 else ())
-
-
-def _before(stops: Sequence[str], text: str) -> str:
-    """Return the text up to the first stop string in it."""
-    ends = [found for stop in stops if (found := text.find(stop)) >= 0]
-    return text[: min(ends)].rstrip() if ends else text

@@ -91,7 +91,7 @@ def _failed(summary: Mapping[str, Any]) -> str:
 
 
 def _answers(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """Return what was cut and what is null of the answers to each prompt: `tags 3 cut; is_photo 2 cut, 2 null`."""
+    """Return what is counted of the answers to each prompt: `tags 3 cut, 1 redrawn; is_photo 2 cut, 2 null`."""
     told = {name: ", ".join(f"{num:,} {what}" for what, num in found.items() if num) for name, found in counts.items()}
     return "; ".join(f"{name} {text}" for name, text in told.items() if text)
 

@@ -98,7 +98,7 @@ class DatasetCaptioner:
 
     def _ids(self, rows: pa.Table, images: Sequence[Any]) -> list[str] | None:
         """Return what draws of sampled captions depend on: the ids, else the images themselves. None without draws."""
-        if not self._options.decoding.do_sample:
+        if not self._options.decoding.is_drawn:
             return None
         if self._options.id_column is not None:
             return [str(value) for value in rows.column(self._options.id_column).to_pylist()]

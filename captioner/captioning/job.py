@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 from captioner import demo
-from captioner.captioning.job_prompts import check_model_takes, read_job_prompts, with_prompt_columns
+from captioner.captioning.job_prompts import answers_of, check_model_takes, read_job_prompts, with_prompt_columns
 from captioner.config import CaptionJobConfig
 from captioner.errors import ConfigError
 from captioner.inputs.access import with_home
 from captioner.model.bundle import BundleDescription
-from captioner.prompts import Prompt, answer_fields
+from captioner.prompts import Prompt
 from captioner.schema import TRANSIENT_REASONS, RejectReason
 from captioner.storage import Location
 from captioner.storage.urls import redact
@@ -43,8 +43,8 @@ class Job:
 
     @property
     def answers(self) -> list[pa.Field]:
-        """The columns that its prompts add to the table."""
-        return answer_fields({prompt.name: prompt.identity for prompt in self.prompts})
+        """The columns that its answers add to the table."""
+        return answers_of(self.config.decoding, self.prompts)
 
     @property
     def retried_reasons(self) -> frozenset[str]:
@@ -111,11 +111,12 @@ def resolve(config: CaptionJobConfig) -> Job:
     path = str(demo.images_path()) if config.input_path == "demo" else config.input_path
     images = Location(path, config.input.storage_options)
     output, prompts = _output(config, images), read_job_prompts(config)
+    answers = answers_of(config.decoding, prompts)
     return Job(
         config=replace(
             config,
             input_path=images.url_with_secrets,
-            input=with_prompt_columns(with_home(config.input, images.url_with_secrets), prompts),
+            input=with_prompt_columns(with_home(config.input, images.url_with_secrets), prompts, answers),
             output=output.url_with_secrets,
             model=replace(config.model, model_storage_options=_model_options(config, images, output)),
         ),

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+
 from captioner.captioning.questions import check_prompts
-from captioner.config import CaptionJobConfig, InputConfig
+from captioner.config import CaptionJobConfig, DecodingConfig, InputConfig
 from captioner.errors import ConfigError
 from captioner.inputs.columns import RESERVED_COLUMNS
 from captioner.model.constraints import Constraint
 from captioner.model.description import BundleDescription
-from captioner.prompts import CAPTION, Prompt, details_name, read_prompts
+from captioner.prompts import CAPTION, Prompt, answer_fields, answered_prompts, read_prompts
 
-__all__ = ["check_model_takes", "prompt_lines", "read_job_prompts", "with_prompt_columns"]
+__all__ = ["answers_of", "check_model_takes", "prompt_lines", "read_job_prompts", "with_prompt_columns"]
 
 
 def read_job_prompts(config: CaptionJobConfig) -> tuple[Prompt, ...]:
@@ -36,20 +38,26 @@ def read_job_prompts(config: CaptionJobConfig) -> tuple[Prompt, ...]:
     return prompts
 
 
-def with_prompt_columns(access: InputConfig, prompts: Sequence[Prompt]) -> InputConfig:
-    """Return an access that keeps every column that a prompt names.
+def answers_of(decoding: DecodingConfig, prompts: Sequence[Prompt]) -> list[pa.Field]:
+    """Return the columns that the answers to prompts, or without any the captions, add to a table."""
+    identity = {"decoding": vars(decoding), "prompts": {prompt.name: prompt.identity for prompt in prompts}}
+    return answer_fields(answered_prompts(identity))
 
-    Raises ConfigError for a column that would be kept under the name of a prompt."""
+
+def with_prompt_columns(access: InputConfig, prompts: Sequence[Prompt], answers: Sequence[pa.Field]) -> InputConfig:
+    """Return an access that keeps every column that a prompt names. answers: as `answers_of` returns them.
+
+    Raises ConfigError for a column that would be kept under the name of one of these."""
     asked = sorted(frozenset().union(*(prompt.columns for prompt in prompts)))
     if wrong := [name for name in asked if "=" in name]:
         raise ConfigError(f"--prompts names a column {wrong[0]}; expected a name without =")
     access = replace(access, prompt_columns=tuple(asked))
-    ours = {name for prompt in prompts for name in (prompt.name, details_name(prompt.name))} - {CAPTION}
+    ours = {field.name for field in answers}
     for new, old in access.kept_columns.items():
         if new.lower() in ours:
             raise ConfigError(
-                f"{access.flag_of(old)} {old}: {new} is a column of the prompts; rename it, as --keep-columns"
-                f" {old}=input_{new.lower()}, or the prompt"
+                f"{access.flag_of(old)} {old}: {new} is a column of the answers; rename it, as --keep-columns"
+                f" {old}=input_{new.lower()}{', or the prompt' if prompts else ''}"
             )
     return access
 

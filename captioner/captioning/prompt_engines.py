@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import pad
 
+from captioner.captioning.caption_text import CaptionText, decodings_of
 from captioner.captioning.questions import Question, Questions, check_prompts, common_start
 from captioner.decoding import (
     AllowedTokens,
@@ -19,7 +20,6 @@ from captioner.decoding import (
     Fork,
     Generation,
     Hypothesis,
-    IsStopped,
     Request,
     engine_key,
 )
@@ -28,7 +28,6 @@ from captioner.model.caption_model import CaptionModel
 from captioner.model.constraints import Constraint
 from captioner.model.image_encoder import ImageEncoder
 from captioner.prompts import Prompt
-from captioner.schema import FinishReason
 
 __all__ = ["PendingAnswer", "PromptEngines"]
 
@@ -39,17 +38,12 @@ class PendingAnswer(NamedTuple):
     question: Question
     future: Future[Generation]
     fork: int
-    constraint: Constraint | None = None
+    text: CaptionText
+    """What becomes of its tokens."""
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        """Wait for the answer; return its captions, best first."""
+        """Wait for the answer; return its captions, the most probable first."""
         return self.future.result().forks[self.fork]
-
-    def is_whole(self) -> bool:
-        """Wait for the answer; return whether its best caption is one that the constraint allows, if there is one."""
-        best = self.hypotheses()[0]
-        is_cut = best.finish_reason == FinishReason.LENGTH
-        return not (self.constraint and is_cut) or self.constraint.is_whole(best.token_ids)
 
 
 ForkOf = Callable[[Question, Tensor], Fork]
@@ -80,8 +74,9 @@ class PromptEngines:
         self._order = [prompt.name for prompt in prompts]
         start = common_start(prompts, writer)
         self._groups = [Questions(group, writer, start) for group in _grouped(prompts)]
-        self._constraints = {one.name: _constraint(model, one) for one in prompts if one.constraint is not None}
-        self._forks = [_forks(model, group, self._constraints) for group in self._groups]
+        constraints = {one.name: _constraint(model, one) for one in prompts if one.constraint is not None}
+        self._texts = {one.name: CaptionText(model.text, one.decoding, constraints.get(one.name)) for one in prompts}
+        self._forks = [_forks(model, group, constraints, self._texts) for group in self._groups]
         engines = [
             _engine(model, group, slots, recorder_for(), memory_share=1 / (len(self._groups) - number))
             for number, group in enumerate(self._groups)
@@ -135,7 +130,7 @@ class PromptEngines:
             futures = thread.submit(requests)
             for (image, one), future in zip(asked, futures, strict=True):
                 pending[image] += [
-                    PendingAnswer(question, future, fork, self._constraints.get(question.prompt.name))
+                    PendingAnswer(question, future, fork, self._texts[question.prompt.name])
                     for fork, question in enumerate(one.questions)
                 ]
         for of_image in pending:
@@ -191,7 +186,7 @@ def _engine(
     return Engine(
         model.llama,
         context_length=len(questions.start) + num_prefix + num_suffix + longest,  # `check_prompts` knows it of each
-        decodings=decodings,
+        decodings=decodings_of(decodings),
         eos_token_ids=model.eos_token_ids,
         shared_prefix=model.embed(questions.start),
         max_prefix_len=num_prefix,
@@ -205,10 +200,17 @@ def _engine(
     )
 
 
-def _forks(model: CaptionModel, questions: Questions, constraints: Mapping[str, Constraint]) -> ForkOf:
+def _forks(
+    model: CaptionModel,
+    questions: Questions,
+    constraints: Mapping[str, Constraint],
+    texts: Mapping[str, CaptionText],
+) -> ForkOf:
     """Return what makes the forks of an engine."""
     numbers = {prompt.name: number for number, prompt in enumerate(questions.prompts)}
-    checks = {prompt.name: _stop_check(model, prompt.decoding.stop) for prompt in questions.prompts}
+    again = [prompt.name for prompt in questions.prompts if prompt.decoding.redraw_repetitive]
+    redraws = {name: texts[name].redraw(len(numbers) + number) for number, name in enumerate(again)}
+    checks = {name: texts[name].stop_check for name in numbers}
     allowed = {name: _allowed(model, constraint) for name, constraint in constraints.items() if name in numbers}
 
     def fork(question: Question, suffix: Tensor) -> Fork:
@@ -219,17 +221,10 @@ def _forks(model: CaptionModel, questions: Questions, constraints: Mapping[str, 
             allowed_tokens=allowed.get(name),
             is_stopped=checks[name],
             decoding=numbers[name],
+            redraw=redraws.get(name),
         )
 
     return fork
-
-
-def _stop_check(model: CaptionModel, stops: Sequence[str]) -> IsStopped | None:
-    def is_stopped(token_ids: Sequence[int]) -> bool:
-        text = model.text(list(token_ids))
-        return any(stop in text for stop in stops)
-
-    return is_stopped if stops else None
 
 
 def _constraint(model: CaptionModel, prompt: Prompt) -> Constraint:

@@ -28,9 +28,6 @@ class Answer:
     num_cut_values: int
     """Values of columns that were cut to `max_value_tokens`."""
 
-    is_whole: bool = True
-    """Whether it is one that the prompt's constraint allows, rather than cut at its length before its end."""
-
 
 class Question(NamedTuple):
     """One prompt for one image."""

@@ -57,13 +57,13 @@ def summarize(
         "model_waited_share": None if waited is None else round(waited, 4),
         "first_caption_s": None if first_at is None else round(first_at - started_at, 2),
         "predicted": predicted,
-        **({"prompts": _answer_counts(parts)} if plan.job.prompts else {}),
+        **({"prompts": _answer_counts(parts)} if plan.job.answers else {}),
         "output": str(plan.table.location),
     }
 
 
 def _answer_counts(parts: Sequence[PartSummary]) -> dict[str, dict[str, int]]:
-    """Return, for each prompt, the answers of this run that were cut at their length, and those that are null."""
+    """Return what `prompts.answer_counts` tells of each prompt, of all this run has written."""
     counts: dict[str, Counter[str]] = {}
     for part in parts:
         for name, found in part.answers.items():

@@ -8,6 +8,8 @@ from captioner.config.checks import check, flag_name, typed
 __all__ = ["DecodingConfig"]
 
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_MOST_REDRAWS = 100
+_REDRAWS = f"0 (off) to {_MOST_REDRAWS}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,13 @@ class DecodingConfig:
     num_captions: int = 1
     """Captions of each image. The best one is its caption; all are in the column `candidates`, best first."""
 
+    redraw_repetitive: int = 0
+    """Draw a caption that repeats itself, or was cut at --max-new-tokens, again with sampling, at most so often.
+    The first that does neither is the caption, and all tries are in the column `candidates`. 0: never."""
+
+    trim_to_sentence: bool = False
+    """End a caption that was cut at --max-new-tokens at its last whole sentence; one without any stays as it is."""
+
     stop: tuple[str, ...] = ()
     """Strings that end a caption; they are not part of it. As `a,b`, or as a JSON list; `\\n` is a line break."""
 
@@ -74,16 +83,25 @@ class DecodingConfig:
         check(self.repetition_penalty > 0, "--repetition-penalty", self.repetition_penalty, "more than 0")
         check(self.num_beams >= 1, "--num-beams", self.num_beams, "at least 1")
         check(self.num_captions >= 1, "--num-captions", self.num_captions, "at least 1")
+        check(0 <= self.redraw_repetitive <= _MOST_REDRAWS, "--redraw-repetitive", self.redraw_repetitive, _REDRAWS)
         check(all(self.stop), "--stop", ",".join(self.stop), "strings of at least one character")
         self._check_strategy()
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a caption may depend on the seed and the name of its image."""
+        return self.do_sample or self.redraw_repetitive > 0
+
     def _check_strategy(self) -> None:
+        is_by_token = self.num_beams == 1 or not self.redraw_repetitive
+        check(is_by_token, "--redraw-repetitive", self.redraw_repetitive, f"0 with --num-beams {self.num_beams}")
         if self.do_sample:
             check(self.num_beams == 1, "--num-beams", self.num_beams, "1 with --do-sample")
             return
         for name in _OF_SAMPLING:  # elsewhere they would do nothing
             value = getattr(self, name)
-            check(value == getattr(DecodingConfig, name), flag_name(name), value, "--do-sample with it")
+            is_used = self.is_drawn or value == getattr(DecodingConfig, name)
+            check(is_used, flag_name(name), value, "--do-sample or --redraw-repetitive with it")
         if self.num_beams == 1:
             check(
                 self.num_captions == 1, "--num-captions", self.num_captions, "1, or --do-sample, or --num-beams >= it"

@@ -5,7 +5,7 @@ Knows token ids and embeddings of a `LlamaForCausalLM`; no text, images, files o
 
 from captioner.decoding.engine import Engine
 from captioner.decoding.engine_thread import EngineThread
-from captioner.decoding.request import AllowedTokens, Fork, Generation, Hypothesis, IsStopped, Request
+from captioner.decoding.request import AllowedTokens, Fork, Generation, Hypothesis, IsStopped, Redraw, Request
 from captioner.decoding.strategy import engine_key
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Generation",
     "Hypothesis",
     "IsStopped",
+    "Redraw",
     "Request",
     "engine_key",
 ]

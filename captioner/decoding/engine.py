@@ -29,7 +29,7 @@ from captioner.decoding.limits import check_context, check_request, check_slots
 from captioner.decoding.memory import WAITING_PER_SLOT, auto_slots, name_out_of_memory, waiting_tokens
 from captioner.decoding.plan import Member, StepPlan, alike, blocks_of, groups_of
 from captioner.decoding.prefill import Chunk, PrefillQueue, prompts_of
-from captioner.decoding.request import Generation, IsStopped, PendingHypotheses, Request
+from captioner.decoding.request import Generation, PendingHypotheses, Request
 from captioner.decoding.sampling import candidate_seed
 from captioner.decoding.sequences import StopConditions
 from captioner.decoding.slots import Lanes, PrefixAllocator, SlotAllocator
@@ -72,7 +72,6 @@ class Engine:
         context_length: int | None = None,
         slots: int | Literal["auto"] = "auto",
         memory_share: float = 1.0,
-        is_stopped: IsStopped | None = None,
         recorder: Recorder | None = None,
         layers: Layers | None = None,
     ) -> None:
@@ -82,7 +81,7 @@ class Engine:
         max_prefix_len: most tokens P of a request's prefix. max_suffix_len, num_forks: most tokens of a fork's suffix,
         most forks of a request. slots_per_image: of all these, by default the most. is_constrained: whether forks may
         have `allowed_tokens`. context_length: by default as the model's config says. slots: captions (or beams) decoded
-        at once; `auto`: as many as this share of free memory holds. is_stopped: true if tokens contain a stop string.
+        at once; `auto`: as many as this share of free memory holds.
         recorder: records steps, for this engine alone; else they run eagerly. layers: by default what suits the device.
         Raises ConfigError if context or slots hold no image with its captions, ResourceError if memory has no room."""
         decoding = _largest(decodings)
@@ -99,7 +98,7 @@ class Engine:
         with name_out_of_memory(slots, decoding.max_new_tokens):
             self._model = SlotModel(llama, layout, layers)
             self._model.share(shared_prefix)
-            self._strategy = _strategy_of(self._model, decodings, eos_token_ids, is_stopped)
+            self._strategy = _strategy_of(self._model, decodings, eos_token_ids)
             propose: Step = self._strategy.propose
             self._propose = propose if recorder is None else RecordedSteps(propose, layout.full_shapes(), recorder)
         self._lanes: SlotAllocator[Search] = SlotAllocator(slots // self._strategy.slots_per_lane)
@@ -107,6 +106,7 @@ class Engine:
         self._prefill = PrefillQueue(layout)
         self._placed: list[tuple[int, int, int, int]] = []  # what `SlotBuffers.place` is given next
         self._begun: _Begun | None = None
+        self._again: list[Search] = []  # that write one more caption from the next step on
 
     @property
     def num_free(self) -> int:
@@ -195,7 +195,8 @@ class Engine:
             self._close_gaps()
         with name_out_of_memory(self.num_slots, self._model.layout.max_new_tokens):
             chunks, ready = self._prefill.take()
-            self._start(ready)
+            self._start([*ready, *self._again])
+            self._again.clear()
             decoding, (first, stop) = self._lanes.decoding, self._lanes.generated
             self._strategy.prepare(decoding)
             shape = StepShape(self._num_rows(), self._window(stop), self._fill(chunks))
@@ -212,7 +213,7 @@ class Engine:
         with name_out_of_memory(self.num_slots, self._model.layout.max_new_tokens):
             finished = self._strategy.accept(begun.proposals, begun.decoding, begun.generated)
         self._lanes.count_step()
-        complete = [job for lane, pending in finished.items() if (job := self._free(lane, pending))]
+        complete = [job for lane, pending in finished.items() if (job := self._end(lane, pending))]
         return (job.generation() for job in complete)
 
     def _window(self, num_columns: int) -> int:
@@ -242,9 +243,10 @@ class Engine:
             groups.setdefault((search.job, search.fork), []).append(search)
         slots = [self._slots(of_fork) for of_fork in groups.values()]
         last = [job.tails[fork][-1] for job, fork in groups]
+        width = self._strategy.slots_per_lane
         seeds = [
-            [candidate_seed(job.seeds[fork], n) for n in range(len(of_fork))]
-            for (job, fork), of_fork in zip(groups, slots, strict=True)
+            [candidate_seed(job.seeds[fork], search.draw) for search in of_fork for _ in range(width)]
+            for (job, fork), of_fork in groups.items()
         ]
         widest = self._model.layout.group_size
         slots, seeds = ([each + each[-1:] * (widest - len(each)) for each in one] for one in (slots, seeds))
@@ -298,9 +300,18 @@ class Engine:
         width = self._strategy.slots_per_lane
         return [int(lane) * width + i for lane in lanes for i in range(width)]
 
-    def _free(self, lane: int, pending: PendingHypotheses) -> Job | None:
-        """Free the lane of a finished search; return its job if that has no other running search."""
-        search = self._lanes.free(lane)
+    def _end(self, lane: int, pending: PendingHypotheses) -> Job | None:
+        """Free the lane of a finished search, unless it writes one more caption; return its job if that has no other
+        running search."""
+        search = self._lanes[lane]
+        if search.job.begins_again(search, pending):
+            redraw = search.job.redraws[search.fork]
+            assert redraw is not None
+            self._strategy.restart(lane, redraw.decoding)
+            self._lanes.restart(lane)
+            self._again.append(search)
+            return None
+        self._lanes.free(lane)
         if self._model.layout.stores_prefixes:
             self._prefixes.release(search.job.place)
         return search.job if search.job.finish(search, pending) else None
@@ -312,15 +323,10 @@ def _largest(decodings: Sequence[DecodingConfig]) -> DecodingConfig:
     return replace(max(decodings, key=group_size), max_new_tokens=longest)
 
 
-def _strategy_of(
-    model: SlotModel,
-    decodings: Sequence[DecodingConfig],
-    eos_token_ids: Sequence[int],
-    is_stopped: IsStopped | None,
-) -> Strategy:
+def _strategy_of(model: SlotModel, decodings: Sequence[DecodingConfig], eos_token_ids: Sequence[int]) -> Strategy:
     eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=model.buffers.token_ids.device)
     make = BeamStrategy if decodings[0].num_beams > 1 else TokenStrategy
-    return make(model, decodings, eos, StopConditions(eos_token_ids, is_stopped))
+    return make(model, decodings, eos, StopConditions(eos_token_ids))
 
 
 def _layers_for(llama: LlamaForCausalLM, *, is_recorded: bool) -> Layers:

@@ -21,6 +21,10 @@ class Search:
     number: int
     """Its place among the searches of its request; it does not change, whichever lane it has."""
 
+    draw: int
+    """Which caption of its text it draws."""
+
+    num_redraws: int = 0
     lane: int = -1
     num_prompts_left: int = 0
     """Prompts that must be computed before it decodes."""
@@ -35,18 +39,29 @@ class Job:
         self.id = request.id
         self.place = place
         self.prefix_len = len(request.prefix)
-        self.forks = range(len(request.forks))
         self.tails = [_tail(request.prefix, fork.suffix) for fork in request.forks]
         """float[1 + Q, D] of each fork: the last token of the image, and the suffix."""
         self.seeds = [request.seed_of(fork) for fork in request.forks]
-        owners = [fork for fork, number in enumerate(searches_of_forks) for _ in range(number)]
-        self.searches = [Search(self, fork, number) for number, fork in enumerate(owners)]
+        owners = [(fork, draw) for fork, number in enumerate(searches_of_forks) for draw in range(number)]
+        self.searches = [Search(self, fork, number, draw) for number, (fork, draw) in enumerate(owners)]
+        self.redraws = [fork.redraw for fork in request.forks]
+        self._searches_of_forks = searches_of_forks
         self._num_running = len(self.searches)
-        self._finished: list[list[PendingHypotheses]] = [[] for _ in self.forks]
+        self._finished: list[list[PendingHypotheses]] = [[] for _ in request.forks]
 
     def searches_of(self, fork: int) -> list[Search]:
         """Return the searches of one of its texts."""
         return [search for search in self.searches if search.fork == fork]
+
+    def begins_again(self, search: Search, pending: PendingHypotheses) -> bool:
+        """Return whether a search that has ended writes one more caption; take its result if it does."""
+        redraw = self.redraws[search.fork]
+        if redraw is None or search.num_redraws >= redraw.most or not redraw.is_wanted(pending()[0]):
+            return False
+        self._finished[search.fork].append(pending)
+        search.num_redraws += 1
+        search.draw += self._searches_of_forks[search.fork]
+        return True
 
     def finish(self, search: Search, pending: PendingHypotheses) -> bool:
         """Take the result of a search; return whether it was the last that ran."""

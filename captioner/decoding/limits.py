@@ -49,13 +49,16 @@ def check_request(request: Request, layout: SlotLayout, decodings: Sequence[Deco
         raise ShapeError(
             f"request {request.id!r} has {len(request.forks)} forks; this engine was made for 1 to {layout.num_forks}"
         )
-    if any(fork.decoding >= len(decodings) for fork in request.forks):
+    used = [fork.decoding for fork in request.forks] + [fork.redraw.decoding for fork in request.forks if fork.redraw]
+    if max(used) >= len(decodings):
         raise ShapeError(f"request {request.id!r} names a decoding beyond the {len(decodings)} of this engine")
     num_slots = sum(group_size(decodings[fork.decoding]) for fork in request.forks)
     if num_slots > layout.slots_per_image:
         raise ShapeError(
             f"request {request.id!r} takes {num_slots} slots; this engine has {layout.slots_per_image} an image"
         )
+    if decodings[0].num_beams > 1 and any(fork.redraw for fork in request.forks):
+        raise ConfigError(f"request {request.id!r} has a redraw; expected an engine without beams")
     for fork in request.forks:
         if fork.suffix is not None:
             _check_embeds(request, "suffix", fork.suffix, 0, layout.max_suffix_len, width)

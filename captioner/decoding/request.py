@@ -1,4 +1,4 @@
-"""The engine's input and output: requests, forks, hypotheses, generations."""
+"""The engine's input and output: requests, forks, redraws, hypotheses, generations."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,41 @@ AllowedTokens = Callable[[Sequence[int]], Tensor]
 
 IsStopped = Callable[[Sequence[int]], bool]
 """From the tokens of a caption so far to whether it ends with them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One caption of an image, as token ids."""
+
+    token_ids: tuple[int, ...]
+    """Without the end token."""
+
+    finish_reason: FinishReason
+    """Why it ended."""
+
+    mean_logprob: float
+    """Mean natural log-probability of the tokens, the end token included, under the model's own softmax: before
+    temperature, penalties, top_k, top_p and min_p, so that captions of different decoding options compare."""
+
+    min_logprob: float
+    """Log-probability of the least probable token, the end token included."""
+
+    score: float
+    """Hypotheses are ranked by it: transformers' beam score in a beam search, else `mean_logprob`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Redraw:
+    """Which captions of a text are written once more, from the same prompt. Not those of a beam search."""
+
+    is_wanted: Callable[[Hypothesis], bool]
+    """Called with each caption that ends: true if it is to be written once more."""
+
+    most: int
+    """How often at most, for each caption."""
+
+    decoding: int
+    """Which of the engine's decodings chooses the tokens then. Its draws are those of further captions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -32,10 +67,13 @@ class Fork:
     It must allow a token that `min_new_tokens` does not forbid."""
 
     is_stopped: IsStopped | None = None
-    """Called after every token of each caption, true if the tokens so far contain a stop string. None: the engine's."""
+    """Called after every token of each caption, true if the tokens so far contain a stop string. None: never."""
 
     decoding: int = 0
     """Which of the engine's decodings chooses the tokens."""
+
+    redraw: Redraw | None = None
+    """Which of its captions are written once more; None for none."""
 
     @property
     def suffix_len(self) -> int:
@@ -72,34 +110,13 @@ class Request:
         return min([most, *(limit for limit in limits if limit)])
 
 
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """One caption of an image, as token ids."""
-
-    token_ids: tuple[int, ...]
-    """Without the end token."""
-
-    finish_reason: FinishReason
-    """Why it ended."""
-
-    mean_logprob: float
-    """Mean natural log-probability of the tokens, the end token included, under the model's own softmax: before
-    temperature, penalties, top_k, top_p and min_p, so that captions of different decoding options compare."""
-
-    min_logprob: float
-    """Log-probability of the least probable token, the end token included."""
-
-    score: float
-    """Hypotheses are ranked by it: transformers' beam score in a beam search, else `mean_logprob`."""
-
-
 PendingHypotheses = Callable[[], tuple[Hypothesis, ...]]
 """Builds the hypotheses of a finished search when it is called: the next step need not wait for that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The captions of one image: `num_captions` hypotheses of each fork, best first."""
+    """The captions of one image: of each fork `num_captions` hypotheses and those before a redraw, best first."""
 
     id: Hashable
     forks: tuple[tuple[Hypothesis, ...], ...]

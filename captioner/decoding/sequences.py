@@ -78,11 +78,15 @@ class Sequences:
 
     def begin(self, lanes: Lanes, limits: NDArray[np.int64], checks: Sequence[IsStopped | None]) -> None:
         """Start an empty caption in each lane. limits: int64[n], the most tokens of each, at least 1. checks: for stop
-        strings, None for that of all."""
+        strings, None for none."""
         for lane, check in zip(lanes.tolist(), checks, strict=True):
-            self._checks[lane] = check or self._stop_conditions.is_stopped
-        self._num_tokens[lanes] = self._sum_logprobs[lanes] = self._min_logprobs[lanes] = 0
+            self._checks[lane] = check
         self._limits[lanes] = limits
+        self.restart(lanes)
+
+    def restart(self, lanes: Lanes) -> None:
+        """Empty the caption of each lane, whose limit and check stay."""
+        self._num_tokens[lanes] = self._sum_logprobs[lanes] = self._min_logprobs[lanes] = 0
 
     def move(self, sources: Lanes, targets: Lanes) -> None:
         """Move captions from lanes `sources` to lanes `targets`."""

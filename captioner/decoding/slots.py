@@ -81,6 +81,10 @@ class SlotAllocator(Generic[Search]):
         """Let searches decode from the next step on."""
         self._is_decoding[[search.lane for search in searches]] = True
 
+    def restart(self, lane: int) -> None:
+        """Let the search of a lane decode from its first column once more."""
+        self._columns[lane] = self._first_columns[lane]
+
     def free(self, lane: int) -> Search:
         """Free a lane; return the search that had it."""
         search = self[lane]

@@ -40,6 +40,9 @@ class Strategy(Protocol):
     def begin(self, lanes: Lanes, limits: NDArray[np.int64], forks: Sequence[Fork], /) -> None:
         """Start a search in each lane. limits: int64[n], most tokens of each. forks: what each writes."""
 
+    def restart(self, lane: int, decoding: int, /) -> None:
+        """Start the caption of a lane once more; another of the decodings chooses its tokens."""
+
     def move(self, sources: Lanes, targets: Lanes, /) -> None:
         """Move searches from lanes `sources` to lanes `targets`."""
 
@@ -70,7 +73,8 @@ class _Method:
     @staticmethod
     def kind(decoding: DecodingConfig) -> tuple[object, ...]:
         """Return what of a decoding decides on a token."""
-        names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
+        of_draws = ("temperature", "top_k", "top_p", "min_p") if decoding.do_sample else ()
+        names = ("do_sample", *of_draws, "repetition_penalty", "min_new_tokens")
         return tuple(getattr(decoding, name) for name in names)
 
     def choose(
@@ -118,11 +122,13 @@ class TokenStrategy:
         self._sequences.begin(lanes, limits, [fork.is_stopped for fork in forks])
         for lane, fork in zip(lanes.tolist(), forks, strict=True):
             self._constrain(lane, fork.allowed_tokens)
-        if len(self._methods) > 1:
-            methods = [self._method_of_decoding[fork.decoding] for fork in forks]
-            self._method_of_lane[lanes] = methods
-            slots, numbers = upload([lanes.tolist(), methods], self._model.buffers.methods.device)
-            self._model.buffers.methods[slots] = numbers
+        self._set_methods(lanes, [fork.decoding for fork in forks])
+
+    def restart(self, lane: int, decoding: int, /) -> None:
+        """Start the caption of a lane once more; another of the decodings chooses its tokens."""
+        lanes = np.array([lane])
+        self._sequences.restart(lanes)
+        self._set_methods(lanes, [decoding])
 
     def move(self, sources: Lanes, targets: Lanes, /) -> None:
         """Move captions from lanes `sources` to lanes `targets`, which no caption has."""
@@ -159,6 +165,13 @@ class TokenStrategy:
         if is_inexact.any():
             chosen[is_inexact] = self._choose_from_all(lanes[is_inexact])
         return self._sequences.append(lanes, chosen[:, 0].astype(np.int64), chosen[:, 1])
+
+    def _set_methods(self, lanes: Lanes, decodings: Sequence[int]) -> None:
+        if len(self._methods) > 1:
+            methods = [self._method_of_decoding[decoding] for decoding in decodings]
+            self._method_of_lane[lanes] = methods
+            slots, numbers = upload([lanes.tolist(), methods], self._model.buffers.methods.device)
+            self._model.buffers.methods[slots] = numbers
 
     def _constrain(self, lane: int, constraint: AllowedTokens | None) -> None:
         self._constraints.pop(lane, None)
@@ -216,6 +229,10 @@ class BeamStrategy:
         for lane, limit, fork in zip(lanes.tolist(), limits.tolist(), forks, strict=True):
             stops = self._stop_conditions.with_check(fork.is_stopped)
             self._searches[lane] = BeamSearch(self._decodings[fork.decoding], stops, limit)
+
+    def restart(self, *_: int) -> None:
+        """Fail: an engine refuses forks of beams that are to be written again."""
+        raise AssertionError("a beam search is not written again")
 
     def move(self, sources: Lanes, targets: Lanes, /) -> None:
         """Move searches from lanes `sources` to lanes `targets`."""

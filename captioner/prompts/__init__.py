@@ -9,6 +9,7 @@ from captioner.prompts.answer_columns import (
     answer_counts,
     answer_fields,
     answer_type,
+    answered_prompts,
     details_name,
     num_tokens,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "answer_counts",
     "answer_fields",
     "answer_type",
+    "answered_prompts",
     "column_type",
     "details_name",
     "num_tokens",

@@ -38,6 +38,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _DECODING = {field.name: field for field in dataclasses.fields(DecodingConfig) if field.name != "seed"}
 _CONSTRAINTS = ("choice", "regex", "json_schema")
 _KEYS = ("text", "texts", "system", "max_value_tokens", *_CONSTRAINTS, *_DECODING)
+_NEVER_TRIMMED = "none in a prompt with a constraint, whose answers are whole or null"
 _MAX_BYTES = 1 << 20
 
 
@@ -132,6 +133,8 @@ def _prompt(where: str, name: str, content: Any, decoding: DecodingConfig) -> Pr
     constraint, own = _constraint(where, said), _decoding(where, said, decoding)
     if constraint:
         _check_takes_constraint(where, own)
+        _require(said.get("trim_to_sentence") is not True, where, "trim_to_sentence", True, _NEVER_TRIMMED)
+        own = replace(own, trim_to_sentence=False)
     system = said.get("system")
     _require(system is None or isinstance(system, str), where, "system", system, "a text")
     return Prompt(

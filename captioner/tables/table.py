@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import InputError, JobError, OutputError
-from captioner.prompts import answer_counts, answer_fields, num_tokens
+from captioner.prompts import answer_counts, answer_fields, answered_prompts, num_tokens
 from captioner.schema import CAPTIONS, FAILURES, captions_schema
 from captioner.storage import Location, Place, Store, as_location, full_url, open_store, urls
 from captioner.storage.faults import ROOM_NEEDED, StoreError, diagnose, output_errors
@@ -58,7 +58,7 @@ class PartSummary:
     clocks: tuple[Reading, ...] = ()
     """The last reading of each model worker's clock among these rows."""
     answers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """For each named prompt, how many answers were `cut` at their length, and how many are `null`."""
+    """What `prompts.answer_counts` tells of each prompt."""
 
     @property
     def failed(self) -> int:
@@ -108,7 +108,7 @@ class CaptionTable:
 
     def answers(self) -> list[pa.Field]:
         """Return the columns that its prompts add."""
-        return answer_fields((self.identity() or {}).get("prompts", {}))
+        return answer_fields(answered_prompts(self.identity() or {}))
 
     @property
     def _run_file(self) -> Location:

@@ -1,8 +1,9 @@
-"""A job of four prompts, killed and run again: each column comes out as in an unbroken run."""
+"""A job of five prompts, killed and run again: each column comes out as in an unbroken run."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,6 +17,7 @@ NUM = 800
 PROMPTS = """
 caption: "w1"
 tags: {text: "w2 {?alt: w3 {alt}}", max_new_tokens: 4, max_value_tokens: 3}
+again: {text: "w3", max_new_tokens: 3, redraw_repetitive: 2, temperature: 2.0, trim_to_sentence: true}
 drawn: {texts: [w4, {text: w5, weight: 2}], do_sample: true, num_captions: 2}
 is_photo: {text: "w6 {alt}", choice: [yes, no], max_new_tokens: 2, max_value_tokens: 5}
 """
@@ -38,11 +40,13 @@ def answers(output: Path) -> pd.DataFrame:
     return rows
 
 
-def _told(details: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in details.items() if "logprob" not in name and name != "candidates"}
+def _told(details: dict[str, Any]) -> dict[str, Any]:
+    told = {name: value for name, value in details.items() if "logprob" not in name and name != "candidates"}
+    candidates = details.get("candidates")
+    return told | {"candidates": [] if candidates is None else sorted(one["caption"] for one in candidates)}
 
 
-def test_a_job_of_four_prompts_that_is_killed_and_run_again_ends_with_the_unbroken_table(
+def test_a_job_of_five_prompts_that_is_killed_and_run_again_ends_with_the_unbroken_table(
     start: Callable[..., Job], captioned: tuple[Path, str], store: SlowStore, tmp_path: Path
 ) -> None:
     images, prompts = captioned
@@ -59,7 +63,8 @@ def test_a_job_of_four_prompts_that_is_killed_and_run_again_ends_with_the_unbrok
     summary = start(images, output, *asked).summary()
     assert summary["skipped_done"] > 0
     assert summary["read"] > 0, "the injector came too late to do anything"
-    assert set(summary["prompts"]) == {"caption", "tags", "drawn", "is_photo"}
+    assert set(summary["prompts"]) == {"caption", "tags", "again", "drawn", "is_photo"}
+    assert summary["prompts"]["again"]["redrawn"] > 0
     found, expected = answers(output), answers(tmp_path / "unbroken")
     assert_same(found, expected)
     assert set(found["is_photo"].dropna()) <= {"yes", "no"}

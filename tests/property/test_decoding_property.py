@@ -1,5 +1,6 @@
 """A caption is a function of its image: any mix of lengths, slots and arrival orders gives what it gets alone."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.config import DecodingConfig
-from captioner.decoding import Generation, Request
+from captioner.decoding import Engine, Fork, Generation, Redraw, Request
 from tests.hypothesis_profiles import max_examples
 from tests.unit.decoding.decoding_models import engine_of, random_prefixes, tiny_llama
 
@@ -18,6 +19,8 @@ STRATEGIES = {
     "drawn": {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.2},
     "drawn from all": {"do_sample": True, "top_k": 0},
     "three drawn": {"do_sample": True, "num_captions": 3, "temperature": 1.4},
+    "drawn again": {"redraw_repetitive": 2, "temperature": 1.4},
+    "three drawn again": {"redraw_repetitive": 1, "do_sample": True, "num_captions": 3},
     "beams": {"num_beams": 3, "num_captions": 2},
     "beams with a penalty": {"num_beams": 2, "repetition_penalty": 1.4, "length_penalty": 0.3},
 }
@@ -51,12 +54,21 @@ def images_of(kv_heads: int, lengths: str) -> list[torch.Tensor]:
 
 @cache
 def alone(kv_heads: int, strategy: str, lengths: str) -> dict[int, Generation]:
-    llama = llama_of(kv_heads)
+    images, engine = images_of(kv_heads, lengths), engine_for(kv_heads, strategy, lengths, slots=3)
+    return {i: next(engine.generate([request(i, i, image, strategy)])) for i, image in enumerate(images)}
+
+
+def engine_for(kv_heads: int, strategy: str, lengths: str, *, slots: int) -> Engine:
     decoding = DecodingConfig(max_new_tokens=18, **STRATEGIES[strategy])
-    images = images_of(kv_heads, lengths)
-    engine = engine_of(llama, decoding, max_prefix_len=max(LENGTHS[lengths]), slots=3)
-    requests = [Request(i, image, seed=i, max_new_tokens=limit_of(i)) for i, image in enumerate(images)]
-    return {request.id: next(engine.generate([request])) for request in requests}
+    decodings = [decoding, replace(decoding, do_sample=True)] if decoding.redraw_repetitive else [decoding]
+    sizes = {"max_prefix_len": max(LENGTHS[lengths]), "slots": slots}
+    return engine_of(llama_of(kv_heads), decoding, decodings=decodings, **sizes)
+
+
+def request(name: object, image: int, prefix: torch.Tensor, strategy: str) -> Request:
+    most = STRATEGIES[strategy].get("redraw_repetitive", 0)
+    redraw = Redraw(is_wanted=lambda found: sum(found.token_ids) % 2 == 0, most=most, decoding=1) if most else None
+    return Request(name, prefix, seed=image, max_new_tokens=limit_of(image), forks=(Fork(redraw=redraw),))
 
 
 def limit_of(image: int) -> int:
@@ -74,15 +86,13 @@ def limit_of(image: int) -> int:
 )
 def test_an_image_gets_the_caption_it_gets_alone(kv_heads, strategy, lengths, slots, order, pauses):
     expected = alone(kv_heads, strategy, lengths)
-    llama = llama_of(kv_heads)
-    decoding = DecodingConfig(max_new_tokens=18, **STRATEGIES[strategy])
-    engine = engine_of(llama, decoding, max_prefix_len=max(LENGTHS[lengths]), slots=slots)
+    engine = engine_for(kv_heads, strategy, lengths, slots=slots)
     images = images_of(kv_heads, lengths)
     found = []
     for place, image in enumerate(order):
         while not engine.num_free:
             found += engine.step()
-        engine.admit([Request((place, image), images[image], seed=image, max_new_tokens=limit_of(image))])
+        engine.admit([request((place, image), image, images[image], strategy)])
         for _ in range(pauses[place]):
             found += engine.step() if not engine.is_idle else []
     while not engine.is_idle:

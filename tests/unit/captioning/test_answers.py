@@ -257,8 +257,8 @@ def test_constrained_answers_are_those_of_transformers_with_the_masks_of_llguida
                 prefix_allowed_tokens_fn=allowed,
             )
             assert found[number][place].caption.caption == wanted, prompt.name
-            assert found[number][place].is_whole == bool(re.fullmatch(WHOLE[prompt.name], wanted)), wanted
-    assert any(answer.is_whole for of_image in found for answer in of_image)
+            assert found[number][place].caption.is_whole == bool(re.fullmatch(WHOLE[prompt.name], wanted)), wanted
+    assert any(answer.caption.is_whole for of_image in found for answer in of_image)
 
 
 def test_an_answer_cut_at_its_length_is_whole_only_where_the_constraint_allows_it_to_end(
@@ -270,8 +270,8 @@ def test_an_answer_cut_at_its_length_is_whole_only_where_the_constraint_allows_i
     )
     with Captioner.from_bundle(str(llava), DECODING, prompts=read(tmp_path, lengths)) as captioner:
         answers = [answer for of_image in ask(captioner) for answer in of_image]
-    assert all(answer.is_whole == (len(answer.caption.caption) == 3) for answer in answers)
-    ends = {(answer.caption.finish_reason.value, answer.is_whole) for answer in answers}
+    assert all(answer.caption.is_whole == (len(answer.caption.caption) == 3) for answer in answers)
+    ends = {(answer.caption.finish_reason.value, answer.caption.is_whole) for answer in answers}
     assert ends == {("stop", True), ("length", False), ("length", True)}
 
 

@@ -110,7 +110,7 @@ def test_options_are_given_by_their_names_and_a_wrong_one_is_named(bundle: str) 
         beams.caption(encoded("PNG"))  # it was closed
     with pytest.raises(ConfigError, match="num_beam is no option of captioning; did you mean num_beams"):
         Captioner.from_bundle(bundle, num_beam=3)
-    with pytest.raises(ConfigError, match=r"--temperature is 0.5; expected --do-sample with it"):
+    with pytest.raises(ConfigError, match=r"--temperature is 0.5; expected --do-sample or --redraw-repetitive with it"):
         Captioner.from_bundle(bundle, temperature=0.5)
 
 

@@ -117,13 +117,13 @@ CASES: list[tuple[str, dict[str, Any], type[UsageError], str]] = [
         "caption: x\nalt: {text: '{alt}', max_value_tokens: 9}",
         {},
         ConfigError,
-        "--prompts alt: alt is a column of the prompts; rename it, as",
+        "--prompts alt: alt is a column of the answers; rename it, as",
     ),
     (
         "caption: x\nn: y",
         {"input": InputConfig(image_column="image", keep_columns=("alt=N",))},
         ConfigError,
-        "--keep-columns alt: N is a column of the prompts; rename it, as --keep-columns alt=input_n, or the prompt",
+        "--keep-columns alt: N is a column of the answers; rename it, as --keep-columns alt=input_n, or the prompt",
     ),
     (
         "caption: {text: '{raw}', max_value_tokens: 9}",

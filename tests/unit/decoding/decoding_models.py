@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from captioner.config import DecodingConfig
-from captioner.decoding import Engine, Generation, Request
+from captioner.decoding import Engine, Fork, Generation, IsStopped, Request
 from captioner.decoding.cuda.fused_llama import FusedLlama
 from captioner.decoding.cuda.operations import PlainOperations
 from captioner.decoding.layout import SlotLayout
@@ -45,8 +45,8 @@ def random_prefixes(llama: LlamaForCausalLM, number: int, length: int, *, seed: 
 
 def engine_of(llama: LlamaForCausalLM, decoding: DecodingConfig, **changes: Any) -> Engine:
     settings: dict[str, Any] = {"eos_token_ids": EOS, "max_prefix_len": 1, "slots": 8}
-    settings["shared_prefix"] = random_prefixes(llama, 1, 3, seed=2)[0]
-    return Engine(llama, decodings=[decoding], **(settings | changes))
+    settings |= {"shared_prefix": random_prefixes(llama, 1, 3, seed=2)[0], "decodings": [decoding]}
+    return Engine(llama, **(settings | changes))
 
 
 def strategy_of(
@@ -61,11 +61,17 @@ def strategy_of(
 
 
 def captions(
-    llama: LlamaForCausalLM, images: Sequence[torch.Tensor], decoding: DecodingConfig, **changes: Any
+    llama: LlamaForCausalLM,
+    images: Sequence[torch.Tensor],
+    decoding: DecodingConfig,
+    *,
+    is_stopped: IsStopped | None = None,
+    **changes: Any,
 ) -> list[Generation]:
     """The engine's captions, in the order of the images."""
     engine = engine_of(llama, decoding, **({"max_prefix_len": max(map(len, images))} | changes))
-    done = engine.generate(Request(i, image, seed=i) for i, image in enumerate(images))
+    forks = (Fork(is_stopped=is_stopped),)
+    done = engine.generate(Request(i, image, seed=i, forks=forks) for i, image in enumerate(images))
     return sorted(done, key=lambda generation: generation.id)
 
 

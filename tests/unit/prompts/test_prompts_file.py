@@ -87,7 +87,10 @@ def test_texts_have_weights_and_columns(tmp_path: Path) -> None:
         ("a: {text: x, max_new_tokens: 0}", "a: --max-new-tokens is 0; expected at least 1"),
         ("a: {text: x, max_new_tokens: many}", "a: max_new_tokens is 'many'; expected a whole number"),
         ("a: {text: x, do_sample: yes}", "a: do_sample is 'yes'; expected true or false"),
-        ("a: {text: x, temperature: 0.5}", "a: --temperature is 0.5; expected --do-sample with it"),
+        (
+            "a: {text: x, temperature: 0.5}",
+            "a: --temperature is 0.5; expected --do-sample or --redraw-repetitive with it",
+        ),
         ("a: {text: x, stop: 3}", "a: stop is 3; expected texts"),
         ("a: {text: x, max_value_tokens: true}", "a: max_value_tokens is true; expected 1 or more"),
         ("a: {text: x, choice: [b]}", r"a: choice is \[\"b\"\]; expected a list of two texts or more"),
