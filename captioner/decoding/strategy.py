@@ -82,13 +82,17 @@ class _Method:
     ) -> tuple[Tensor, Tensor]:
         """Return a token of each row, int64[R], and whether it was chosen from all tokens that may be, bool[R]."""
         num_generated = buffers.num_generated[rows]
-        scores = self.penalties(logits, num_generated, buffers.history[rows])
-        if buffers.allowed is not None:
-            scores = scores.masked_fill(~buffers.allowed[rows], -torch.inf)
+        scores = self.constrained(self.penalties(logits, num_generated, buffers.history[rows]), buffers, rows)
         if not self._decoding.do_sample:
             return greedy(scores), torch.ones_like(num_generated, dtype=torch.bool)
         uniforms = uniform(buffers.seeds[rows], num_generated)
         return sample(scores, uniforms, self._decoding, looks_at_all=looks_at_all)
+
+    def constrained(self, scores: Tensor, buffers: SlotBuffers, rows: slice | Tensor) -> Tensor:
+        """Return the scores, float32[R, V], of no token but the allowed ones."""
+        if buffers.allowed is None:
+            return scores
+        return scores.masked_fill(~buffers.allowed[rows], -torch.inf)
 
 
 class TokenStrategy:

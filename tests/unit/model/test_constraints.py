@@ -91,3 +91,14 @@ def test_states_are_forgotten_and_made_again() -> None:
 def test_a_grammar_that_cannot_be_held_to_is_refused_with_why(spec: Mapping[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         constraint(spec)
+
+
+def test_what_is_allowed_is_what_llguidance_says_word_by_word() -> None:
+    made = constraint({"regex": "[a-c]{2,4} x"})
+    tokens: list[int] = []
+    for _ in range(4):
+        allowed = made.allowed_tokens(tokens)
+        of_llguidance = [byte != 0 for byte in made._state(tuple(tokens)).matcher.compute_logit_bias()]
+        assert allowed.tolist() == of_llguidance
+        assert made.allowed_tokens(tokens) is allowed, "it is worked out once for captions that begin alike"
+        tokens.append(int(allowed.nonzero()[0]))
