@@ -2,6 +2,9 @@
 
     python -m tests.bench.query [--rows 10000000] [--rounds 7]
 
+Each image has an answer to the prompt `is_photo`, a choice of yes and no, one in a hundred null: `choice` filters by it
+and by its details, and so does the command as a user types it, from its start to its last row.
+
 Both sides take turns within each round and each opens a connection of its own: ours lists the parts, makes the views
 and locks itself up; plain DuckDB is `read_parquet('captions/*.parquet')`, as a user would write it. Wall clock on the
 cores that there are, and beside it processor time, which neighbours on the machine blur less; medians. The table is
@@ -9,6 +12,8 @@ made as the job's sink makes it, in parts of 16,384 rows, and removed after.
 """
 
 import argparse
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioner.prompts import answer_fields
 from captioner.query.summary import summarize
 from captioner.query.views import ask, read_rows
 from captioner.schema import captioned_schema
@@ -35,7 +41,19 @@ QUERIES = {
     " ORDER BY key",
     "group": "SELECT finish_reason, num_tokens, count(*) AS n, avg(mean_logprob) FROM {captions}"
     " GROUP BY ALL ORDER BY ALL",
+    "choice": "SELECT key, image_id, caption FROM {captions} WHERE is_photo = 'yes'"
+    " AND is_photo_details.mean_logprob > -0.05 ORDER BY key",
 }
+COMMANDS = {
+    "command_count": "SELECT is_photo, count(*) AS n FROM captions GROUP BY ALL ORDER BY ALL",
+    "command_choice": "SELECT image_id, caption FROM captions WHERE is_photo = 'yes'"
+    " AND is_photo_details.mean_logprob > -0.05 ORDER BY key",
+}
+PROMPTS = {
+    "caption": {"text": "Describe the image.", "decoding": {}},
+    "is_photo": {"text": "Is it a photograph?", "decoding": {}, "constraint": json.dumps({"choice": ["yes", "no"]})},
+}
+_NULL_SHARE = 0.01
 _TEXT = "a the large small red blue green old dog cat bird bus tree house man woman street table on in with near"
 _NUM_TEXTS = 50_000
 
@@ -44,7 +62,7 @@ def write_table(folder: Path, num_rows: int, seed: int = 0) -> CaptionTable:
     """Write a table of made-up captions, one in a hundred a failure, as the job's sink would."""
     rng = np.random.default_rng(seed)
     table = CaptionTable(str(folder))
-    table.claim({"input": "made up", "model": {"name": "none", "fingerprint": "0"}})
+    table.claim({"input": "made up", "model": {"name": "none", "fingerprint": "0"}, "prompts": PROMPTS})
     table.record("run-1", {"model": {"name": "none"}, "summary": {"captioned": num_rows}})
     lengths = rng.integers(5, 22, _NUM_TEXTS)
     words = rng.choice(_TEXT.split(), (_NUM_TEXTS, lengths.max())).tolist()
@@ -52,11 +70,12 @@ def write_table(folder: Path, num_rows: int, seed: int = 0) -> CaptionTable:
     stamp = Stamp("run-1", table.digest)
     for first in range(0, num_rows, PART_ROWS):
         keys = np.arange(first, min(first + PART_ROWS, num_rows))
-        table.write(_rows(keys, texts, rng), stamp)
+        table.write(_rows(keys, texts, rng), stamp, answers=table.answers())
     return table
 
 
 def _rows(keys: np.ndarray, texts: pa.Array, rng: np.random.Generator) -> pa.Table:
+    """Rows as model workers return them."""
     count = len(keys)
     failed = rng.random(count) < FAILED_SHARE
     captions = texts.take(pa.array(rng.integers(0, len(texts), count)))
@@ -78,9 +97,34 @@ def _rows(keys: np.ndarray, texts: pa.Array, rng: np.random.Generator) -> pa.Tab
         "width": pa.array(rng.integers(64, 4000, count, np.int32)),
         "height": pa.array(rng.integers(64, 4000, count, np.int32)),
         "size_bytes": pa.array(rng.integers(5_000, 900_000, count)),
+        **_answers(failed, rng),
     }
-    schema = captioned_schema()
+    schema = captioned_schema(answers=answer_fields(PROMPTS))
     return pa.table([_column(made.get(field.name), field, count) for field in schema], schema)
+
+
+def _answers(failed: np.ndarray, rng: np.random.Generator) -> dict[str, pa.Array]:
+    """The columns of the prompts, null where an image failed."""
+    count = len(failed)
+    is_null = rng.random(count) < _NULL_SHARE
+    said = np.where(rng.random(count) < 0.7, "yes", "no")
+    scores = {
+        "num_tokens": np.ones(count, np.int32),
+        "finish_reason": np.where(is_null, "length", "stop"),
+        "mean_logprob": -rng.gamma(1.0, 0.3, count).astype(np.float32),
+        "min_logprob": -rng.gamma(1.0, 0.5, count).astype(np.float32),
+        "is_repetitive": np.zeros(count, bool),
+    }
+    asked = {name: np.zeros(count, np.int32) for name in ("text_number", "num_cut_values")}
+    fields = {field.name: field.type for field in answer_fields(PROMPTS)}
+    details = {"caption_details": asked, "is_photo_details": scores | asked}
+    made = {name: _structs(fields[name], values, failed) for name, values in details.items()}
+    return made | {"is_photo": pa.array(np.where(is_null | failed, None, said))}
+
+
+def _structs(kind: pa.StructType, values: dict[str, np.ndarray], is_missing: np.ndarray) -> pa.Array:
+    columns = [pa.array(values[field.name]).cast(field.type) for field in kind]
+    return pa.StructArray.from_arrays(columns, fields=list(kind), mask=pa.array(is_missing))
 
 
 def _column(values: pa.Array | None, field: pa.Field, count: int) -> pa.Array:
@@ -129,6 +173,21 @@ def others(table: CaptionTable) -> dict[str, float]:
     return values
 
 
+def commands(folder: Path, rounds: int) -> dict[str, float]:
+    """Time jobs/query.py with a filter by the choice, from its start to its last row; medians."""
+    values = {}
+    for name, sql in COMMANDS.items():
+        command = [sys.executable, "jobs/query.py", str(folder), sql, "--format", "csv"]
+
+        def run(command: list[str] = command) -> int:
+            return subprocess.run(command, check=True, capture_output=True).stdout.count(b"\n") - 1
+
+        num_rows = run()
+        values[f"{name}_s"] = float(np.median([timed(run)[0] for _ in range(rounds)]))
+        print(f"{name:15} {values[f'{name}_s']:>8.2f} s  {num_rows:,} rows")
+    return values
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
@@ -141,7 +200,7 @@ def main() -> int:
         num_parts = len(list(folder.glob("captions/*")))
         seconds = time.perf_counter() - start
         print(f"{options.rows:,} rows, {num_parts:,} parts, {size / 1e9:.2f} GB, made in {seconds:.0f} s")
-        values = compare(table, folder, options.rounds) | others(table)
+        values = compare(table, folder, options.rounds) | others(table) | commands(folder, options.rounds)
     ratios = [f"{name}_{kind}" for name in QUERIES for kind in ("ratio", "cpu_ratio")]
     targets = {name: at_most(values[name], TARGET) for name in ratios}
     rounded = {name: round(value, 4) for name, value in values.items()}
