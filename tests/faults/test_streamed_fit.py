@@ -5,28 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from captioner.command_line import parse
-from captioner.config import FitConfig
-from captioner.images import Decoder, Preprocessing
 from captioner.model.bundle import describe
-from captioner.training.features.caption_tokens import tokenize_examples
-from captioner.training.features.examples import gather, sampled_rows
-from captioner.training.fit.fit_output import FitOutput
-from captioner.training.fit.fit_plan import llama_of, open_output, plan_fit
-from captioner.training.fit.fit_worker import FitTask, run_fit_worker
-from captioner.training.fit.initial_bundle import save_initial_bundle
+from tests.faults.fit_without_ray import fitted_without_ray
 from tests.faults.running_job import wait_for_nobody
 from tests.faults.test_fit_interruptions import ROOT, Fit, environment, weights
 from tests.labelled_scenes import write_labels
 from tests.unit.model import tiny_models
-from tests.unit.training.fitting_models import stream_of
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +48,7 @@ def test_a_fit_on_patches_that_is_killed_ends_with_the_bits_of_one_without_ray_a
     kept = list((tmp_path / "features").rglob("features/*.parquet"))
     assert kept
     assert sum(path.stat().st_size for path in kept) < 61 * 3 * 32 * 32, "neither pixels nor patches are kept"
-    alone = fitted_without_ray([labels, str(fit.output), *models, *rung, *steps, *few], tmp_path)
+    alone = fitted_without_ray([labels, str(fit.output), *models, *rung, *steps, *few], tmp_path / "features")
     expected, found = weights(alone), weights(fit.output)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -75,26 +64,3 @@ def test_a_fit_on_patches_that_is_killed_ends_with_the_bits_of_one_without_ray_a
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["captioned"], summary["failed"]) == (60, 0)
-
-
-def fitted_without_ray(arguments: list[str], folder: Path) -> Path:
-    """Return the output of the same fit in this process, on pixels that it has decoded by itself."""
-    config = parse(FitConfig, [*arguments, "--features", str(folder / "features")])
-    plan = plan_fit(config, open_output(config), str(folder / "facts"))
-    assert not len(plan.features.missing), "every image has been checked"
-    features = gather(plan.features, 0)
-    output = FitOutput(str(folder / "alone"))
-    save_initial_bundle(config, output.initial_bundle_url)
-    shown = {split: features.label_rows_of(split) for split in ("train", "validation")}
-    shown["validation"] = shown["validation"][sampled_rows(12, config.training.num_measured_images)]
-    uris = plan.labels.table["uri"].to_pylist()
-    with closing(Decoder(Preprocessing.from_config(plan.start.preprocessing), config.image)) as decoder:
-        decoded = {
-            split: decoder.decode_batch([Path(uris[row].removeprefix("file://")).read_bytes() for row in rows])
-            for split, rows in shown.items()
-        }
-    pixels = {split: stream_of(np.stack([image.pixels for image in images])) for split, images in decoded.items()}
-    tokens = tokenize_examples(features, llama_of(plan), plan.start.template, config.training, output)
-    task = FitTask(output, features, tokens, config.training, "auto", "cpu", 1, pixels)
-    run_fit_worker(task, "cpu", lambda _row: None)
-    return Path(output.url)
