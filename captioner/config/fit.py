@@ -23,7 +23,8 @@ class FitModelConfig:
 
     model: str | None = None
     """A bundle whose CLIP, LLaMA and template are used, by folder on any store; --initial-projector says whether its
-    projector is. By default `demo` when LABELS is `demo`."""
+    projector is. Or a published LLaVA of one square an image, by folder or hub name, whose projector goes on learning.
+    By default `demo` when LABELS is `demo`."""
 
     initial_projector: Literal["random", "model"] | None = None
     """The first weights of the projector: `random`, by --seed, or those of --model, which go on learning, as an adapter
@@ -38,14 +39,18 @@ class FitModelConfig:
 
     clip: Annotated[str | None, arg(aliases=("--vision-tower",))] = None
     """A vision tower by hub name or path, with a language model instead of --model: CLIP, as
-    openai/clip-vit-large-patch14, or SigLIP, as google/siglip-so400m-patch14-384."""
+    openai/clip-vit-large-patch14, or SigLIP, as google/siglip-so400m-patch14-384. With a published LLaVA by --model:
+    in place of the tower that it names."""
 
     llama: Annotated[str | None, arg(aliases=("--language-model",))] = None
     """A language model by hub name or path: LLaMA, as meta-llama/Meta-Llama-3-8B, Mistral or Qwen2."""
 
+    tokenizer: str | None = None
+    """A folder, URL or hub name of the tokenizer of a published LLaVA that has none."""
+
     template: str | None = None
-    """Prompt, special tokens written out, with `{image}` once. By default that of --model, or the language model's
-    start token and `{image}`."""
+    """Prompt, special tokens written out, with `{image}` once; of a published LLaVA also a question, as --prompt of the
+    caption job. By default that of --model, or the language model's start token and `{image}`."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the tower and the language model; the projector's weights are always float32.
@@ -56,10 +61,10 @@ class FitModelConfig:
 
     def __post_init__(self) -> None:
         check(self.device in ("auto", "cpu"), "--device", self.device, "auto or cpu")
-        check((self.clip is None) == (self.llama is None), "--clip without --llama, or the reverse,", "given", "both")
-        is_one = self.model is None or self.clip is None
-        check(is_one, "--model", self.model, "either a bundle, or --clip and --llama")
-        has_own = self.initial_projector != "model" or self.clip is None
+        is_pair = (self.clip is None) == (self.llama is None) or (self.model is not None and self.llama is None)
+        check(is_pair, "--clip without --llama, or the reverse,", "given", "both")
+        check(self.model is None or self.llama is None, "--model", self.model, "either a model, or --clip and --llama")
+        has_own = self.initial_projector != "model" or self.llama is None
         check(has_own, "--initial-projector", "model", "random with --clip and --llama, which have no projector")
 
 

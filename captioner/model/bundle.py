@@ -6,6 +6,9 @@
     adapter/                LoRA of the language model, as peft writes it, where a fit has made one
     clip/ llama/            in a bundle that contains its models
 
+A bundle over a published checkpoint names that as `checkpoint` in place of both, and `checkpoint/` is there in one that
+contains it.
+
 `describe` reads configs and headers only, without torch; `load` loads the weights to a device; both take published
 checkpoints and the name `demo` as well. `save_bundle` writes a bundle. Knows the layout of that folder and no tensor.
 """
@@ -21,19 +24,17 @@ from typing import TYPE_CHECKING, Any
 from fsspec.core import url_to_fs
 
 from captioner.errors import BundleError, ConfigError
-from captioner.model.adapter import Adapter, AdapterConfig, read_adapter, save_adapter
+from captioner.model.adapter import AdapterConfig, save_adapter
+from captioner.model.bundle_file import ADAPTER, FORMAT, PROJECTOR, not_a_model, read_bundle
 from captioner.model.description import BundleDescription, ClipDescription, description_of
 from captioner.model.folder import Folder, StorageOptions, open_folder, options_for, reference
 from captioner.model.hub import MODEL_FILES
-from captioner.model.language.table import read_language
 from captioner.model.layouts.layout import CheckpointOptions, Opener
-from captioner.model.layouts.table import layout_of, supported
-from captioner.model.parts import Parts
+from captioner.model.layouts.table import layout_of
+from captioner.model.parts import Checkpoint, Parts
 from captioner.model.projector_config import ProjectorConfig
-from captioner.model.template import DEFAULT_TEMPLATE, Template
+from captioner.model.template import DEFAULT_TEMPLATE
 from captioner.model.towers.table import read_tower
-from captioner.model.turns import FittedTurns
-from captioner.model.weights import read_weights
 from captioner.storage import redact
 
 if TYPE_CHECKING:
@@ -56,13 +57,6 @@ __all__ = [
     "save_as_llava",
     "save_bundle",
 ]
-
-_FORMAT = "captioner-bundle"
-_VERSIONS = (1, 2)
-"""2 of bundles with an adapter, which older releases would leave out in silence."""
-
-_PROJECTOR = "projector.safetensors"
-_ADAPTER = "adapter"
 
 
 def describe(
@@ -181,8 +175,9 @@ def save_bundle(
     projector: "nn.Module",
     config: ProjectorConfig,
     *,
-    clip: str,
-    llama: str,
+    clip: str = "",
+    llama: str = "",
+    checkpoint: Checkpoint | None = None,
     template: str = DEFAULT_TEMPLATE,
     adapter: "tuple[AdapterConfig, Mapping[str, Tensor]] | None" = None,
     carries_models: bool = False,
@@ -194,33 +189,31 @@ def save_bundle(
     bundle.json is removed first and written last, so that an interrupted save leaves no bundle.
 
     clip, llama: a folder that is already inside (`clip`), a path, a URL or a hub id; a local path is made absolute.
-    adapter: of the LLaMA, its settings and weights. carries_models: copy CLIP and LLaMA to `clip/` and `llama/`
-    inside, so that the bundle can be moved. Raises BundleError or ShapeError, and leaves no bundle.json, if the parts
-    do not fit.
+    checkpoint: a published one with both, in their place. adapter: of the LLaMA, its settings and weights.
+    carries_models: copy the models inside, so that the bundle can be moved. Raises BundleError or ShapeError, and
+    leaves no bundle.json, if the parts do not fit.
     """
     from safetensors.torch import save as to_safetensors
 
     target = _new_folder(os.fspath(folder), storage_options)
     target.remove("bundle.json")  # a new projector must never stand beside an old config
-    if carries_models:
-        clip = _carry(clip, "clip", target, storage_options)
-        llama = _carry(llama, "llama", target, storage_options)
+    models = {"clip": clip, "llama": llama} if checkpoint is None else _given(checkpoint)
+    models = (_carried if carries_models else _references)(models, target, storage_options)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
-    target.write(_PROJECTOR, to_safetensors(state))
+    target.write(PROJECTOR, to_safetensors(state))
     content: dict[str, Any] = {
-        "format": _FORMAT,
-        "version": 2 if adapter else 1,
-        "clip": reference(clip, target),
-        "llama": reference(llama, target),
+        "format": FORMAT,
+        "version": 2 if adapter or checkpoint else 1,
+        **models,
         "projector": asdict(config),
         "template": template,
         "provenance": provenance or {},
     }
     if adapter:
-        save_adapter(target.child(_ADAPTER), *adapter)
-        content["adapter"] = _ADAPTER
+        save_adapter(target.child(ADAPTER), *adapter)
+        content["adapter"] = ADAPTER
     opener = Opener(storage_options=storage_options, is_on_disk=False, allow_remote_parts=True)
-    parts = _read_bundle(target, content, opener)
+    parts = read_bundle(target, content, opener)
     parts.check()
     content["fitted_to"] = {"clip": parts.clip_fingerprint, "llama": parts.llama_fingerprint}
     target.write("bundle.json", json.dumps(content, indent=2).encode() + b"\n")
@@ -272,10 +265,10 @@ def _parts(model: str, opener: Opener, options: CheckpointOptions) -> Parts:
 def _parts_in(folder: Folder, opener: Opener, options: CheckpointOptions) -> Parts:
     if folder.has("bundle.json"):
         _check_options(folder, options)
-        return _read_bundle(folder, folder.read_json("bundle.json"), opener)
+        return read_bundle(folder, folder.read_json("bundle.json"), opener)
     layout = layout_of(folder.read_json_if_any("config.json"))
     if layout is None:
-        raise BundleError(_not_a_model(folder))
+        raise BundleError(not_a_model(folder))
     return layout.read(folder, options, opener)
 
 
@@ -290,66 +283,24 @@ def _check_options(folder: Folder, options: CheckpointOptions) -> None:
             )
 
 
-def _read_bundle(folder: Folder, content: dict[str, Any], opener: Opener) -> Parts:
-    _check_format(folder, content)
-    language = read_language(opener.open(content["llama"], folder, is_named_inside=True), template=content["template"])
-    return Parts(
-        name=folder.name,
-        kind="bundle",
-        tower=read_tower(opener.open(content["clip"], folder, is_named_inside=True)),
-        language=language,
-        projector=_projector_config(folder, content["projector"]),
-        projector_weights=read_weights(folder, _PROJECTOR),
-        adapter=_adapter(folder, content, opener),
-        template=Template.parse(content["template"], language.tokenizer),
-        turns=FittedTurns(content["template"]),
-        fitted_to=content.get("fitted_to", {}),
-        provenance=content.get("provenance", {}),
-    )
+def _given(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return what bundle.json says of a checkpoint, by its name there."""
+    beside = {"tokenizer": checkpoint.tokenizer, "vision_tower": checkpoint.vision_tower}
+    return {"checkpoint": checkpoint.location} | {name: named for name, named in beside.items() if named is not None}
 
 
-def _check_format(folder: Folder, content: dict[str, Any]) -> None:
-    where = f"{folder.name}/bundle.json"
-    if content.get("format") != _FORMAT:
-        raise BundleError(f"{where} has format {content.get('format')!r}; expected {_FORMAT!r}")
-    if content.get("version") not in _VERSIONS:
-        raise BundleError(
-            f"{where} has version {content.get('version')!r}; this release reads versions {_VERSIONS[0]} to "
-            f"{_VERSIONS[-1]}: update captioner, or fit the bundle again"
-        )
-    types = {"clip": str, "llama": str, "template": str, "projector": dict}
-    for name, kind in types.items():
-        if not isinstance(content.get(name), kind):
-            raise BundleError(f"{where} has {name} = {content.get(name)!r}; expected a {kind.__name__}")
+def _references(models: Mapping[str, str], folder: Folder, _options: StorageOptions) -> dict[str, str]:
+    """Return what bundle.json names models by that stay where they are."""
+    return {name: reference(location, folder) for name, location in models.items()}
 
 
-def _adapter(folder: Folder, content: dict[str, Any], opener: Opener) -> Adapter | None:
-    if "adapter" not in content:
-        return None
-    if content["adapter"] != _ADAPTER:
-        raise BundleError(
-            f"{folder.name}/bundle.json has adapter = {content['adapter']!r}; expected {_ADAPTER!r}, a folder inside"
-        )
-    return read_adapter(opener.open(_ADAPTER, folder, is_named_inside=True))
-
-
-def _projector_config(folder: Folder, content: dict[str, Any]) -> ProjectorConfig:
-    try:
-        return ProjectorConfig(**content)
-    except TypeError as error:
-        raise BundleError(f"the projector in {folder.name}/bundle.json is not understood: {error}") from error
-
-
-def _not_a_model(folder: Folder) -> str:
-    if folder.is_empty():
-        return f"{folder.name} is an empty folder; expected a bundle (bundle.json) or a LLaVA checkpoint (config.json)"
-    found = folder.read_json_if_any("config.json").get("model_type")
-    if found is None:
-        return f"{folder.name} has no bundle.json; expected a bundle, or a LLaVA checkpoint with a config.json"
-    return (
-        f"{folder.name} is a {found} model; expected a bundle or a checkpoint of {supported()}. To tie a vision tower "
-        "and a language model together, fit one: python jobs/fit_projector.py"
-    )
+def _carried(models: Mapping[str, str], folder: Folder, storage_options: StorageOptions) -> dict[str, str]:
+    """Copy models into the bundle, those beside a checkpoint into it, and return the names that they have there."""
+    inside = folder.child("checkpoint")
+    return {
+        name: _carry(location, name, inside if name in ("tokenizer", "vision_tower") else folder, storage_options)
+        for name, location in models.items()
+    }
 
 
 def _new_folder(location: str, storage_options: StorageOptions) -> Folder:

@@ -8,7 +8,7 @@ from captioner.errors import ConfigError
 from captioner.model.adapter import AdapterConfig
 from captioner.model.anyres import AnyRes
 from captioner.model.language.language import LanguageConfig
-from captioner.model.parts import Parts
+from captioner.model.parts import Checkpoint, Parts
 from captioner.model.projector_config import ProjectorConfig
 from captioner.model.prompt_writer import PromptWriter
 from captioner.model.towers.tower import TowerConfig
@@ -31,6 +31,9 @@ class BundleDescription:
 
     llama: str
     """Where its language model is."""
+
+    checkpoint: Checkpoint | None = None
+    """The published checkpoint that a bundle takes both from; None for any other model."""
 
     clip_fingerprint: str
     llama_fingerprint: str
@@ -137,6 +140,7 @@ def description_of(parts: Parts) -> BundleDescription:
         fingerprint=parts.fingerprint,
         clip=parts.tower.folder.name,
         llama=parts.language.folder.name,
+        checkpoint=parts.checkpoint,
         clip_fingerprint=parts.clip_fingerprint,
         llama_fingerprint=parts.llama_fingerprint,
         image_size=parts.tower.image_size,

@@ -22,9 +22,21 @@ from captioner.model.towers.tower import TowerSource
 from captioner.model.turns import Turns
 from captioner.model.weights import Weights
 
-__all__ = ["Parts"]
+__all__ = ["Checkpoint", "Parts"]
 
 _FINGERPRINT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The published checkpoint that a bundle takes tower and language model from."""
+
+    location: str
+    tokenizer: str | None = None
+    """Where its tokenizer is, in place of its own."""
+
+    vision_tower: str | None = None
+    """Where its tower is, in place of the one that it names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +61,9 @@ class Parts:
 
     newline_weights: Weights | None = None
     """`image_newline`, of a model that reads tiles."""
+
+    checkpoint: Checkpoint | None = None
+    """Where tower and language model are, of a bundle over a published checkpoint."""
 
     fitted_to: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the `clip` and `llama` that the projector was fitted to, where they were recorded."""

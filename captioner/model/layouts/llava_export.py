@@ -43,7 +43,7 @@ def check_llava(projector: ProjectorConfig, tower_type: str, language: LanguageS
             f" linear maps of each patch over {' or '.join(_PROCESSORS)}: expected --image-features patches --projector"
             " mlp without --image-tokens"
         )
-    own = Template.parse(template, language.tokenizer)
+    own = Template.parse(template, language.tokenizer, IMAGE_TOKEN)  # a checkpoint's tokenizer may have the token
     marked = _with_image_token(language.tokenizer)
     theirs = Template.parse(template, marked, IMAGE_TOKEN)
     if (own.prefix_ids, own.suffix_ids) != (theirs.prefix_ids, theirs.suffix_ids):

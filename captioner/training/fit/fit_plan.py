@@ -86,9 +86,12 @@ class FitPlan:
         out = "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in unused.items()) if unused else ""
         training = self.config.training
         yield f"labels    {redact(self.config.labels.labels_path)}: {splits}{out}"
+        if self.start.checkpoint:
+            yield f"model     {self.start.checkpoint.location}, a published checkpoint"
         yield f"clip      {self.start.clip} ({self.start.clip_parameters:,} parameters, frozen)"
         yield f"llama     {self.start.llama} ({self.start.llama_parameters:,} parameters, frozen)"
-        projector, begun = self.start.projector, ", from its weights in --model" if keeps_projector(self.config) else ""
+        projector = self.start.projector
+        begun = ", from its weights in --model" if keeps_projector(self.config, self.start) else ""
         learns = f"fitted{begun}" if training.learning_rate else "frozen"
         yield (
             f"projector {projector.kind} {projector.num_features} -> {projector.num_image_tokens} x {projector.width}"
@@ -148,7 +151,7 @@ def plan_fit(
 
     with TemporaryDirectory() as folder:
         start = save_initial_bundle(config, folder, model_options(config, output))
-    if keeps_projector(config):
+    if keeps_projector(config, start):
         config = replace(config, training=replace(config.training, **settings_of(start.projector)))
     identity = _identity(config, start)
     output.refuse_other_fit(identity)  # before anything is written there
@@ -200,7 +203,7 @@ def _features(
 
 def llama_of(plan: FitPlan) -> LanguageSource:
     """Return the LLaMA of a fit, not loaded."""
-    return language_of(plan.config, plan.start)
+    return language_of(plan.config)
 
 
 def _check_context(config: FitConfig, start: BundleDescription) -> None:
@@ -217,7 +220,7 @@ def _check_context(config: FitConfig, start: BundleDescription) -> None:
 def _check_layout(config: FitConfig, start: BundleDescription) -> None:
     """Raise ConfigError for a layout that does not know the projector."""
     if config.target.save_as:
-        check_llava(start.projector, start.tower_config.model_type, language_of(config, start), start.template)
+        check_llava(start.projector, start.tower_config.model_type, language_of(config), start.template)
 
 
 def _check_images(start: BundleDescription, labels: Labels) -> None:
@@ -249,7 +252,7 @@ def _identity(config: FitConfig, start: BundleDescription) -> dict[str, Any]:
     training = {name: value for name, value in training.items() if value != _LATER.get(name, ...)}
     training["image_tokens"] = start.projector.num_image_tokens
     # Random weights follow from the seed; those of a model do not.
-    begun = {"start": start.fingerprint} if keeps_projector(config) else {}
+    begun = {"start": start.fingerprint} if keeps_projector(config, start) else {}
     return begun | {
         "clip": start.clip_fingerprint,
         "llama": start.llama_fingerprint,

@@ -38,6 +38,7 @@ def save_fitted_bundle(plan: FitPlan, features: FeatureSet, state: FitState) -> 
         plan.start.projector,
         clip=plan.start.clip,
         llama=plan.start.llama,
+        checkpoint=plan.start.checkpoint,
         template=plan.start.template,
         adapter=_adapter(plan, learnt),
         carries_models=plan.config.target.carry_models,

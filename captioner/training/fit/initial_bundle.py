@@ -5,19 +5,19 @@ Random weights follow from the seed; others are those of the model that the user
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.config import FitConfig, TrainingConfig
 from captioner.config.checks import check, flag_name
-from captioner.errors import BundleError, ConfigError
+from captioner.errors import ConfigError
 from captioner.model.adapter import Adapter, AdapterConfig, adapter_config
 from captioner.model.bundle import BundleDescription, read_parts, save_bundle
 from captioner.model.folder import Folder, open_folder
 from captioner.model.language.language import LanguageSource
 from captioner.model.language.table import read_language
-from captioner.model.parts import Parts
+from captioner.model.parts import Checkpoint, Parts
 from captioner.model.projector_config import ProjectorConfig
 from captioner.model.shapes import Shapes
 from captioner.model.template import DEFAULT_TEMPLATE
@@ -39,17 +39,24 @@ _RUNG = ("projector", "image_features", "image_tokens")
 class _Models:
     """The models that a fit begins with."""
 
-    clip: str
-    llama: str
+    clip: str = ""
+    llama: str = ""
+    checkpoint: Checkpoint | None = None
+    """A published one, in place of both."""
+
     template: str
-    whole: Parts | None
+    language: LanguageSource
+    whole: Parts | None = None
     """The model whose projector goes on learning; None for a new projector."""
 
 
-def keeps_projector(config: FitConfig) -> bool:
-    """Whether the projector of the model goes on learning: as asked, by default with LoRA."""
+def keeps_projector(config: FitConfig, start: BundleDescription | None = None) -> bool:
+    """Whether the projector of the model goes on learning: as asked, by default with LoRA and of a checkpoint.
+
+    start: the initial bundle, which tells of a published checkpoint."""
     asked = config.model.initial_projector
-    return asked == "model" if asked else config.training.lora_rank > 0 and config.model.clip is None
+    by_default = config.training.lora_rank > 0 and config.model.llama is None
+    return asked == "model" if asked else by_default or bool(start and start.checkpoint)
 
 
 def save_initial_bundle(config: FitConfig, folder: str, options: Mapping[str, Any] | None = None) -> BundleDescription:
@@ -59,10 +66,10 @@ def save_initial_bundle(config: FitConfig, folder: str, options: Mapping[str, An
     import torch  # here and below, not above: a wrong path is refused without it
 
     models = _models(config)
-    language = _language(models, config)
+    language = models.language
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        shape, projector = _projector(models, language, config)
+        shape, projector = _projector(models, config)
         adapter = _adapter(models.whole, language.family.shapes(language.config), config.training)
     return save_bundle(
         folder,
@@ -70,48 +77,81 @@ def save_initial_bundle(config: FitConfig, folder: str, options: Mapping[str, An
         shape,
         clip=models.clip,
         llama=models.llama,
+        checkpoint=models.checkpoint,
         template=models.template,
         adapter=adapter,
         storage_options=dict(options or {}),
     )
 
 
-def language_of(config: FitConfig, start: BundleDescription) -> LanguageSource:
-    """Return the language model of a fit's initial bundle, not loaded."""
-    return read_language(_folder(start.llama, config), template=start.template)
+def language_of(config: FitConfig) -> LanguageSource:
+    """Return the language model of a fit, not loaded."""
+    return _models(config).language
 
 
 def _models(config: FitConfig) -> _Models:
-    """Return the models of the flags. Raises BundleError for a model that has no parts of its own."""
+    """Return the models of the flags. Raises ConfigError for flags that are not for models of their kind."""
     model = config.model
     if model.clip and model.llama:
         template = model.template or _default_template(model.llama, config)
-        return _Models(clip=model.clip, llama=model.llama, template=template, whole=None)
-    named = named_model(config)
-    found = read_parts(named, part_options(named, config) or None, allow_remote_parts=model.allow_remote_parts)
-    if found.kind != "bundle":
-        raise BundleError(
-            f"{found.name} is a LLaVA checkpoint, whose CLIP and LLaMA are not stored apart; expected a bundle, or the"
-            " two by --clip and --llama"
+        return _of_parts(model.clip, model.llama, template, config)
+    found = _read_model(config)
+    checkpoint = found.checkpoint
+    if found.kind == "llava":
+        named = _absolute_part(named_model(config))
+        checkpoint = Checkpoint(
+            location=named, tokenizer=_absolute(model.tokenizer), vision_tower=_absolute(model.clip)
         )
-    return _Models(
-        clip=_absolute_part(found.tower.folder.name),
-        llama=_absolute_part(found.language.folder.name),
-        template=model.template or found.template.text,
-        whole=found if keeps_projector(config) else None,
+    if checkpoint is None:
+        template = model.template or found.template.text
+        clip, llama = (_absolute_part(part.folder.name) for part in (found.tower, found.language))
+        return replace(_of_parts(clip, llama, template, config), whole=found if keeps_projector(config) else None)
+    _check_checkpoint(found, config)
+    template = found.template.text if found.kind == "llava" else model.template or found.template.text
+    return _Models(checkpoint=checkpoint, template=template, language=found.language, whole=found)
+
+
+def _of_parts(clip: str, llama: str, template: str, config: FitConfig) -> _Models:
+    language = read_language(_folder(llama, config), template=template)
+    return _Models(clip=clip, llama=llama, template=template, language=language)
+
+
+def _read_model(config: FitConfig) -> Parts:
+    """Return the parts of --model. Raises ConfigError for flags that are for published checkpoints alone."""
+    model, named = config.model, named_model(config)
+    is_bundle = named == "demo" or _folder(named, config).has("bundle.json")
+    options = {
+        "vision_tower": model.clip,
+        "tokenizer": model.tokenizer,
+        "prompt": None if is_bundle else model.template,
+    }
+    return read_parts(
+        named, part_options(named, config) or None, allow_remote_parts=model.allow_remote_parts, **options
     )
 
 
-def _language(models: _Models, config: FitConfig) -> LanguageSource:
-    return read_language(_folder(models.llama, config), template=models.template)
+def _check_checkpoint(found: Parts, config: FitConfig) -> None:
+    """Raise ConfigError for a published checkpoint that a fit cannot begin with."""
+    if found.anyres:
+        raise ConfigError(
+            f"{found.name} cuts an image into up to {found.anyres.most_image_tiles} tiles, so that images differ in"
+            " their number of image tokens; a fit reads one square an image: expected a checkpoint without tiles, as"
+            " LLaVA-1.5's, or a tower and a language model by --clip and --llama"
+        )
+    if config.model.initial_projector == "random":
+        raise ConfigError(
+            f"--initial-projector is random, but {found.name} is or stands over a published checkpoint, whose projector"
+            " goes on learning; expected none, or a tower and a language model by --clip and --llama"
+        )
 
 
-def _projector(models: _Models, language: LanguageSource, config: FitConfig) -> "tuple[ProjectorConfig, nn.Module]":
+def _projector(models: _Models, config: FitConfig) -> "tuple[ProjectorConfig, nn.Module]":
     """Return the projector's shape and its first weights: random, or those of the model."""
     from captioner.model.projector import build_projector
 
     if models.whole is None:
-        shape = projector_of(config.training, read_tower(_folder(models.clip, config)), language.width)
+        tower = read_tower(_folder(models.clip, config))
+        shape = projector_of(config.training, tower, models.language.width)
         check(config.training.learning_rate > 0, "--learning-rate", 0, "more than 0 for a projector of random weights")
         return shape, build_projector(shape)
     shape = models.whole.projector
@@ -125,7 +165,9 @@ def _projector(models: _Models, language: LanguageSource, config: FitConfig) -> 
 def _check_rung(model: Parts, training: TrainingConfig) -> None:
     """Raise ConfigError for flags that ask for another projector than the one that goes on learning."""
     asked = [name for name in _RUNG if getattr(training, name) != getattr(TrainingConfig(), name)]
-    if asked and projector_of(training, model.tower, model.language.width).kind != model.projector.kind:
+    wanted = projector_of(training, model.tower, model.language.width) if asked else model.projector
+    num_tokens = training.image_tokens or model.projector.num_image_tokens
+    if (wanted.kind, num_tokens) != (model.projector.kind, model.projector.num_image_tokens):
         given = ", ".join(f"{flag_name(name)} {getattr(training, name)}" for name in asked)
         raise ConfigError(
             f"{given} is given, but the projector of {model.name}, which goes on learning, is of kind"
@@ -178,6 +220,10 @@ def _default_template(language_model: str, config: FitConfig) -> str:
     if "<|begin_of_text|>" in tokenizer.get_added_vocab():
         return DEFAULT_TEMPLATE
     return f"{tokenizer.bos_token or ''}{{image}}"
+
+
+def _absolute(part: str | None) -> str | None:
+    return None if part is None else _absolute_part(part)
 
 
 def _absolute_part(part: str) -> str:

@@ -46,7 +46,10 @@ def plan_of(*arguments):
         (["x.csv", "out"], "--model is missing; expected a bundle, or --clip and --llama"),
         (["x.csv"], "OUTPUT_BUNDLE is missing"),
         (["x.csv", "out", "--clip", "c"], "--clip without --llama"),
-        (["x.csv", "out", "--clip", "c", "--llama", "l", "--model", "m"], "--model is m; expected either a bundle"),
+        (
+            ["x.csv", "out", "--clip", "c", "--llama", "l", "--model", "m"],
+            "--model is m; expected either a model, or --clip",
+        ),
         (["--batch-size", "4", "--gradient-accumulation-steps", "5"], "--batch-size is 4; expected at least its 5"),
         (["--learning-rate", "0"], "--learning-rate is 0"),
         (["--max-steps", "0"], "--max-steps is 0"),
