@@ -21,6 +21,7 @@ import pyarrow as pa
 from captioner.caption_columns import CAPTION_COLUMNS
 
 __all__ = [
+    "ASKED",
     "CAPTIONS",
     "FAILURES",
     "MAX_UNIT_ROWS",
@@ -30,6 +31,7 @@ __all__ = [
     "FinishReason",
     "Reject",
     "RejectReason",
+    "added_schema",
     "build_table",
     "captioned_schema",
     "captions_schema",
@@ -119,6 +121,9 @@ _CLOCK = pa.field(  # reading of the model worker's clock when the row left it; 
     ),
 )
 _RUN = pa.field("run_id", pa.string(), nullable=False)
+ASKED = pa.field("captioner.asked", pa.list_(pa.string()), nullable=False)
+"""The names of the prompts that a row is asked. It travels with the kept columns, in jobs whose rows differ in it."""
+
 _DECODE_MS = pa.field("decode_ms", pa.float32())
 
 
@@ -167,6 +172,11 @@ def captioned_schema(kept: Sequence[pa.Field] = (), answers: Sequence[pa.Field] 
 def captions_schema(kept: Sequence[pa.Field] = (), answers: Sequence[pa.Field] = ()) -> pa.Schema:
     """Return the columns of `captions/part-*.parquet`: `answers` and `kept` between the fixed ones and `run_id`."""
     return pa.schema([*_IDENTITY, *_caption(on_disk=True), *_required(_SIZE), _candidates(), *answers, *kept, _RUN])
+
+
+def added_schema(answers: Sequence[pa.Field]) -> pa.Schema:
+    """Return the columns of the parts of a prompt that was added later: `answers`, by key."""
+    return pa.schema([*_IDENTITY, *answers, _RUN])
 
 
 def build_table(schema: pa.Schema, rows: pa.Table, made: Mapping[str, Any]) -> pa.Table:

@@ -60,4 +60,4 @@ def add_part(
     """Write rows as one part, as the sink of a job does."""
     answers = table.answers()
     made = pa.Table.from_pylist([dict(row) for row in rows], captioned_schema(kept, answers))
-    table.write(made, Stamp(run_id, table.digest), kept, answers)
+    table.write(made, Stamp(run_id, table.digest), kept, table.families()[:1])

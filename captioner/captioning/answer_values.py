@@ -3,7 +3,7 @@
 Knows answers and the columns' names; no model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from captioner.caption_columns import Caption
@@ -14,11 +14,13 @@ from captioner.prompts import CAPTION, SCORE_COLUMNS, Prompt, details_name
 __all__ = ["answer_values", "caption_details"]
 
 
-def answer_values(prompts: Sequence[Prompt], rows: Sequence[Sequence[Answer] | None]) -> dict[str, list[Any]]:
-    """Return the columns of prompts: name -> a value for each row, null for a row without answers."""
+def answer_values(prompts: Sequence[Prompt], rows: Sequence[Mapping[str, Answer]]) -> dict[str, list[Any]]:
+    """Return the columns of prompts: name -> a value for each row, null for a row without that answer.
+
+    rows: prompt -> answer of each."""
     values: dict[str, list[Any]] = {}
-    for place, prompt in enumerate(prompts):
-        answers = [of_row and of_row[place] for of_row in rows]
+    for prompt in prompts:
+        answers = [of_row.get(prompt.name) for of_row in rows]
         values[details_name(prompt.name)] = [answer and _details(prompt, answer) for answer in answers]
         if prompt.name != CAPTION:
             values[prompt.name] = [answer and _value(prompt, answer) for answer in answers]

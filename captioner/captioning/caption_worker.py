@@ -4,8 +4,9 @@ Rows in = rows out, in order; a row that failed earlier passes through. Several 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from captioner.captioning.telemetry import NullRecorder, Recorder, decode_label
 from captioner.config import CaptionJobConfig
 from captioner.model.image_encoder import pixel_tensor
 from captioner.prompts import CAPTION, Prompt
-from captioner.schema import build_table, captioned_schema
+from captioner.schema import ASKED, build_table, captioned_schema
 from captioner.storage.stop_file import StopFile
 
 __all__ = ["CaptionWorker", "limit_gpu_memory"]
@@ -31,7 +32,8 @@ __all__ = ["CaptionWorker", "limit_gpu_memory"]
 class CaptionWorker:
     """Captions on one device. `kept` are the user's columns, `num_threads` the CPU threads that torch may use.
 
-    prompts: what is asked of each image by name; without any, the model's own prompt.
+    prompts: what is asked of each image by name, or by what the column ASKED says of its row; without any, the model's
+    own prompt.
     stop: once it is written, rows that come while the model is busy are left to the next run.
     """
 
@@ -89,7 +91,7 @@ class CaptionWorker:
         }
         made["candidates"] = [caption and _candidates(caption) for caption in found]
         if self._prompts:
-            made |= answer_values(self._prompts, [outcome and outcome.answers for outcome in of_rows])
+            made |= answer_values(self._prompts, [outcome.answers if outcome else {} for outcome in of_rows])
         else:
             made |= caption_details(self._decoding, found)
         made["model_clock"] = pa.repeat(
@@ -104,9 +106,14 @@ class CaptionWorker:
         ids = images.column("image_id").to_pylist()
         if not self._prompts:
             return [_Outcome(one) for one in self._captioner.caption_pixels(pixels, ids, _sizes(images))]
-        place = [prompt.name for prompt in self._prompts].index(CAPTION)
-        answers = self._captioner.answer_pixels(pixels, ids, _sizes(images), self._values(images))
-        return [_Outcome(of_image[place].caption, of_image) for of_image in answers]
+        names = [prompt.name for prompt in self._prompts]
+        asked = images.column(ASKED.name).to_pylist() if ASKED.name in images.column_names else [names] * len(ids)
+        answers = self._captioner.answer_pixels(pixels, ids, _sizes(images), self._values(images), asked)
+        named = [
+            dict(zip([name for name in names if name in of_names], of_image, strict=True))
+            for of_names, of_image in zip(asked, answers, strict=True)
+        ]
+        return [_Outcome(one[CAPTION].caption if CAPTION in one else None, one) for one in named]
 
     def _values(self, images: pa.Table) -> list[dict[str, object]]:
         """Return the values of the columns that prompts name, by their names in the input."""
@@ -130,13 +137,17 @@ class CaptionWorker:
 class _Outcome(NamedTuple):
     """What an image gets."""
 
-    caption: Caption
-    answers: tuple[Answer, ...] = ()
-    """To all prompts, that of the caption among them; none without prompts."""
+    caption: Caption | None
+    """None where it was asked other prompts alone."""
+
+    answers: Mapping[str, Answer] = MappingProxyType({})
+    """To each prompt that it was asked, that of the caption among them; none without prompts."""
 
     @property
     def num_tokens(self) -> int:
-        return sum(answer.caption.num_tokens for answer in self.answers) or self.caption.num_tokens
+        if self.caption and not self.answers:
+            return self.caption.num_tokens
+        return sum(answer.caption.num_tokens for answer in self.answers.values())
 
 
 def _sizes(images: pa.Table) -> list[tuple[int, int]]:

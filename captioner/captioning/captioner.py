@@ -9,7 +9,7 @@ slots stay full across batches.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple, Self, cast, overload
@@ -181,14 +181,16 @@ class Captioner:
         image_ids: Sequence[str],
         sizes: Sequence[tuple[int, int]],
         values: Sequence[Mapping[str, object]],
+        asked: Sequence[Collection[str]] | None = None,
     ) -> list[tuple[Answer, ...]]:
         """Return an answer to each prompt, in their order, for each image of uint8[B, 3, S, S].
 
-        values: of the columns that the prompts name. CLIPScore, where it is asked for, is that of the prompt `caption`
-        alone. Others, and raises, as `caption_pixels`."""
+        values: of the columns that the prompts name. asked: names of the prompts that each image is asked, by default
+        all. CLIPScore, where it is asked for, is that of the prompt `caption` alone. Others, and raises, as
+        `caption_pixels`."""
         if not isinstance(self.engine, PromptEngines):
             raise ConfigError("this Captioner was made without prompts; expected caption or caption_pixels")
-        questions = self.engine.questions(image_ids, values)
+        questions = self.engine.questions(image_ids, values, asked)
         pending: list[list[PendingAnswer]] = []
         features: list[torch.Tensor] = []
         for images, squares in self._groups(len(image_ids), sizes):
@@ -206,7 +208,9 @@ class Captioner:
         scored = [place for place, one in enumerate(flat) if one.question.prompt.name == CAPTION]
         if scored and self.scoring.needs_text_tower:
             text = flat[scored[0]].text
-            of_captions = self._scored([candidates[place] for place in scored], torch.cat(list(features)), text)
+            is_scored = [any(one.question.prompt.name == CAPTION for one in of_image) for of_image in pending]
+            joint = torch.cat(list(features))[torch.tensor(is_scored)]
+            of_captions = self._scored([candidates[place] for place in scored], joint, text)
             for place, captions in zip(scored, of_captions, strict=True):
                 candidates[place] = captions
         answers = iter(

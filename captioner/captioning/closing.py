@@ -42,6 +42,8 @@ def closing_lines(plan: "Plan", summary: Mapping[str, Any]) -> Iterator[str]:
         yield visible(f"  {row['image_id'].rpartition('/')[2]:24} {row['caption']}")
     if _num_captioned(plan, summary):
         yield _line("table", f"{output}/captions (read it with pandas.read_parquet), failures beside it")
+    for family in plan.families[1:]:
+        yield _line("column", f"{output}/{family.rows}: {family.prompt} by key, joined by query, gallery and export")
     yield from _next(plan, summary)
 
 
@@ -75,7 +77,8 @@ def outcome(plan: "Plan", summary: Mapping[str, Any]) -> str:
     if not _num_captioned(plan, summary):
         return f"NO IMAGE WAS CAPTIONED: {failed}"
     before = f" ({plan.num_skipped:,} more were done before)" if plan.num_skipped else ""
-    return f"{summary['captioned']:,} captioned{before}, {failed}, {_rate(summary['images_per_s'])} images/s"
+    asked = f" by {', '.join(plan.added_alone)} alone" if plan.added_alone else ""
+    return f"{summary['captioned']:,} captioned{asked}{before}, {failed}, {_rate(summary['images_per_s'])} images/s"
 
 
 def interrupted_text(plan: "Plan", summary: Mapping[str, Any]) -> str:

@@ -76,7 +76,7 @@ def estimate_job(
         save_costs(costs, plan.table.store, plan.table.location)
     summary = _summary(config, plan.num_expected(reading.image_bytes), costs, allocation, here)
     summary["is_estimate"] = plan.num_left is None
-    say(_lines(summary, len(plan.job.prompts)))
+    say(_lines(summary, len(plan.prompts)))
     return summary
 
 

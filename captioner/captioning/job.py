@@ -7,8 +7,6 @@ for the address of the input's web server.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-
 from captioner import demo
 from captioner.captioning.job_prompts import answers_of, check_model_takes, read_job_prompts, with_prompt_columns
 from captioner.config import CaptionJobConfig
@@ -40,11 +38,6 @@ class Job:
 
     prompts: tuple[Prompt, ...] = ()
     """What is asked of each image by name, `caption` among them; empty where the model's own prompt is asked."""
-
-    @property
-    def answers(self) -> list[pa.Field]:
-        """The columns that its answers add to the table."""
-        return answers_of(self.config.decoding, self.prompts)
 
     @property
     def retried_reasons(self) -> frozenset[str]:

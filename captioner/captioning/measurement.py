@@ -61,9 +61,9 @@ def measure_costs(
     fetched, fetch_s, fetch_cpu_s = timed(lambda: _fetch(plan.config, rows))
     images, decode_s = _decode(plan, fetched)
     start_s = measure_start(plan.config)  # before the model is here: a GPU may not hold it twice
-    worker = CaptionWorker(plan.config, _kept_fields(rows), allocation.torch_threads, prompts=plan.job.prompts)
+    worker = CaptionWorker(plan.config, _kept_fields(rows), allocation.torch_threads, prompts=plan.prompts)
     encode_s = _encode_s(worker, images)
-    model_s, num_tokens = _model_s(worker, images, allocation.caption_calls, slow_sample_s, plan.job.answers)
+    model_s, num_tokens = _model_s(worker, images, allocation.caption_calls, slow_sample_s, plan.answers)
     return Costs(
         device=worker.captioner.model.device.type,
         num_images=rows.num_rows,
@@ -80,7 +80,7 @@ def measure_costs(
         model_threads=allocation.torch_threads,
         start_s=start_s,
         fingerprint=plan.model.fingerprint,
-        settings=settings_digest(plan.config, plan.job.prompts),
+        settings=settings_digest(plan.config, plan.prompts),
     )
 
 

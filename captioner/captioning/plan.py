@@ -7,16 +7,18 @@ a unit and the positions of it that one read task reads. Knows no weights and no
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 
 from captioner.captioning.failure_limit import FailureLimit
 from captioner.captioning.job import Job, resolve
-from captioner.captioning.job_prompts import prompt_lines
+from captioner.captioning.job_prompts import answers_of, prompt_lines
 from captioner.captioning.refusals import (
+    check_columns_are_kept,
     check_device,
     check_list_options,
     check_model_is_named,
@@ -41,9 +43,10 @@ from captioner.inputs import (
 )
 from captioner.inputs.slices import Slice, SliceReader, cut, listing_rows
 from captioner.model.bundle import BundleDescription, describe
-from captioner.schema import split_key
+from captioner.prompts import CAPTION, Prompt
+from captioner.schema import ASKED, split_key
 from captioner.storage.stop_file import StopFile
-from captioner.tables import CaptionTable, Done, KeySet, Lease, deduplicate, holder
+from captioner.tables import CaptionTable, ColumnFamily, Done, KeySet, Lease, deduplicate, find_done, holder
 
 __all__ = ["Plan", "describe_model", "plan_job"]
 
@@ -61,6 +64,9 @@ class Plan:
     table: CaptionTable
     frozen: Frozen
     model: BundleDescription
+    families: list[ColumnFamily]
+    """The column families of the table, those among them that this job adds."""
+
     done: Done
     slices: list[Slice]
     num_skipped: int
@@ -79,6 +85,33 @@ class Plan:
     def config(self) -> CaptionJobConfig:
         """What the user set."""
         return self.job.config
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The named prompts that some image is asked."""
+        lacking = {
+            name
+            for one in self.families
+            if any(piece.lacks(one.prompt) for piece in self.slices)
+            for name in one.prompts
+        }
+        return tuple(prompt for prompt in self.job.prompts if prompt.name in lacking)
+
+    @property
+    def added_alone(self) -> tuple[str, ...]:
+        """The prompts that images are asked, where these were all added to captions that are there already."""
+        names = tuple(prompt.name for prompt in self.prompts)
+        return () if CAPTION in names or not self.done.held else names
+
+    @property
+    def answers(self) -> list[pa.Field]:
+        """The columns of these prompts."""
+        return answers_of(self.config.decoding, self.prompts)
+
+    @property
+    def row_columns(self) -> list[pa.Field]:
+        """The columns that travel with each row: those that are kept, and what it is asked where rows differ in it."""
+        return [*self.frozen.columns.kept, *([ASKED] if self.done.held else [])]
 
     @property
     def num_left(self) -> int | None:
@@ -124,6 +157,7 @@ class Plan:
             columns=self.frozen.columns,
             run_folder=self.scratch or self.table.run_folder,
             stop=self.stop_file,
+            prompts={one.prompt: one.prompts for one in self.families} if self.done.held else {},
         )
 
     @property
@@ -154,6 +188,8 @@ class Plan:
         left = "unknown" if self.num_left is None else f"{self.num_left:,}"
         again = f", of which {len(self.done.attempts):,} failed before" if self.done.attempts else ""
         yield f"left      {left}{again}"
+        if self.added_alone:
+            yield f"asked     {', '.join(self.added_alone)} alone: these images have all else"
 
 
 def describe_model(asked: ModelConfig) -> BundleDescription:
@@ -194,12 +230,11 @@ def plan_job(
     table.refuse_other_job(identity)  # again: another job may have begun the table while this one waited for the lease
     frozen, refreshed, scratch = _frozen(job, table, on_progress, scratch, before_write)
     check_list_options(job, frozen.kind)
+    check_columns_are_kept(job, frozen.columns)
     if not config.dry_run:
         table.claim(identity, before_write)
-    done = table.done(is_retried)
-    if done.num_duplicates and lease:
-        log.info("duplicates=%d reason=%s", deduplicate(table, lease.run_id), "a writer outlived its driver")
-        done = table.done(is_retried)
+    families = table.families(identity)
+    done = _done(table, families, is_retried, lease)
     count = partial(_count, job=job, columns=frozen.columns, table=table)
     slices, num_skipped = _slices(frozen, done, config.input.limit, count)
     return Plan(
@@ -207,6 +242,7 @@ def plan_job(
         table=table,
         frozen=frozen,
         model=model,
+        families=families,
         done=done,
         slices=slices,
         num_skipped=num_skipped,
@@ -245,6 +281,17 @@ def _frozen(
         return freeze(path, config.input, table.run_folder, on_progress, before_write), None, None
 
 
+def _done(
+    table: CaptionTable, families: Sequence[ColumnFamily], is_retried: Callable[[str], bool], lease: Lease | None
+) -> Done:
+    """Return what is done, once duplicates are dropped."""
+    done = find_done(table, is_retried, families)
+    if not (done.num_duplicates and lease):
+        return done
+    log.info("duplicates=%d reason=%s", deduplicate(table, lease.run_id), "a writer outlived its driver")
+    return find_done(table, is_retried, families)
+
+
 def _count(unit: Unit, *, job: Job, columns: Columns, table: CaptionTable) -> int:
     """Return how many rows a unit gives, and save that, so that a tar is counted once."""
 
@@ -271,18 +318,18 @@ def _slices(frozen: Frozen, done: Done, limit: int | None, count: Callable[[Unit
         if left is not None:
             stop = min(left, count(unit) if stop is None else stop)
             left -= stop
-        finished = partial(_finished, done.keys, unit)
-        end = _end(done.keys, unit) if stop is None else stop
+        finished, held = partial(_finished, done.keys, unit), partial(_held, done.held, unit)
+        end = _end(done, unit) if stop is None else stop
         num_skipped += done.keys.count(unit.ordinal, stop=end)
-        slices += cut(unit, stop, finished, attempts.get(unit.ordinal, {}), num_listed, end)
+        slices += cut(unit, stop, finished, attempts.get(unit.ordinal, {}), num_listed, end, held)
         if left == 0:
             break
     return slices, num_skipped
 
 
-def _end(keys: KeySet, unit: Unit) -> int:
-    """Return the position after the last row of an uncounted tar that is done. Raises OutputError for a wild one."""
-    end = keys.end(unit.ordinal)
+def _end(done: Done, unit: Unit) -> int:
+    """Return the position after the last row of an uncounted tar in the table. Raises OutputError for a wild one."""
+    end = done.end(unit.ordinal)
     if end > unit.max_rows:
         raise OutputError(
             f"the table has row {end - 1:,} of {unit.name}; expected at most {unit.max_rows:,} rows of a tar:"
@@ -293,6 +340,10 @@ def _end(keys: KeySet, unit: Unit) -> int:
 
 def _finished(keys: KeySet, unit: Unit, start: int, stop: int) -> np.ndarray:
     return keys.positions(unit.ordinal, stop, start)
+
+
+def _held(held: Mapping[str, KeySet], unit: Unit, start: int, stop: int) -> dict[str, np.ndarray]:
+    return {family: _finished(keys, unit, start, stop) for family, keys in held.items()}
 
 
 def _by_unit(attempts: Mapping[int, int]) -> dict[int, dict[int, int]]:

@@ -4,7 +4,7 @@ What the model reads of an image is computed once for all prompts of an engine w
 """
 
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -100,11 +100,17 @@ class PromptEngines:
         """Images whose answers are complete."""
         return self._counter.num_finished
 
-    def questions(self, image_ids: Sequence[str], values: Sequence[Mapping[str, object]]) -> list[list[list[Question]]]:
-        """Return what each engine asks about each image."""
+    def questions(
+        self,
+        image_ids: Sequence[str],
+        values: Sequence[Mapping[str, object]],
+        asked: Sequence[Collection[str]] | None = None,
+    ) -> list[list[list[Question]]]:
+        """Return what each engine asks about each image. asked: the prompts of each; None for all of every image."""
+        names = asked or [self._order] * len(image_ids)
         return [
-            [group.about(image_id, of_image) for group in self._groups]
-            for image_id, of_image in zip(image_ids, values, strict=True)
+            [group.about(image_id, of_image, of_names) for group in self._groups]
+            for image_id, of_image, of_names in zip(image_ids, values, names, strict=True)
         ]
 
     def submit(
@@ -114,7 +120,7 @@ class PromptEngines:
         questions: Sequence[Sequence[Sequence[Question]]],
         encoder: ImageEncoder,
     ) -> list[list[PendingAnswer]]:
-        """Queue all prompts of some images; return their answers, in the order of the prompts. Blocks and raises as
+        """Queue the prompts of some images; return their answers, in the order of the prompts. Blocks and raises as
         `EngineThread.submit` does.
 
         embeds: float[k, D] of each image. questions: as `questions` returns them."""

@@ -3,7 +3,7 @@
 Knows prompts and tokens; no tensors and no engine.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
@@ -54,9 +54,9 @@ class Questions:
         self.most_after = max(after for _, after in most)
         """Most tokens after an image."""
 
-    def about(self, image_id: str, values: Mapping[str, object]) -> list[Question]:
-        """Return what each prompt asks about an image. values: of its columns."""
-        return [self._question(prompt, image_id, values) for prompt in self.prompts]
+    def about(self, image_id: str, values: Mapping[str, object], asked: Collection[str]) -> list[Question]:
+        """Return what each prompt of these names asks about an image. values: of its columns."""
+        return [self._question(prompt, image_id, values) for prompt in self.prompts if prompt.name in asked]
 
     def _question(self, prompt: Prompt, image_id: str, values: Mapping[str, object]) -> Question:
         seed = prompt.decoding.seed

@@ -11,14 +11,21 @@ from typing import Any
 
 from captioner.captioning.job import DEMO_MODEL, Job
 from captioner.errors import ConfigError, InputError, OutputError
-from captioner.inputs import is_image_name
+from captioner.inputs import Columns, is_image_name
 from captioner.machine import may_have_gpu
 from captioner.storage import Location
 from captioner.storage.faults import StoreError
 from captioner.tables import CaptionTable, table_around
 from captioner.terminal import command
 
-__all__ = ["check_device", "check_list_options", "check_model_is_named", "check_places", "warnings"]
+__all__ = [
+    "check_columns_are_kept",
+    "check_device",
+    "check_list_options",
+    "check_model_is_named",
+    "check_places",
+    "warnings",
+]
 
 _WEB = ("http://", "https://")
 _LOGINS = frozenset({"headers", "auth", "cookies", "cookie_jar"})
@@ -98,6 +105,16 @@ def check_list_options(job: Job, kind: str) -> None:
             f"--storage-options has {', '.join(given)}, which would go to every server that {job.images} names;"
             " expected none with a local list. Put the list on that server, or use URLs that hold what they need, as"
             " presigned ones do"
+        )
+
+
+def check_columns_are_kept(job: Job, columns: Columns) -> None:
+    """Raise ConfigError for a prompt that is added to a table and names a column that the table does not keep."""
+    if missing := [name for name in job.config.input.kept_columns.values() if name not in columns.kept_from]:
+        kept = ", ".join(columns.kept_from) or "none"
+        raise ConfigError(
+            f"--prompts names the column {missing[0]}, which {job.output} does not keep; expected a prompt that is"
+            f" added to it to name a column that it keeps ({kept}). Choose another OUTPUT to ask with {missing[0]}"
         )
 
 

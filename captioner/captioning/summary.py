@@ -57,14 +57,14 @@ def summarize(
         "model_waited_share": None if waited is None else round(waited, 4),
         "first_caption_s": None if first_at is None else round(first_at - started_at, 2),
         "predicted": predicted,
-        **({"prompts": _answer_counts(parts)} if plan.job.answers else {}),
+        **({"prompts": _answer_counts(parts, plan)} if plan.job.prompts or plan.answers else {}),
         "output": str(plan.table.location),
     }
 
 
-def _answer_counts(parts: Sequence[PartSummary]) -> dict[str, dict[str, int]]:
-    """Return what `prompts.answer_counts` tells of each prompt, of all this run has written."""
-    counts: dict[str, Counter[str]] = {}
+def _answer_counts(parts: Sequence[PartSummary], plan: "Plan") -> dict[str, dict[str, int]]:
+    """Return what `prompts.answer_counts` tells of each prompt that is asked, of all this run has written."""
+    counts = {prompt.name: Counter(cut=0, null=0) for prompt in plan.prompts}
     for part in parts:
         for name, found in part.answers.items():
             counts.setdefault(name, Counter()).update(found)
@@ -88,7 +88,7 @@ def _is_of(costs: Costs, plan: "Plan", allocation: Allocation) -> bool:
     is_on_gpu = allocation.worker_gpus > 0
     is_same = (costs.fingerprint, costs.settings) == (
         plan.model.fingerprint,
-        settings_digest(plan.config, plan.job.prompts),
+        settings_digest(plan.config, plan.prompts),
     )
     return is_same and (costs.device != "cpu") == is_on_gpu
 

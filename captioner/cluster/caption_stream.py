@@ -92,7 +92,7 @@ def _stream(
 
 def _captioned(plan: "Plan", allocation: Allocation, registry: Any) -> Dataset:
     """Return the stream of captioned rows, not yet running."""
-    config, kept = plan.config, plan.frozen.columns.kept
+    config, kept = plan.config, plan.row_columns
     rows = source_rows(ReadSlices(plan.reader, plan.slices, registry), allocation)
     decoder = {"config": config, "preprocessing": plan.model.preprocessing, "kept": kept, "stop": plan.stop_file}
     captioned: Dataset = decoded(rows, decoder, allocation, registry).map_batches(
@@ -101,7 +101,7 @@ def _captioned(plan: "Plan", allocation: Allocation, registry: Any) -> Dataset:
             "registry": registry,
             "config": config,
             "kept": kept,
-            "prompts": plan.job.prompts,
+            "prompts": plan.prompts,
             "num_threads": allocation.torch_threads,
             "recorder": RayRecorder(registry),
             "stop": plan.stop_file,

@@ -108,12 +108,13 @@ def concat_rows(blocks: Iterable[pa.Table]) -> pa.Table | None:
 
 
 class WriteParts(Datasink[PartSummary]):
-    """Writes parts of the caption table: one file for the captions of a task's rows and one for the failures."""
+    """Writes parts of the caption table: a file for the captions of a task's rows and one for the failures, and so for
+    each prompt that was added."""
 
     def __init__(self, plan: "Plan", stamp: Stamp, registry: Any) -> None:
         self._table = plan.table
         self._stamp = stamp
-        self._kept, self._answers = plan.frozen.columns.kept, plan.job.answers
+        self._kept, self._families = plan.frozen.columns.kept, plan.families
         self._rows_per_part = plan.rows_per_part
         self._limit = plan.failure_limit
         self._registry = registry
@@ -136,11 +137,11 @@ class WriteParts(Datasink[PartSummary]):
     def _write(self, rows: pa.Table | None) -> PartSummary:
         if rows is None:
             return PartSummary(0, {}, 0)
-        part = self._table.write(rows, self._stamp, self._kept, self._answers)
+        part = self._table.write(rows, self._stamp, self._kept, self._families)
         if part.failed and self._limit.is_set:
-            num_failed = self._table.num_written(self._stamp.run_id, ["failures"])  # by names: each task asks
-            if self._limit.is_exceeded(num_failed):
-                self._limit.check(self._table.failed_by_reason(self._stamp.run_id))
+            run_id, folders = self._stamp.run_id, [family.failures for family in self._families]
+            if self._limit.is_exceeded(self._table.num_written(run_id, folders)):  # by names: each task asks
+                self._limit.check(self._table.failed_by_reason(run_id, folders))
         return part
 
     def on_write_complete(self, write_result: WriteResult[PartSummary]) -> None:

@@ -22,7 +22,8 @@ class QueryConfig:
     """The OUTPUT of a caption job, on any fsspec store; it may still be running."""
 
     sql: Annotated[Positional[str], arg(metavar="SQL")] = ""
-    """One SELECT over captions, failures, attempts, images and runs. `DESCRIBE captions` shows a view's columns."""
+    """One SELECT over captions, failures, attempts, unanswered, images and runs.
+    `DESCRIBE captions` shows a view's columns."""
 
     format: RowFormat = "auto"
     """Format of the rows: a table for terminals, or all rows as csv, json (one object a line) or parquet.

@@ -88,6 +88,8 @@ def export_table(config: ExportConfig, run: RunShards = write_shards) -> Mapping
             done = (_register if form.register else _export)(table, request, form, record, run)
             pushed = push(record, config.push_to_hub) if config.push_to_hub else 0
     say(_lines(done, output))
+    if form.register and (added := [family.prompt for family in table.families()[1:]]):
+        say([f"without {', '.join(added)}: columns that were added later lie in parts of their own"])
     return {
         "ok": done.has_any,
         "rows": done.num_rows,

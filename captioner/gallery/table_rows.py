@@ -1,7 +1,8 @@
 """Some rows of a caption table, without reading all of it: drawn at random, or found by key or by image.
 
-Reads the footers of all parts, and then only the parts that hold the wanted rows. Works while a job still writes the
-table. Knows captions and failures, and nothing of images and pages.
+Reads the footers of all parts, and then only the parts that hold the wanted rows; answers to prompts that were added
+later are joined to them by key. Works while a job still writes the table. Knows captions and failures, and nothing of
+images and pages.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,8 +22,7 @@ from captioner.schema import TRANSIENT_REASONS, RejectReason
 from captioner.storage.faults import StoreError, output_errors
 from captioner.storage.parquet import open_parquet_file
 from captioner.storage.urls import redact
-from captioner.tables import CaptionTable
-from captioner.tables.table import FOLDERS
+from captioner.tables import CaptionTable, ColumnFamily
 
 __all__ = ["Part", "TableRows", "ask_rows", "choose_parts"]
 
@@ -46,7 +46,7 @@ def ask_rows(table: CaptionTable, question: Callable[["TableRows"], T]) -> T:
 
 
 def _urls(table: CaptionTable) -> list[str]:
-    return [url for folder in FOLDERS for url in table.parts(folder)]
+    return [url for family in table.families() for folder in family.folders for url in table.parts(folder)]
 
 
 class Part(NamedTuple):
@@ -64,11 +64,16 @@ class TableRows:
     table: CaptionTable
     captions: list[Part]
     failures: list[Part]
+    added: list[tuple[ColumnFamily, list[Part]]]
+    """The answers to each prompt that was added later."""
 
     @classmethod
     def of(cls, table: CaptionTable) -> "TableRows":
         """Return what a table holds now. Raises InputError for a part that cannot be read."""
-        return cls(table, *(_parts(table, folder) for folder in FOLDERS))
+        with output_errors(table.location):
+            captions, *added = table.families()
+        answers = [(family, _parts(table, family.rows)) for family in added]
+        return cls(table, _parts(table, captions.rows), _parts(table, captions.failures), answers)
 
     @property
     def num_captions(self) -> int:
@@ -94,7 +99,7 @@ class TableRows:
             num_failures = min(num_rows, self.num_failures)
         failures = self._last_failures(self._drawn(self.failures, num_failures, rng))
         captions = self._drawn(self.captions, min(num_rows - num_failures, self.num_captions), rng)
-        return _joined([captions, failures])
+        return self._with_answers(_joined([captions, failures]))
 
     def _drawn(self, parts: Sequence[Part], num_rows: int, rng: np.random.Generator) -> list[pa.Table]:
         if not num_rows:
@@ -126,7 +131,7 @@ class TableRows:
         captions = self._found(self.captions, keys, None)
         captioned = pa.concat_tables(captions, promote_options="default").column("key") if captions else []
         rest = np.setdiff1d(keys, np.asarray(captioned, dtype=np.int64))
-        return _joined([captions, self._last_failures(self._found(self.failures, rest, None))])
+        return self._with_answers(_joined([captions, self._last_failures(self._found(self.failures, rest, None))]))
 
     def of_images(self, image_ids: pa.Array) -> pa.Table:
         """Return the captions of these images, and the failures of those without one, by key. Reads every image_id."""
@@ -135,7 +140,23 @@ class TableRows:
             for parts in (self.captions, self.failures)
         ]
         captions, failures = ([rows for rows in tables if rows.num_rows] for tables in found)
-        return _joined([captions, self._last_failures(failures)])
+        return self._with_answers(_joined([captions, self._last_failures(failures)]))
+
+    def _with_answers(self, rows: pa.Table) -> pa.Table:
+        """Return rows by key with the columns of added prompts, null where an image has none."""
+        wanted = rows.column("key").to_numpy()
+        for family, parts in self.added:
+            schema = family.schema(family.rows)
+            of_rows = self._found(parts, wanted, schema.names)
+            found = pa.concat_tables([schema.empty_table(), *of_rows], promote_options="default")
+            keys, firsts = np.unique(found.column("key").to_numpy(), return_index=True)
+            places = np.searchsorted(keys, wanted)
+            is_missing = ~np.isin(wanted, keys)
+            places[is_missing] = 0
+            taken = pa.array(firsts[places] if len(keys) else places, mask=is_missing)
+            for field in family.answers:
+                rows = rows.append_column(field.with_nullable(True), found.column(field.name).take(taken))
+        return rows
 
     def _found(self, parts: Sequence[Part], keys: Keys, columns: list[str] | None) -> list[pa.Table]:
         """Return the rows with these keys; parts whose footer rules them out are not read."""

@@ -4,8 +4,8 @@ Torch-free, like everything that a read task imports: with torch its process wou
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from captioner.config import CaptionJobConfig
 from captioner.inputs import Columns, Limits, Unit, read_unit, save_count, save_further
-from captioner.schema import MAX_UNIT_ROWS
+from captioner.schema import ASKED, MAX_UNIT_ROWS
 from captioner.storage import Place
 from captioner.storage.stop_file import StopFile
 
@@ -41,6 +41,14 @@ class Slice:
 
     attempts: Mapping[int, int]
     """Position -> number of attempts so far, of rows that failed before."""
+
+    held: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Of a table whose rows may lack some columns alone: for each column family bool[N], true where position start + n
+    has it; later positions have not."""
+
+    def lacks(self, family: str) -> bool:
+        """Return whether some row may lack a column family."""
+        return self.stop is None or family not in self.held or not self.held[family].all()
 
     @property
     def num_left(self) -> int | None:
@@ -70,15 +78,17 @@ def cut(
     attempts: Mapping[int, int],
     num_listed: int = BLOCK_ROWS,
     end: int = 0,
+    held: Callable[[int, int], Mapping[str, np.ndarray]] = lambda *_: {},
 ) -> Iterator[Slice]:
     """Yield the slices of one unit that have rows left.
 
     finished: from a position and the one before which to stop to bool[N]: a file may say that it has billions of rows.
     num_listed: rows of a slice of a listing. end: where `stop` is not known, the position after the last finished one.
+    held: as `finished`, to what the slice says of column families.
     """
     if stop is None:
         here = finished(0, end)
-        yield Slice(unit=unit, done=here if here.any() else None, attempts=attempts)
+        yield Slice(unit=unit, done=here if here.any() else None, attempts=attempts, held=held(0, end))
         return
     step = num_listed if unit.kind == "listing" else _slice_rows(unit) or max(stop, 1)
     tried: defaultdict[int, dict[int, int]] = defaultdict(dict)
@@ -88,7 +98,9 @@ def cut(
         last = min(stop, start + step)
         here = finished(start, last)
         if not here.all():
-            yield Slice(unit=unit, start=start, stop=last, done=here if here.any() else None, attempts=tried[start])
+            done = here if here.any() else None
+            of_families = held(start, last)
+            yield Slice(unit=unit, start=start, stop=last, done=done, attempts=tried[start], held=of_families)
 
 
 def _slice_rows(unit: Unit) -> int | None:
@@ -107,14 +119,27 @@ class SliceReader:
     stop: StopFile | None = None
     """The file whose existence ends reading."""
 
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The prompts of each column family, where rows may lack some families alone."""
+
     def read(self, piece: Slice) -> Iterator[pa.Table]:
-        """Yield the rows of a slice that are left, with the number of this attempt.
+        """Yield the rows of a slice that are left, with the number of this attempt, and what each is asked.
 
         Records how many rows a tar has once it is known. Ends early where the job is to stop.
         """
         tables = self._tables(piece)
         while not (self.stop and self.stop.exists()) and (table := next(tables, None)) is not None:
-            yield _with_attempts(table, piece.attempts)
+            table = _with_attempts(table, piece.attempts)
+            yield self._with_asked(table, piece) if self.prompts else table
+
+    def _with_asked(self, table: pa.Table, piece: Slice) -> pa.Table:
+        places = (table.column("key").to_numpy() & (MAX_UNIT_ROWS - 1)) - piece.start
+        asked: list[list[str]] = [[] for _ in places]
+        for family, prompts in self.prompts.items():
+            held = piece.held.get(family, np.zeros(0, bool))
+            for row in np.flatnonzero([place >= len(held) or not held[place] for place in places]):
+                asked[row] += prompts
+        return table.append_column(ASKED, pa.array(asked, ASKED.type))
 
     def _tables(self, piece: Slice) -> Iterator[pa.Table]:
         limits = Limits(

@@ -11,6 +11,7 @@ from captioner.prompts.answer_columns import (
     answer_type,
     answered_prompts,
     details_name,
+    is_prompt_name,
     num_tokens,
 )
 from captioner.prompts.json_column import column_type, parse_answer
@@ -32,6 +33,7 @@ __all__ = [
     "answered_prompts",
     "column_type",
     "details_name",
+    "is_prompt_name",
     "num_tokens",
     "parse_answer",
     "read_prompts",

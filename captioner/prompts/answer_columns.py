@@ -9,6 +9,7 @@ again, and whether it was trimmed. Knows Arrow types and what an identity says o
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "answer_type",
     "answered_prompts",
     "details_name",
+    "is_prompt_name",
     "num_tokens",
 ]
 
@@ -36,6 +38,7 @@ CAPTION = "caption"
 SCORE_COLUMNS = [column for column in CAPTION_COLUMNS if column.name not in ("caption", "clip_score")]
 """What the details of an answer say beside its text; CLIPScore is of the caption alone."""
 
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _SCORES = [pa.field(column.name, column.type) for column in SCORE_COLUMNS]
 _OF_QUESTION = [pa.field("text_number", pa.int32()), pa.field("num_cut_values", pa.int32())]
 _OF_DECODING = {
@@ -45,6 +48,11 @@ _OF_DECODING = {
 """Details that there are where a setting of the decoding is on."""
 
 _CANDIDATES = pa.field("candidates", pa.list_(pa.struct([pa.field("caption", pa.string()), *_SCORES])))
+
+
+def is_prompt_name(name: str) -> bool:
+    """Return whether a prompt may have this name, as far as its letters go."""
+    return _NAME.fullmatch(name) is not None and not name.endswith(details_name(""))
 
 
 def details_name(prompt: str) -> str:
@@ -92,16 +100,16 @@ def num_tokens(captions: pa.Table, answers: Sequence[pa.Field]) -> int:
 def answer_counts(captions: pa.Table, answers: Sequence[pa.Field]) -> dict[str, dict[str, int]]:
     """Return, for each prompt of rows of a table, how many answers were `cut` at their length, how many are `null`, and
     where the decoding may do so, how many were `redrawn` and `trimmed`."""
-    if not answers:
-        return {}
     reasons = {name: _details(captions, name, "finish_reason") for name in _names(answers)}
+    if details_name(CAPTION) in [field.name for field in answers]:
+        reasons = {CAPTION: captions.column("finish_reason"), **reasons}
     return {
         name: {
             "cut": _count(pc.equal(found, pa.scalar(str(FinishReason.LENGTH)))),
             "null": captions.column(name).null_count,
             **_ending_counts(captions, name, answers),
         }
-        for name, found in {CAPTION: captions.column("finish_reason"), **reasons}.items()
+        for name, found in reasons.items()
     }
 
 

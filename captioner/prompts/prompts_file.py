@@ -27,14 +27,13 @@ import yaml
 
 from captioner.config import DecodingConfig
 from captioner.errors import ConfigError
-from captioner.prompts.answer_columns import CAPTION, details_name
+from captioner.prompts.answer_columns import CAPTION, details_name, is_prompt_name
 from captioner.prompts.spec import Prompt, WeightedText
 from captioner.prompts.sql_words import SQL_WORDS
 from captioner.prompts.text import PromptText
 
 __all__ = ["read_prompts"]
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _DECODING = {field.name: field for field in dataclasses.fields(DecodingConfig) if field.name != "seed"}
 _CONSTRAINTS = ("choice", "regex", "json_schema")
 _KEYS = ("text", "texts", "system", "max_value_tokens", *_CONSTRAINTS, *_DECODING)
@@ -100,7 +99,9 @@ def _load(file: Path) -> Any:
 
 
 def _name(file: Path, name: Any, taken: frozenset[str]) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if isinstance(name, str) and name.endswith(details_name("")):
+        raise ConfigError(f"--prompts {file}: {name} ends as the details of prompts do; expected another name")
+    if not isinstance(name, str) or not is_prompt_name(name):
         raise ConfigError(
             f"--prompts {file}: a prompt is named {name!r}; expected a-z, 0-9 and _, beginning with a letter"
         )
@@ -108,8 +109,6 @@ def _name(file: Path, name: Any, taken: frozenset[str]) -> str:
         raise ConfigError(f"--prompts {file}: {name} is a column that every table has; expected another name")
     if name in SQL_WORDS:
         raise ConfigError(f"--prompts {file}: {name} is a word of SQL; expected another name, such as {name}_1")
-    if name.endswith(details_name("")):
-        raise ConfigError(f"--prompts {file}: {name} ends as the details of prompts do; expected another name")
     return name
 
 

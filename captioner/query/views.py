@@ -3,11 +3,13 @@
     captions    one row an image that has a caption
     failures    one row an image without a caption: its last failed attempt
     attempts    every failed attempt, those too whose image got its caption later
+    unanswered  one row for each prompt that was added later and each captioned image that failed to get its answer
     images      captions and failures: one row an image
     runs        one row an invocation of the job
 
-Nothing is imported: DuckDB reads from the Parquet files the columns and row groups that a query needs. A table may be
-written, repaired or compacted meanwhile (see `moved_parts`).
+The columns of added prompts are joined to the captions by key, null where an image has none yet. Nothing is imported:
+DuckDB reads from the Parquet files the columns and row groups that a query needs. A table may be written, repaired or
+compacted meanwhile (see `moved_parts`).
 """
 
 import contextlib
@@ -30,16 +32,21 @@ from captioner.schema import CAPTIONS, FAILURES, RejectReason
 from captioner.storage import Entry, Location
 from captioner.storage.faults import StoreError, diagnose, output_errors
 from captioner.storage.urls import name, redact
-from captioner.tables import CaptionTable
+from captioner.tables import CaptionTable, ColumnFamily
+from captioner.tables.column_family import all_answers
 
-__all__ = ["VIEWS", "Connection", "ask", "read_rows", "select", "stream"]
+__all__ = ["UNANSWERED", "VIEWS", "Connection", "ask", "read_rows", "select", "stream"]
 
 T = TypeVar("T")
 Connection = duckdb.DuckDBPyConnection
-VIEWS = ("captions", "failures", "attempts", "images", "runs")
-_FOLDERS = ("captions", "failures")
+VIEWS = ("captions", "failures", "attempts", "unanswered", "images", "runs")
+UNANSWERED = FAILURES.insert(2, pa.field("prompt", pa.string()))
+"""Columns of the view `unanswered`."""
+
 _ROOT = f"{PROTOCOL}:/"
 _EMPTY = "empty"  # schema of the tables without rows that say what columns a view has at least
+_FAMILY = "family"  # schema of the views of single column families
+_CAPTIONS = f"{_FAMILY}.captions"
 _WRITER = re.compile(r'"type":"(COPY|INSERT|UPDATE|DELETE|MERGE[A-Z_]*)_QUERY_NODE"')  # a quote in a text is escaped
 _SETTINGS = {
     "autoinstall_known_extensions": False,  # nothing is ever downloaded
@@ -58,12 +65,13 @@ def ask(table: CaptionTable, question: Callable[[Connection], T], sql: str = "")
     """
 
     def answer(parts: dict[str, Entry]) -> T:
-        with _connection(table, parts, sql) as connection:
+        with _connection(table, families, parts, sql) as connection:
             return question(connection)
 
     with output_errors(table.location):
+        families = table.families()
         try:
-            return ask_again(lambda: _parts(table), answer, duckdb.Error)
+            return ask_again(lambda: _parts(table, families), answer, duckdb.Error)
         except duckdb.Error as error:
             raise _explained(error, table) from error
 
@@ -120,11 +128,12 @@ def _check_select(connection: Connection, sql: str) -> None:
 # The connection
 
 
-def _parts(table: CaptionTable) -> dict[str, Entry]:
+def _parts(table: CaptionTable, families: Sequence[ColumnFamily]) -> dict[str, Entry]:
     """Return the parts that are there now: `captions/part-...` -> what the listing says of it."""
     return {
         f"{folder}/{name(entry.url)}": entry
-        for folder in _FOLDERS
+        for family in families
+        for folder in family.folders
         for entry in _entries(table, table.location / folder)
         if entry.url.endswith(".parquet") and not entry.is_folder and not name(entry.url).startswith((".", "_"))
     }
@@ -142,16 +151,18 @@ def _entries(table: CaptionTable, folder: Location) -> Sequence[Entry]:
 
 
 @contextlib.contextmanager
-def _connection(table: CaptionTable, parts: dict[str, Entry], sql: str) -> Iterator[Connection]:
+def _connection(
+    table: CaptionTable, families: Sequence[ColumnFamily], parts: dict[str, Entry], sql: str
+) -> Iterator[Connection]:
     """Yield a connection that has the views of `sql`, or all, and may read these parts and nothing else."""
     with tempfile.TemporaryDirectory(prefix="captioner-query-") as spill:
         connection = duckdb.connect(config={**_SETTINGS, "temp_directory": spill})
         try:
             connection.register_filesystem(PartFiles(table.store, parts))
-            folders = [f"{_ROOT}/{folder}/" for folder in _FOLDERS]
+            folders = [f"{_ROOT}/{folder}/" for family in families for folder in family.folders]
             connection.execute(f"SET allowed_directories = {_list(folders)}")
             connection.execute("SET enable_external_access = false; SET lock_configuration = true")
-            _Views(connection, table, list(parts)).create(sql)
+            _Views(connection, table, families, list(parts)).create(sql)
             yield connection
         finally:
             connection.unregister_filesystem(PROTOCOL)
@@ -164,6 +175,7 @@ class _Views:
 
     connection: Connection
     table: CaptionTable
+    families: Sequence[ColumnFamily]
     parts: Sequence[str]
     """`captions/part-...`"""
 
@@ -171,9 +183,9 @@ class _Views:
         """Create the views that `sql` names; all where it names none, or one that does not exist."""
         named = self._named(sql) if sql else set()
         wanted = named if named and named <= set(VIEWS) else set(VIEWS)
-        self.connection.execute(f"CREATE SCHEMA {_EMPTY}")
+        self.connection.execute(f"CREATE SCHEMA {_EMPTY}; CREATE SCHEMA {_FAMILY}")
         if wanted != {"runs"}:
-            self._create_of_parts("captions", "captions", CAPTIONS)
+            self._create_captions()
             self._create_joined(wanted)
         if "runs" in wanted:
             self._create_table("runs", read_runs(self.table))
@@ -182,9 +194,42 @@ class _Views:
         _check_select(self.connection, sql)
         return {found.lower() for found in self.connection.get_table_names(sql)}
 
+    def _create_captions(self) -> None:
+        captions, *added = self.families
+        self._create_of_parts(_CAPTIONS, captions.rows, captions.schema(captions.rows))
+        if not added:
+            self.connection.execute(f"CREATE VIEW captions AS FROM {_CAPTIONS}")
+            return
+        for family in added:
+            self._create_of_parts(f"{_FAMILY}.{family.prompt}", family.rows, family.schema(family.rows))
+        own = list(self._columns(f"FROM {_CAPTIONS}"))
+        answers = [field.name for field in all_answers(self.families)]
+        columns = [*(name for name in CAPTIONS.names[:-1]), *answers]
+        columns += [name for name in own if name not in columns]
+        joins = (f"LEFT JOIN {_FAMILY}.{one.prompt} AS {one.prompt}_parts USING (key)" for one in added)
+        places = {field.name: f"{one.prompt}_parts" for one in added for field in one.answers}
+        chosen = (f"{places.get(name, 'captions')}.{_quoted(name)}" for name in columns)
+        self.connection.execute(
+            f"CREATE VIEW captions AS SELECT {', '.join(chosen)} FROM {_CAPTIONS} AS captions {' '.join(joins)}"
+        )
+
+    def _create_unanswered(self) -> None:
+        self._create_table(f"{_EMPTY}.unanswered", UNANSWERED.empty_table())
+        selects = [f"FROM {_EMPTY}.unanswered"]
+        for family in self.families[1:]:
+            failures = f"{_FAMILY}.failures_{family.prompt}"
+            self._create_of_parts(failures, family.failures, FAILURES)
+            selects.append(
+                f"""SELECT key, image_id, '{family.prompt}' AS prompt, reason, detail, attempt, run_id FROM {failures}
+                SEMI JOIN {_CAPTIONS} USING (key) ANTI JOIN {_FAMILY}.{family.prompt} USING (key) {_LAST_ATTEMPT}"""
+            )
+        self.connection.execute(f"CREATE VIEW unanswered AS {' UNION ALL '.join(selects)}")
+
     def _create_joined(self, wanted: set[str]) -> None:
+        if "unanswered" in wanted:
+            self._create_unanswered()
         if wanted & {"attempts", "failures", "images"}:
-            self._create_of_parts("attempts", "failures", FAILURES)
+            self._create_of_parts("attempts", self.families[0].failures, FAILURES)
         if wanted & {"failures", "images"}:
             self.connection.execute(_FAILURES)
         if "images" in wanted:
@@ -192,14 +237,15 @@ class _Views:
 
     def _create_of_parts(self, view: str, folder: str, schema: pa.Schema) -> None:
         """Create a view of the columns of `schema`, null in parts that are older than the column, and of their own."""
+        empty = f"{_EMPTY}.{view.replace('.', '_')}"
         own = [part for part in self.parts if part.startswith(f"{folder}/")]
         kinds = [self._columns(f"FROM read_parquet({_list([f'{_ROOT}/{part}'])})") for part in _one_a_run(own)]
         is_uniform = all(kind == kinds[0] for kind in kinds)  # if not, DuckDB reads the footers of all parts
         parts = f"read_parquet({_list([f'{_ROOT}/{part}' for part in own])}, union_by_name = {not is_uniform})"
         found = {column: kind for columns in kinds for column, kind in columns.items()}
         if [column for column in found if column in schema.names] != schema.names:
-            self._create_table(f"{_EMPTY}.{view}", schema.empty_table())
-            parts = self._with_all_columns(f"{_EMPTY}.{view}", found, parts) if own else f"{_EMPTY}.{view}"
+            self._create_table(empty, schema.empty_table())
+            parts = self._with_all_columns(empty, found, parts) if own else empty
         self.connection.execute(f"CREATE VIEW {view} AS FROM {parts}")
 
     def _with_all_columns(self, empty: str, found: Mapping[str, str], parts: str) -> str:
@@ -218,10 +264,10 @@ class _Views:
         self.connection.unregister("rows_of_arrow")
 
 
-_FAILURES = """
+_LAST_ATTEMPT = "QUALIFY row_number() OVER (PARTITION BY key ORDER BY attempt DESC, run_id DESC) = 1"
+_FAILURES = f"""
     CREATE VIEW failures AS
-        SELECT attempts.* FROM attempts ANTI JOIN captions USING (key)
-        QUALIFY row_number() OVER (PARTITION BY key ORDER BY attempt DESC, run_id DESC) = 1
+        SELECT attempts.* FROM attempts ANTI JOIN {_CAPTIONS} USING (key) {_LAST_ATTEMPT}
 """
 
 
@@ -242,7 +288,7 @@ def _quoted(column: str) -> str:
 
 _DAMAGED = re.compile(r"Failed to read file|magic bytes|\.parquet\b")
 _STORE_FAULT = re.compile(r"StoreError: (?P<reason>\w+): (?P<detail>[^\n]*)")  # what a Python file raised, as text
-_HINT_AT_CATALOG = re.compile(r'\nDid you mean "(pg_|sqlite_|duckdb_|empty)[^\n]*')
+_HINT_AT_CATALOG = re.compile(r'\nDid you mean "(pg_|sqlite_|duckdb_|empty|family)[^\n]*')
 _SOURCE_LINE = re.compile(r"\s*^LINE \d.*", re.MULTILINE | re.DOTALL)
 
 

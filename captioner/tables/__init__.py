@@ -2,6 +2,7 @@
 
     OUTPUT/captions/part-*.parquet   one row an image that has a caption
     OUTPUT/failures/part-*.parquet   one row a failed attempt; append-only
+    OUTPUT/columns/NAME/             answers and failures of a prompt that was added later (see `column_family`)
     OUTPUT/_run/run.json             what this table was made with: input, model, decoding
     OUTPUT/_run/runs/*.json          one file a run: config, versions, summary
     OUTPUT/_run/lease/               who writes the table now (see `lease`)
@@ -27,16 +28,19 @@ once.
 """
 
 from captioner.tables.audit import Audit, audit
+from captioner.tables.column_family import ColumnFamily
 from captioner.tables.compaction import compact
+from captioner.tables.done import Done, find_done
 from captioner.tables.keys import KeySet
 from captioner.tables.lease import Lease, holder
 from captioner.tables.parts import PartName, Stamp
 from captioner.tables.repair import Finding, deduplicate, deduplicate_late_parts, findings, repair
-from captioner.tables.table import CaptionTable, Done, PartSummary, open_table, table_around
+from captioner.tables.table import CaptionTable, PartSummary, open_table, table_around
 
 __all__ = [
     "Audit",
     "CaptionTable",
+    "ColumnFamily",
     "Done",
     "Finding",
     "KeySet",
@@ -48,6 +52,7 @@ __all__ = [
     "compact",
     "deduplicate",
     "deduplicate_late_parts",
+    "find_done",
     "findings",
     "holder",
     "open_table",

@@ -25,9 +25,9 @@ from captioner.storage import Location
 from captioner.storage.parquet import open_parquet_file
 from captioner.storage.urls import name, redact
 from captioner.tables.layouts import concat_parts
-from captioner.tables.parts import ROW_IDENTITY, Stamp, is_intact, read_ahead
+from captioner.tables.parts import Stamp, is_intact, read_ahead, row_identity
 from captioner.tables.row_set import RowId, RowSet, row_ids
-from captioner.tables.table import FOLDERS, CaptionTable
+from captioner.tables.table import CaptionTable
 
 __all__ = ["STAGING", "compact"]
 
@@ -72,8 +72,11 @@ def compact(table: CaptionTable, run_id: str, target_bytes: int = _TARGET_BYTES)
 
     The table's parts are whole and no two hold the same row; `run_id` holds the lease and is recorded in the table.
     """
-    stamp = Stamp(run_id, table.digest, is_leased=True)
-    return {folder: _compact(table, folder, stamp, target_bytes) for folder in FOLDERS}
+    return {
+        folder: _compact(table, folder, Stamp(run_id, family.digest, is_leased=True), target_bytes)
+        for family in table.families()
+        for folder in family.folders
+    }
 
 
 def _compact(table: CaptionTable, folder: str, stamp: Stamp, target_bytes: int) -> tuple[int, int]:
@@ -95,7 +98,7 @@ def _compact(table: CaptionTable, folder: str, stamp: Stamp, target_bytes: int) 
 
 def _layout(table: CaptionTable, folder: str, target_bytes: int) -> _Layout:
     parts, rows, spans = table.parts(folder), RowSet(), []
-    for url, part in read_ahead(lambda url: table.read(url, ROW_IDENTITY[folder]), parts):
+    for url, part in read_ahead(lambda url: table.read(url, row_identity(folder)), parts):
         keys, attempts = row_ids(_whole(part, url))
         rows.add(keys, attempts)
         if len(keys):
@@ -131,7 +134,7 @@ def _write(
 
     overlapping = [span.url for span in spans if span.first < stop and span.last >= start]
     pieces = [rows for _, rows in read_ahead(rows_of, overlapping, _READERS)]
-    rows = concat_parts(pieces).sort_by([(column, "ascending") for column in ROW_IDENTITY[folder]])
+    rows = concat_parts(pieces).sort_by([(column, "ascending") for column in row_identity(folder)])
     url = table.write_part(folder, rows, stamp, staging)
     if not is_intact(table.store.read_bytes(url)):
         raise JobError(f"{redact(url)} cannot be read back as it was written; the table is as it was")

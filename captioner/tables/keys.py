@@ -10,7 +10,7 @@ import numpy as np
 
 from captioner.schema import MAX_UNIT_ROWS, split_key
 
-__all__ = ["KeySet"]
+__all__ = ["KeySet", "common"]
 
 _SPAN = 1 << 16  # keys of one container: those that agree in their upper 48 bits
 _CONTAINERS = MAX_UNIT_ROWS // _SPAN  # of one unit
@@ -37,6 +37,11 @@ class KeySet:
             if not is_known.all():
                 self._insert(span, offsets[~is_known])
         return np.concatenate(again) if again else np.empty(0, np.int64)
+
+    def update(self, other: "KeySet") -> None:
+        """Add the keys of another set."""
+        for span in other.spans:
+            self.add(other.keys_of(span))
 
     def _are_in(self, span: int, offsets: np.ndarray) -> np.ndarray:
         held = self._containers.get(span)
@@ -113,6 +118,19 @@ class KeySet:
     def units(self) -> set[int]:
         """Ordinals of the units with keys."""
         return set(self._spans_of)
+
+
+def common(*sets: KeySet) -> KeySet:
+    """Return the keys that all of the sets have; of one set itself."""
+    found, (first, *others) = KeySet(), sets
+    if not others:
+        return first
+    for span in first.spans:
+        keys = first.keys_of(span)
+        for other in others:
+            keys = keys[other.contains(keys)]
+        found.add(keys)
+    return found
 
 
 def _count(held: np.ndarray) -> int:

@@ -25,10 +25,7 @@ import pyarrow.parquet as pq
 
 from captioner.storage.parquet import open_parquet_file
 
-__all__ = ["ROW_IDENTITY", "PartName", "Stamp", "encode", "footer", "has_digest", "is_intact", "read_ahead"]
-
-ROW_IDENTITY = {"captions": ["key"], "failures": ["key", "attempt"]}
-"""Folder -> the columns that tell its rows apart, and that they are sorted by."""
+__all__ = ["PartName", "Stamp", "encode", "footer", "has_digest", "is_intact", "read_ahead", "row_identity"]
 
 _ROW_GROUP_ROWS = 131_072
 _NAME = re.compile(r"part-(?P<run_id>.+)-(?P<num_rows>\d+)-(?P<digest>[0-9a-f]{16})\.parquet")
@@ -40,6 +37,12 @@ _TAIL = struct.Struct("<I4s")  # the length of the footer, and PAR1
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def row_identity(folder: str) -> list[str]:
+    """Return the columns that tell the rows of a folder apart, and that they are sorted by: `key`, of failures also
+    `attempt`."""
+    return ["key", "attempt"] if folder.endswith("failures") else ["key"]
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,14 @@ class PartName(NamedTuple):
     @classmethod
     def of(cls, folder: str, run_id: str, rows: pa.Table) -> "PartName":
         """Return the name of a part of `folder` that holds `rows`."""
-        return cls(run_id, rows.num_rows, _digest_of_rows(rows, ROW_IDENTITY[folder]))
+        return cls(run_id, rows.num_rows, _digest_of_rows(rows, row_identity(folder)))
 
     def fits(self, folder: str, rows: pa.Table) -> bool:
         """Return True if this names a part of `folder` that holds `rows`.
 
         The digest may be that of the keys alone: earlier releases named failures so."""
         return self.num_rows == rows.num_rows and self.digest in (
-            _digest_of_rows(rows, ROW_IDENTITY[folder]),
+            _digest_of_rows(rows, row_identity(folder)),
             _digest_of_rows(rows, ["key"]),
         )
 

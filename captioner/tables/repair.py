@@ -13,7 +13,7 @@ stay where they are. Takes no lease.
 """
 
 import logging
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -27,9 +27,9 @@ from captioner.storage.parquet import open_parquet_file
 from captioner.storage.urls import name, redact
 from captioner.tables.audit import Problem
 from captioner.tables.compaction import STAGING
-from captioner.tables.parts import ROW_IDENTITY, PartName, footer, is_intact, read_ahead
+from captioner.tables.parts import PartName, footer, is_intact, read_ahead, row_identity
 from captioner.tables.row_set import RowSet, is_repeated_later, row_ids
-from captioner.tables.table import FOLDERS, CaptionTable
+from captioner.tables.table import CaptionTable
 
 __all__ = ["Finding", "deduplicate", "deduplicate_late_parts", "findings", "repair"]
 
@@ -70,8 +70,7 @@ def findings(table: CaptionTable, frozen: Frozen, problems: Sequence[Problem]) -
     for url in _staged(table):
         yield Finding("leftover", url, "staged by a compaction; its rows are in the table")
     wrong = {problem.url for problem in problems}
-    failures = [url for url in table.parts("failures") if url not in wrong]
-    for part in (*_orphans(table, frozen, failures), *_duplicates(table, without=wrong)):
+    for part in (*_orphans(table, frozen, without=wrong), *_duplicates(table, without=wrong)):
         yield Finding(part.kind, part.url, part.why)
 
 
@@ -80,8 +79,9 @@ def repair(table: CaptionTable, frozen: Frozen, found: Sequence[Finding], run_id
     for finding in found:
         if finding.kind in ("torn", "leftover"):
             _put_aside(table, finding.url, run_id)
-    orphans = _orphans(table, frozen, [finding.url for finding in found if finding.kind == "orphan"])
-    return sum(_drop(table, part, run_id) for part in list(orphans)) + deduplicate(table, run_id)
+    wanted = {finding.url for finding in found if finding.kind == "orphan"}
+    orphans = [part for part in _orphans(table, frozen) if part.url in wanted]
+    return sum(_drop(table, part, run_id) for part in orphans) + deduplicate(table, run_id)
 
 
 def deduplicate(table: CaptionTable, run_id: str) -> int:
@@ -94,7 +94,8 @@ def deduplicate_late_parts(table: CaptionTable, known: Container[str], run_id: s
 
     Such a part is of a writer that outlived its driver, or of a task that Ray ran twice. Returns as `deduplicate` does.
     """
-    late = [url for folder in FOLDERS for url in table.parts(folder) if url not in known]
+    late = [url for family in table.families() for folder in family.folders for url in table.parts(folder)]
+    late = [url for url in late if url not in known]
     if not late:
         return 0
     num_dropped = deduplicate(table, run_id)
@@ -107,7 +108,7 @@ def deduplicate_late_parts(table: CaptionTable, known: Container[str], run_id: s
 
 def _temporaries(table: CaptionTable) -> Iterator[str]:
     run = table.run_folder
-    places = [*(table.location / folder for folder in FOLDERS), run]
+    places = [*(table.location / folder for family in table.families() for folder in family.folders), run]
     places += [
         run / folder for folder in ("runs", "listing", "counts", "stopping")
     ]  # not `lease`, whose holder writes it
@@ -150,15 +151,17 @@ def _rewrite(table: CaptionTable, part: _RowsToDrop) -> None:
     table.write_part(part.folder, rows.filter(pa.array(~part.is_dropped)).replace_schema_metadata(), stamp)
 
 
-def _orphans(table: CaptionTable, frozen: Frozen, parts: Iterable[str]) -> Iterator[_RowsToDrop]:
-    """Yield those of some whole parts of failures that have rows of no row of the input. Raises StoreError.
+def _orphans(table: CaptionTable, frozen: Frozen, without: Container[str] = ()) -> Iterator[_RowsToDrop]:
+    """Yield the parts of failures that have rows of no row of the input. without: as of `_duplicates`, and raises so.
 
     A job writes such a row for a unit that it cannot read, before it knows how many rows the unit has.
     """
     num_rows = {unit.ordinal: unit.num_rows for unit in frozen.units}
-    for url, part in read_ahead(lambda url: table.read(url, ["key"]), parts):
-        if part is not None and (is_orphan := _is_orphan(part.column("key").to_numpy(), num_rows)).any():
-            yield _RowsToDrop("orphan", "failures", url, is_orphan)
+    for folder in (family.failures for family in table.families()):
+        parts = [url for url in table.parts(folder) if url not in without]
+        for url, part in read_ahead(lambda url: table.read(url, ["key"]), parts):
+            if part is not None and (is_orphan := _is_orphan(part.column("key").to_numpy(), num_rows)).any():
+                yield _RowsToDrop("orphan", folder, url, is_orphan)
 
 
 def _is_orphan(keys: np.ndarray, num_rows: Mapping[int, int | None]) -> np.ndarray:
@@ -175,11 +178,13 @@ def _duplicates(table: CaptionTable, without: Container[str] = ()) -> Iterator[_
     Only whole parts of this table count, so that no row is dropped for one that cannot be read. without: URLs of parts
     that are known not to be whole. Raises StoreError.
     """
-    for folder in FOLDERS:
-        parts = [url for url in sorted(table.parts(folder), key=_age) if url not in without]
-        shared = _shared(table, folder, parts)
-        if shared:
-            yield from reversed(list(_rows_to_drop(table, folder, parts, shared)))
+    for family in table.families():
+        for folder in family.folders:
+            parts = _Parts(table, folder, family.digest)
+            urls = [url for url in sorted(table.parts(folder), key=_age) if url not in without]
+            shared = parts.shared(urls)
+            if shared:
+                yield from reversed(list(parts.rows_to_drop(urls, shared)))
 
 
 def _age(url: str) -> tuple[str, int, str]:
@@ -188,33 +193,38 @@ def _age(url: str) -> tuple[str, int, str]:
     return ("", 0, name(url)) if named is None else (named.run_id, -named.num_rows, name(url))
 
 
-def _ids(table: CaptionTable, folder: str, parts: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield URL, keys and attempts of each part that can be read and is of this table."""
-    identity = table.digest
-    for url, part in read_ahead(lambda url: table.read(url, ROW_IDENTITY[folder]), parts):
-        if part is not None and footer(part.schema.metadata).identity == identity:
-            yield url, *row_ids(part)
+class _Parts(NamedTuple):
+    """The parts in one folder of a column family."""
 
+    table: CaptionTable
+    folder: str
+    digest: str
 
-def _shared(table: CaptionTable, folder: str, parts: Sequence[str]) -> RowSet:
-    """Return the rows that are there more than once."""
-    seen, shared = RowSet(), RowSet()
-    for _, keys, attempts in _ids(table, folder, parts):
-        shared.add(*seen.add(keys, attempts))
-    return shared
+    def _ids(self, urls: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Yield URL, keys and attempts of each part that can be read and is of this family."""
+        columns = row_identity(self.folder)
+        for url, part in read_ahead(lambda url: self.table.read(url, columns), urls):
+            if part is not None and footer(part.schema.metadata).identity == self.digest:
+                yield url, *row_ids(part)
 
+    def shared(self, urls: Sequence[str]) -> RowSet:
+        """Return the rows that are there more than once."""
+        seen, shared = RowSet(), RowSet()
+        for _, keys, attempts in self._ids(urls):
+            shared.add(*seen.add(keys, attempts))
+        return shared
 
-def _rows_to_drop(table: CaptionTable, folder: str, parts: Sequence[str], shared: RowSet) -> Iterator[_RowsToDrop]:
-    """Yield the parts that lose rows, the last part first: it keeps what it shares. shared: as `_shared` returns."""
-    kept = RowSet()
-    for url, keys, attempts in _ids(table, folder, parts[::-1]):
-        places = np.flatnonzero(shared.contains(keys, attempts))
-        if not len(places) or not is_intact(table.store.read_bytes(url)):
-            continue  # a part that is not whole keeps its rows, and no other part loses rows for it
-        keys_shared, attempts_shared = keys[places], attempts[places]
-        is_dropped = np.zeros(len(keys), bool)
-        is_kept_elsewhere = kept.contains(keys_shared, attempts_shared)
-        is_dropped[places] = is_kept_elsewhere | is_repeated_later(keys_shared, attempts_shared)
-        kept.add(keys_shared, attempts_shared)
-        if is_dropped.any():
-            yield _RowsToDrop("duplicate", folder, url, is_dropped)
+    def rows_to_drop(self, urls: Sequence[str], shared: RowSet) -> Iterator[_RowsToDrop]:
+        """Yield the parts that lose rows, the last part first: it keeps what it shares. shared: as `shared` returns."""
+        kept = RowSet()
+        for url, keys, attempts in self._ids(urls[::-1]):
+            places = np.flatnonzero(shared.contains(keys, attempts))
+            if not len(places) or not is_intact(self.table.store.read_bytes(url)):
+                continue  # a part that is not whole keeps its rows, and no other part loses rows for it
+            keys_shared, attempts_shared = keys[places], attempts[places]
+            is_dropped = np.zeros(len(keys), bool)
+            is_kept_elsewhere = kept.contains(keys_shared, attempts_shared)
+            is_dropped[places] = is_kept_elsewhere | is_repeated_later(keys_shared, attempts_shared)
+            kept.add(keys_shared, attempts_shared)
+            if is_dropped.any():
+                yield _RowsToDrop("duplicate", self.folder, url, is_dropped)

@@ -1,14 +1,14 @@
 """The output folder of a caption job: what it is, what it holds, how a part is added.
 
-Knows where the parts are and which rows are done; what a part holds is in `parts`, what is wrong with a table in
-`audit`, and how a table is changed in `repair` and `compaction`.
+Knows where the parts are; which of its columns are stored together is in `column_family`, which rows are done in
+`done`, what a part holds in `parts`, what is wrong with a table in `audit`, and how a table is changed in `repair` and
+`compaction`.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from captioner.errors import InputError, JobError, OutputError
 from captioner.prompts import answer_counts, answer_fields, answered_prompts, num_tokens
-from captioner.schema import CAPTIONS, FAILURES, captions_schema
+from captioner.schema import CAPTIONS, FAILURES
 from captioner.storage import Location, Place, Store, as_location, full_url, open_store, urls
 from captioner.storage.faults import ROOM_NEEDED, StoreError, diagnose, output_errors
 from captioner.storage.json_text import parse_object
@@ -24,15 +24,20 @@ from captioner.storage.parquet import open_parquet_file
 from captioner.storage.urls import join, redact
 from captioner.tables import lease
 from captioner.tables.clock_readings import Reading, last_readings
-from captioner.tables.failures import FAILURE_COLUMNS, FailedAttempts
+from captioner.tables.column_family import (
+    COLUMNS,
+    FOLDERS,
+    ColumnFamily,
+    added_identity,
+    digest_of,
+    families_of,
+    is_added_name,
+)
 from captioner.tables.identity import flatten, refusal, to_json
-from captioner.tables.keys import KeySet
 from captioner.tables.parts import PartName, Stamp, encode, footer, read_ahead
 
 __all__ = [
-    "FOLDERS",
     "CaptionTable",
-    "Done",
     "PartSummary",
     "columns_schema",
     "open_table",
@@ -40,7 +45,6 @@ __all__ = [
 ]
 
 FORMAT = 1
-FOLDERS = ("captions", "failures")
 _GROUP = 8
 _SMALL_ROWS = 4096
 _FIELDS = {field.name: field for schema in (CAPTIONS, FAILURES) for field in schema}
@@ -51,6 +55,8 @@ class PartSummary:
     """What one call of `CaptionTable.write` put on disk."""
 
     captioned: int
+    """Rows that have what they were asked for."""
+
     failed_by_reason: dict[str, int]
     num_tokens: int
     parts: tuple[str, ...] = ()
@@ -58,30 +64,12 @@ class PartSummary:
     clocks: tuple[Reading, ...] = ()
     """The last reading of each model worker's clock among these rows."""
     answers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """What `prompts.answer_counts` tells of each prompt."""
+    """What `prompts.answer_counts` tells of each prompt that was asked."""
 
     @property
     def failed(self) -> int:
-        """Rows that went to `failures/`."""
+        """Rows that went to a folder of failures."""
         return sum(self.failed_by_reason.values())
-
-
-@dataclass
-class Done:
-    """The rows that a table holds already.
-
-    `keys` need no more work. `attempts` maps the keys that will be tried again to the attempts they had.
-    """
-
-    keys: KeySet = field(default_factory=KeySet)
-    attempts: dict[int, int] = field(default_factory=dict)
-    num_captioned: int = 0
-    num_failed: int = 0
-    num_duplicates: int = 0
-    """Rows that another part holds too: a writer outlived its driver (see `repair.deduplicate`)."""
-
-    parts: frozenset[str] = frozenset()
-    """URLs of the parts that were read."""
 
 
 class CaptionTable:
@@ -95,16 +83,42 @@ class CaptionTable:
     # What the table is
 
     def identity(self) -> dict[str, Any] | None:
-        """Return what the table was made with, or None where no run has begun."""
-        if self.store.info(self._run_file) is None:
+        """Return what the table was made with, prompts that were added since among it; None where no run has begun."""
+        begun_as, added = self._begun_as(), self._added()
+        return {**begun_as, "prompts": begun_as.get("prompts", {}) | added} if begun_as and added else begun_as
+
+    def _begun_as(self) -> dict[str, Any] | None:
+        return self._object(self._run_file, "the first run")
+
+    def _added(self) -> dict[str, dict[str, Any]]:
+        """Return the prompts that were added since the table was begun: name -> identity."""
+        folder = self.location / COLUMNS
+        names = [urls.name(entry.url) for entry in self.store.entries(folder) if entry.is_folder]
+        files = {name: self._object(self._prompt_file(name), "a run") for name in names if is_added_name(name)}
+        return {name: found.get("prompt", {}) for name, found in files.items() if found}
+
+    def _prompt_file(self, name: str) -> Location:
+        return self.location / COLUMNS / name / "prompt.json"
+
+    def _object(self, file: Location, writer: str) -> dict[str, Any] | None:
+        if self.store.info(file) is None:
             return None
         try:
-            return parse_object(self.store.read_bytes(self._run_file))
+            return parse_object(self.store.read_bytes(file))
         except ValueError as error:
             raise OutputError(
-                f"{self._run_file} is damaged: {error}; expected the JSON that the first run wrote."
-                " Restore it, or choose another OUTPUT"
+                f"{file} is damaged: {error}; expected the JSON that {writer} wrote. Restore it, or choose another"
+                " OUTPUT"
             ) from error
+
+    def families(self, wanted: Mapping[str, Any] | None = None) -> list[ColumnFamily]:
+        """Return its column families, that of the captions first.
+
+        wanted: the identity of a job that may write here; those of its prompts that are new count too."""
+        begun_as = self._begun_as() or wanted or {}
+        known = begun_as.get("prompts", {})
+        new = {name: one for name, one in (wanted or {}).get("prompts", {}).items() if name not in known}
+        return list(families_of(begun_as, self._added() | new, self.digest))
 
     def answers(self) -> list[pa.Field]:
         """Return the columns that its prompts add."""
@@ -122,24 +136,34 @@ class CaptionTable:
         found, wanted = self.identity(), {"format": FORMAT, **identity}
         if found is None:
             self.refuse_parts("no _run/run.json")
-        elif _settings_that_count(found, wanted) != _settings_that_count(wanted, found):
+            return
+        wanted = _without_new_prompts(wanted, found)
+        if _settings_that_count(found, wanted) != _settings_that_count(wanted, found):
             raise OutputError(refusal(self.location, "captions of another job", found, wanted, output="OUTPUT"))
 
     def claim(self, identity: Mapping[str, Any], before_write: Callable[[], None] = lambda: None) -> None:
-        """Make this table one of `identity`, unless it is. Raises as `refuse_other_job` and `before_write` do."""
+        """Make this table one of `identity`, unless it is: begin it, or add the prompts that it has not.
+
+        Raises as `refuse_other_job` and `before_write` do."""
         self.refuse_other_job(identity)
-        if self.identity() is None:
+        if self._begun_as() is None:
             self.store.write_atomic(self._run_file, to_json({"format": FORMAT, **identity}), before_write)
+            return
+        for family in self.families(identity):
+            if family.is_added and self.store.info(file := self._prompt_file(family.prompt)) is None:
+                self.refuse_parts(f"no {COLUMNS}/{family.prompt}/{file.name}", family.folders)
+                added = added_identity(self.digest, identity["prompts"][family.prompt])
+                self.store.write_atomic(file, to_json(added), before_write)
 
     @property
     def digest(self) -> str:
-        """Digest of what the table was made with, as in each part's footer; empty where no run has begun."""
-        found = self.identity()
-        return "" if found is None else hashlib.blake2b(to_json(found), digest_size=16).hexdigest()
+        """Digest of what the table was begun with, as in each part's footer; empty where no run has begun."""
+        found = self._begun_as()
+        return "" if found is None else digest_of(found)
 
-    def refuse_parts(self, missing: str) -> None:
-        """Raise OutputError where the table has parts. missing: what it lacks, so that no run can continue it."""
-        parts = [part for folder in FOLDERS for part in self.parts(folder)]
+    def refuse_parts(self, missing: str, folders: Sequence[str] = FOLDERS) -> None:
+        """Raise OutputError where some folders have parts. missing: what is not there, so that no run can continue."""
+        parts = [part for folder in folders for part in self.parts(folder)]
         if parts:
             raise OutputError(
                 f"{self.location} holds {len(parts)} parts but {missing}, so no run can continue them;"
@@ -149,7 +173,7 @@ class CaptionTable:
     def other_names(self) -> list[str]:
         """Return the names in the table's folder that are none of its own."""
         names = {urls.name(entry.url.rstrip("/")) for entry in self.store.entries(self.location)}
-        return sorted(names - {*FOLDERS, "_run"})
+        return sorted(names - {*FOLDERS, COLUMNS, "_run"})
 
     def record(self, run_id: str, facts: Mapping[str, Any]) -> None:
         """Write `_run/runs/<run_id>.json`: the config, the versions, later the summary."""
@@ -173,40 +197,20 @@ class CaptionTable:
         """Return the lease, which keeps every other job from writing this table; see `lease.take_lease`."""
         return lease.take_lease(self.store, self.run_folder, purpose, timing)
 
-    # What is done
-
-    def done(self, is_retried: Callable[[str], bool]) -> Done:
-        """Return which rows are done: every captioned row, and each failed one unless its reason is retried.
-
-        Reads the key columns of all parts. Raises OutputError for a part that is torn or of another run, StoreError.
-        """
-        done, parts = Done(), {folder: self.parts(folder) for folder in FOLDERS}
-        done.parts = frozenset(url for found in parts.values() for url in found)
-        for part in self._columns(parts["captions"], ["key"]):
-            done.num_duplicates += len(done.keys.add(part.column("key").to_numpy()))
-        done.num_captioned = done.keys.count()
-        failed = FailedAttempts()
-        for part in self._columns(parts["failures"], FAILURE_COLUMNS):
-            failed.add(part)
-        done.num_duplicates += failed.num_duplicates
-        for rows in failed.last(done.keys):
-            retried = pa.array([is_retried(reason) for reason in rows.column("reason").to_pylist()], pa.bool_())
-            again, final = rows.filter(retried), rows.filter(pc.invert(retried))
-            done.attempts.update(zip(again.column("key").to_pylist(), again.column("attempt").to_pylist(), strict=True))
-            done.keys.add(final.column("key").to_numpy())
-            done.num_failed += final.num_rows
-        return done
+    # Parts
 
     def parts(self, folder: str) -> list[str]:
-        """Return the URLs of the parts in `captions` or `failures`, and of other files that readers take for one."""
+        """Return the URLs of the parts in a folder of a column family, and of other files that readers take for one."""
         url = full_url(self.location / folder)
         names = self.store.names(url)
         return [join(url, name) for name in names if name.endswith(".parquet") and not name.startswith((".", "_"))]
 
-    def _columns(self, parts: Iterable[str], columns: list[str]) -> Iterator[pa.Table]:
-        identity = self.digest
+    def read_all(self, parts: Iterable[str], columns: list[str], digest: str) -> Iterator[pa.Table]:
+        """Yield some fixed columns of each part. digest: that of their column family.
+
+        Raises OutputError for a part that is torn or of another run, StoreError."""
         for url, part in self._read_each(list(parts), columns):
-            problem = _problem(part, identity)
+            problem = _problem(part, digest)
             if problem:
                 raise OutputError(
                     f"{redact(url)} {problem}; expected a part of this table. See what jobs/verify.py"
@@ -248,28 +252,32 @@ class CaptionTable:
     # Writing
 
     def write(
-        self, rows: pa.Table, stamp: Stamp, kept: Sequence[pa.Field] = (), answers: Sequence[pa.Field] = ()
+        self, rows: pa.Table, stamp: Stamp, kept: Sequence[pa.Field] = (), families: Sequence[ColumnFamily] = ()
     ) -> PartSummary:
-        """Put captioned rows on disk: at most one new file each in `captions/` and `failures/`.
+        """Put captioned rows on disk: at most one new file in each folder.
 
-        rows: of `schema.captioned_schema(kept, answers)`. Raises JobError when the store refuses, or the run lost its
-        lease.
+        rows: of `schema.captioned_schema`, with the kept columns and answers; where it has the column ASKED, a row is
+        written to the families whose prompts it names. families: of the table; by default captions without answers.
+        Raises JobError when the store refuses, or the run lost its lease.
         """
         rows = rows.sort_by("key")
         is_failed = pc.is_valid(rows.column("reason"))
-        captions, failures = rows.filter(pc.invert(is_failed)), rows.filter(is_failed)
-        parts = [
-            self._write_new("captions", captions, captions_schema(kept, answers), stamp),
-            self._write_new("failures", failures, FAILURES, stamp),
-        ]
-        reasons = Counter(failures.column("reason").to_pylist())
+        made, failed = rows.filter(pc.invert(is_failed)), rows.filter(is_failed)
+        parts, answers = list[str | None](), dict[str, Mapping[str, int]]()
+        for family in families or families_of({}, {}, stamp.identity):
+            own = replace(stamp, identity=family.digest) if family.is_added else stamp
+            rows_of, failures_of = family.asked(made), family.failed(failed)
+            parts.append(self._write_new(family.rows, rows_of, family.schema(family.rows, kept), own))
+            parts.append(self._write_new(family.failures, failures_of, FAILURES, own))
+            answers |= answer_counts(rows_of, family.answers) if rows_of.num_rows else {}
+        fields = [field for family in families for field in family.answers if field.name in made.column_names]
         return PartSummary(
-            captions.num_rows,
-            dict(reasons),
-            num_tokens(captions, answers),
+            made.num_rows,
+            dict(Counter(failed.column("reason").to_pylist())),
+            num_tokens(made, fields),
             tuple(part for part in parts if part),
             last_readings(rows.column("model_clock")),
-            answer_counts(captions, answers),
+            answers,
         )
 
     def _write_new(self, folder: str, rows: pa.Table, schema: pa.Schema, stamp: Stamp) -> str | None:
@@ -301,14 +309,15 @@ class CaptionTable:
         names = (PartName.parse(urls.name(url)) for folder in folders for url in self.parts(folder))
         return sum(found.num_rows for found in names if found and found.run_id == run_id)
 
-    def failed_by_reason(self, run_id: str) -> dict[str, int]:
-        """Return how many failures of a run are on disk so far, by reason."""
-        counts: Counter[str] = Counter()
-        for url in self.parts("failures"):
+    def failed_by_reason(self, run_id: str, folders: Sequence[str]) -> dict[str, int]:
+        """Return how many images have failed in a run so far, by reason. folders: those of the failures."""
+        found: dict[int, str] = {}
+        for url in (url for folder in folders for url in self.parts(folder)):
             named = PartName.parse(urls.name(url))
-            part = self.read(url, ["reason"]) if named and named.run_id == run_id else None
-            counts.update([] if part is None else part.column("reason").to_pylist())
-        return dict(counts)
+            part = self.read(url, ["key", "reason"]) if named and named.run_id == run_id else None
+            if part is not None:
+                found.update(zip(part.column("key").to_pylist(), part.column("reason").to_pylist(), strict=True))
+        return dict(Counter(found.values()))
 
     def sample(self, num_rows: int) -> list[dict[str, Any]]:
         """Return `image_id` and `caption` of the first rows of the table's first part."""
@@ -341,7 +350,10 @@ def _hint(table: CaptionTable) -> str:
 def table_around(place: Place) -> Location | None:
     """Return the table that a place is, or is a folder of; None where it is none. Raises StoreError."""
     here = as_location(place).folder
-    around = [here, here.parent] if here.name in (*FOLDERS, "_run") else [here]
+    around, inner = [here], here
+    for _ in range(3):  # OUTPUT/columns/tags/answers is the deepest folder of parts
+        around += [inner.parent] if inner.name in (*FOLDERS, COLUMNS, "_run") else []
+        inner = inner.parent
     store = open_store(here)
     return next((folder for folder in around if store.info(folder / "_run" / "run.json")), None)
 
@@ -356,6 +368,13 @@ def _problem(part: pa.Table | None, identity: str) -> str:
         return "cannot be read"
     found = footer(part.schema.metadata).identity
     return "" if found == identity else f"was written by another run (its footer says {found or 'nothing'})"
+
+
+def _without_new_prompts(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a job without the prompts that it adds to a table with named prompts."""
+    if "prompts" not in wanted or "prompts" not in found:
+        return dict(wanted)
+    return {**wanted, "prompts": {name: one for name, one in wanted["prompts"].items() if name in found["prompts"]}}
 
 
 def _settings_that_count(identity: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from captioner.storage import Location
 from captioner.storage.faults import output_errors
 from captioner.storage.urls import redact
 from captioner.tables import Audit, CaptionTable, Finding, audit, compact, findings, holder, repair
-from captioner.tables.audit import Problem
+from captioner.tables.audit import AddedAudit, Problem
 from captioner.tables.lease import refuse_if_held
 from captioner.terminal import command, say
 
@@ -32,7 +32,15 @@ def verify(config: VerifyConfig) -> Mapping[str, Any]:
         changed = _change(table, frozen, config) if config.repair or config.compact else {}
         found, problems = _audit(table, frozen)
         say(_lines(found, problems, table))
-    return {"ok": found.is_whole, **vars(found), **changed, "output": str(table.location)}
+    columns = {name: {"ok": one.is_whole, **vars(one)} for name, one in found.columns.items()}
+    of_captions = {name: value for name, value in vars(found).items() if name != "columns"}
+    return {
+        "ok": found.is_whole,
+        **of_captions,
+        **({"columns": columns} if columns else {}),
+        **changed,
+        "output": str(table.location),
+    }
 
 
 def _audit(table: CaptionTable, frozen: Frozen) -> tuple[Audit, list[Problem]]:
@@ -91,7 +99,7 @@ def _lines(audit: Audit, problems: Sequence[Problem], table: CaptionTable) -> It
     if writer := holder(table.store, table.run_folder):
         yield f"run {writer.run_id} on {writer.host} may still write this table: what is missing may be on its way"
     read = "unknown" if audit.read is None else f"{audit.read:,}"
-    sign = "=" if audit.is_whole else "!="
+    sign = "=" if audit.has_whole_captions else "!="
     yield f"read {read} {sign} captioned {audit.captioned:,} + failed {audit.failed:,}"
     for reason, count in sorted(audit.failed_by_reason.items(), key=lambda item: -item[1]):
         yield f"  {reason:16} {count:,}"
@@ -100,8 +108,22 @@ def _lines(audit: Audit, problems: Sequence[Problem], table: CaptionTable) -> It
         yield f"  {audit.misnamed:,} rows have another image_id than the input has at their place"
     if audit.unread_units:
         yield f"  {audit.unread_units:,} input files were not read to their end: run the same command again"
+    for name, added in audit.columns.items():
+        yield from _added_lines(name, added, audit.captioned)
     yield from (f"  {problem.kind}: {redact(problem.url)}: {problem.why}" for problem in problems)
-    if audit.missing and not (audit.duplicated or audit.torn_parts):
+    everything: list[Audit | AddedAudit] = [audit, *audit.columns.values()]
+    if any(one.missing for one in everything) and not (any(one.duplicated for one in everything) or audit.torn_parts):
         yield "  next: the command of the caption job again, which captions what is missing"
-    if audit.duplicated or audit.torn_parts or audit.alien_failures:
+    if audit.torn_parts or any(one.duplicated or one.alien_failures for one in everything):
         yield f"  next: {command('verify', str(table.location), '--repair')}"
+
+
+def _added_lines(name: str, audit: AddedAudit, captioned: int) -> Iterator[str]:
+    """Yield what an audit found of a prompt that was added later."""
+    sign = "=" if audit.is_whole else "!="
+    yield f"{name}: captioned {captioned:,} {sign} answered {audit.answered:,} + failed {audit.failed:,}"
+    for reason, count in sorted(audit.failed_by_reason.items(), key=lambda item: -item[1]):
+        yield f"  {reason:16} {count:,}"
+    yield f"  missing {audit.missing:,}, twice {audit.duplicated:,}, of no input row {audit.alien:,}"
+    if audit.misnamed:
+        yield f"  {audit.misnamed:,} rows have another image_id than the input has at their place"

@@ -33,7 +33,7 @@ from captioner.config import InputConfig, VerifyConfig
 from captioner.inputs import freeze, load_frozen
 from captioner.inputs.slices import cut
 from captioner.schema import CAPTIONS, FAILURES, MAX_UNIT_ROWS, TRANSIENT_REASONS, row_key
-from captioner.tables import CaptionTable, Stamp
+from captioner.tables import CaptionTable, Stamp, find_done
 from captioner.tables.verification import verify
 from tests.bench.report import at_most, last_line
 
@@ -123,7 +123,7 @@ def resume(table: CaptionTable) -> int:
     """Read what is done and cut what is left, as a rerun does before it starts; return the images left."""
     frozen = load_frozen(table.run_folder)
     assert frozen is not None
-    done = table.done(TRANSIENT_REASONS.__contains__)
+    done = find_done(table, TRANSIENT_REASONS.__contains__)
     slices = [
         piece
         for unit in frozen.units

@@ -136,15 +136,17 @@ def wait_for_nobody(mark: str) -> None:
         time.sleep(0.1)
 
 
-def num_parts(output: Path) -> int:
-    """Return how many parts with captions a local table has."""
-    return len(list(output.glob("captions/*.parquet")))
+def num_parts(output: Path, folder: str = "captions") -> int:
+    """Return how many parts with captions, or with answers, a local table has."""
+    return len(list(output.glob(f"{folder}/*.parquet")))
 
 
-def wait_for_parts(job: Job, output: Path, wanted: int = 1, timeout_s: float = GUARD_S) -> None:
+def wait_for_parts(
+    job: Job, output: Path, wanted: int = 1, timeout_s: float = GUARD_S, folder: str = "captions"
+) -> None:
     """Return when a table has so many parts. Fails if the job ends before."""
     give_up = time.monotonic() + timeout_s
-    while num_parts(output) < wanted:
+    while num_parts(output, folder) < wanted:
         assert job.process.poll() is None, f"the job ended before it could be interrupted: {job.end()}"
         assert time.monotonic() < give_up, f"not {wanted} parts after {timeout_s} s"
         time.sleep(0.02)

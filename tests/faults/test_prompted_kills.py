@@ -1,4 +1,4 @@
-"""A job of five prompts, killed and run again: each column comes out as in an unbroken run."""
+"""A job of five prompts, and one that adds a sixth, killed and run again: each column is that of an unbroken run."""
 
 import math
 from collections.abc import Callable
@@ -32,9 +32,17 @@ def captioned(store: SlowStore, tmp_path: Path) -> tuple[Path, str]:
     return tmp_path / "images.csv", str(tmp_path / "prompts.yaml")
 
 
+SIXTH = """
+long: {texts: [w7, "w8 {alt}"], do_sample: true, max_value_tokens: 3}
+"""
+
+
 def answers(output: Path) -> pd.DataFrame:
     """The rows of a table; of how answers came about, what is no score: these differ in their last bits."""
     rows = table(output)
+    for column in output.glob("columns/*"):
+        added = pd.read_parquet(column / "answers").set_index("key").drop(columns=["image_id", "run_id"])
+        rows = rows.join(added, validate="1:1")
     for name in (column for column in rows if column.endswith("_details")):
         rows[name] = rows[name].map(_told, na_action="ignore")
     return rows
@@ -71,3 +79,31 @@ def test_a_job_of_five_prompts_that_is_killed_and_run_again_ends_with_the_unbrok
     assert found.loc[found["caption"].notna(), "tags"].notna().all()
     verified(str(output), "--compact")
     assert_same(answers(output), expected)
+
+
+def test_a_sixth_prompt_whose_job_is_killed_and_run_again_ends_with_the_table_of_all_six(
+    start: Callable[..., Job], captioned: tuple[Path, str], store: SlowStore, tmp_path: Path
+) -> None:
+    images, five = captioned
+    six = str(tmp_path / "six.yaml")
+    Path(six).write_text(PROMPTS + SIXTH)
+    output, rows_per_part = tmp_path / "table", ("--rows-per-part", "64")
+    start(images, tmp_path / "unbroken", "--prompts", six, *rows_per_part).summary()
+    start(images, output, "--prompts", five, *rows_per_part).summary()
+    before = {path: path.read_bytes() for path in output.glob("captions/*")}
+    store.hold_after(verified(str(output))["captioned"] - 1)  # all that is left but one, so that some block is whole
+    killed = start(images, output, "--prompts", six, *rows_per_part)
+    wait_for_parts(killed, output, folder="columns/long/answers")
+    killed.kill_everything()
+    store.hold_after(math.inf)
+    left = Job([str(output)], script="verify.py").end()
+    assert left[0] == 1, "the injector came too late to do anything"
+    summary = start(images, output, "--prompts", six, *rows_per_part).summary()
+    assert 0 < summary["read"] < NUM
+    assert set(summary["prompts"]) == {"long"}
+    found = verified(str(output))
+    assert found["columns"]["long"]["answered"] == found["captioned"]
+    assert {path: path.read_bytes() for path in output.glob("captions/*")} == before
+    assert_same(answers(output), answers(tmp_path / "unbroken"))
+    verified(str(output), "--compact")
+    assert_same(answers(output), answers(tmp_path / "unbroken"))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from captioner.inputs import Frozen, Unit
 from captioner.schema import TRANSIENT_REASONS, row_key
-from captioner.tables import Audit, CaptionTable, Stamp, audit, compact, deduplicate, findings, repair
+from captioner.tables import Audit, CaptionTable, Stamp, audit, compact, deduplicate, find_done, findings, repair
 from tests.hypothesis_profiles import max_examples
 from tests.unit.tables.test_tables import IDENTITY, captioned
 
@@ -188,7 +188,7 @@ def test_a_compaction_that_dies_anywhere_leaves_a_table_that_the_next_run_reads_
     with made(calls) as table:
         deduplicate(table, REPAIRER)
         before = rows(table)
-        done = table.done(lambda reason: reason in TRANSIENT_REASONS)
+        done = find_done(table, lambda reason: reason in TRANSIENT_REASONS)
 
         def look() -> None:
             now = rows(table)
@@ -200,10 +200,10 @@ def test_a_compaction_that_dies_anywhere_leaves_a_table_that_the_next_run_reads_
                 table.store.exchange = lambda folder, other: False  # type: ignore[method-assign]
             table.record(lease.run_id, {})
             compact(table, lease.run_id, target_bytes=rows_per_part * 1000)
-        after = table.done(lambda reason: reason in TRANSIENT_REASONS)
+        after = find_done(table, lambda reason: reason in TRANSIENT_REASONS)
         if after.num_duplicates:
             deduplicate(table, REPAIRER)
-            after = table.done(lambda reason: reason in TRANSIENT_REASONS)
+            after = find_done(table, lambda reason: reason in TRANSIENT_REASONS)
         assert (after.num_duplicates, after.attempts) == (0, done.attempts)
         assert (after.num_captioned, after.num_failed) == (done.num_captioned, done.num_failed)
         assert rows(table) == before

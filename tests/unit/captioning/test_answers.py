@@ -116,6 +116,21 @@ def test_any_subset_and_order_of_prompts_has_the_same_answers(
     assert texts == [[of_image[by_name[name]] for name in names] for of_image in all_texts]
 
 
+@pytest.mark.parametrize(
+    "asked", [[["told"], ["caption", "tags"], ["whole"]], [["tags", "braces"], ["tags"], ["told"]]]
+)
+def test_each_image_may_be_asked_other_prompts_and_answers_as_to_all(
+    captioner: Captioner, prompts: tuple[Prompt, ...], asked: list[list[str]]
+) -> None:
+    names = [prompt.name for prompt in prompts]
+    of_all = [dict(zip(names, of_image, strict=True)) for of_image in ask(captioner)]
+    found = captioner.answer_pixels(pixels(), IDS, SIZES, VALUES, asked)
+    wanted = [[of_image[name] for name in these] for of_image, these in zip(of_all, asked, strict=True)]
+    assert [[one.caption.caption for one in of_image] for of_image in found] == [
+        [one.caption.caption for one in of_image] for of_image in wanted
+    ]
+
+
 def test_images_are_counted_when_all_their_answers_are_there(captioner: Captioner) -> None:
     before = captioner.engine.num_finished
     ask(captioner)

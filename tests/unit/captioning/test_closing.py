@@ -29,6 +29,8 @@ def plan(folder: Path, num_captioned: int = 0, num_failed: int = 0, **changes: A
         "job": SimpleNamespace(reads_demo_images=False, is_demo_model_elsewhere=False),
         "num_skipped": num_captioned + num_failed,
         "num_left": 5_000,
+        "families": [SimpleNamespace(prompt="caption")],
+        "added_alone": (),
     }
     return SimpleNamespace(**facts | changes)
 
@@ -42,6 +44,13 @@ def test_the_first_line_says_what_became_of_the_images(tmp_path: Path) -> None:
 def test_images_beside_the_first_of_a_row_are_told(tmp_path: Path) -> None:
     lines = list(closing_lines(plan(tmp_path, frozen=SimpleNamespace(num_further=1_204)), DONE))
     assert "left out  1,204 images beside the first in the list of their row: --explode-images takes them" in lines
+
+
+def test_a_column_that_was_added_is_told_with_the_folder_that_it_lies_in(tmp_path: Path) -> None:
+    families = [SimpleNamespace(prompt="caption"), SimpleNamespace(prompt="tags", rows="columns/tags/answers")]
+    lines = list(closing_lines(plan(tmp_path, 5_000, families=families, added_alone=("tags",)), PERFECT))
+    assert lines[0].startswith("5,000 captioned by tags alone")
+    assert f"column    {tmp_path}/columns/tags/answers: tags by key, joined by query, gallery and export" in lines
 
 
 def test_images_of_earlier_runs_are_told_apart(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ def plan(tmp_path: Path) -> Any:
         run_folder=Location(str(tmp_path / "_run")),
     )
     config = CaptionJobConfig(output="out")
-    model, job = SimpleNamespace(fingerprint="f"), SimpleNamespace(prompts=())
-    return SimpleNamespace(table=table, model=model, config=config, job=job)
+    model = SimpleNamespace(fingerprint="f")
+    return SimpleNamespace(table=table, model=model, config=config, prompts=())
 
 
 def test_without_measured_costs_nothing_is_predicted(plan: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from captioner.config import VerifyConfig
 from captioner.schema import TRANSIENT_REASONS
-from captioner.tables import CaptionTable
+from captioner.tables import CaptionTable, find_done
 from captioner.tables.parts import is_intact
 from captioner.tables.verification import verify
 from tests.caption_tables import add_part, caption_row
@@ -31,7 +31,7 @@ def captions(table: CaptionTable) -> list[str]:
 
 
 def test_its_rows_are_done(table: CaptionTable) -> None:
-    done = table.done(TRANSIENT_REASONS.__contains__)
+    done = find_done(table, TRANSIENT_REASONS.__contains__)
     assert (done.num_captioned, done.attempts, done.num_duplicates) == (4, {4: 2}, 0)
 
 

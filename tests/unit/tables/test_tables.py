@@ -14,7 +14,7 @@ from captioner.config import DecodingConfig
 from captioner.errors import JobError, OutputError
 from captioner.inputs import Frozen, Unit
 from captioner.schema import CAPTIONS, FAILURES, TRANSIENT_REASONS, captioned_schema, row_key
-from captioner.tables import Audit, CaptionTable, Stamp, audit, findings, repair
+from captioner.tables import Audit, CaptionTable, Stamp, audit, find_done, findings, repair
 from captioner.tables.keys import KeySet
 
 IDENTITY = {"input": "in", "model": {"name": "demo", "fingerprint": "abc"}}
@@ -118,7 +118,7 @@ def test_done_rows_are_found_in_the_parts_and_transient_failures_are_tried_again
     table.write(
         captioned([row_key(0, 1), row_key(7, 0)], {row_key(0, 2): "corrupt", row_key(0, 3): "fetch_failed"}), stamp
     )
-    done = table.done(is_transient)
+    done = find_done(table, is_transient)
     assert done.keys.positions(0, 5).tolist() == [False, True, True, False, False]
     assert done.keys.positions(7, 2).tolist() == [True, False]
     assert done.attempts == {row_key(0, 3): 1}
@@ -128,7 +128,7 @@ def test_done_rows_are_found_in_the_parts_and_transient_failures_are_tried_again
 def test_a_row_that_failed_and_was_captioned_later_is_done(table: CaptionTable, stamp: Stamp) -> None:
     table.write(captioned([], {1: "fetch_failed", 2: "fetch_failed"}), stamp)
     table.write(captioned([1], {2: "missing"}, attempt=2), stamp)
-    done = table.done(is_transient)
+    done = find_done(table, is_transient)
     assert done.attempts == {}
     assert (done.num_captioned, done.num_failed) == (1, 1)
 
@@ -196,7 +196,7 @@ def test_a_torn_part_stops_a_rerun_instead_of_being_captioned_again(table: Capti
     table.write(captioned([1]), stamp)
     (Path(table.location.local_path) / "captions" / "part-torn.parquet").write_bytes(b"PAR1 half a file")
     with pytest.raises(OutputError, match=r"part-torn\.parquet cannot be read"):
-        table.done(is_transient)
+        find_done(table, is_transient)
 
 
 def test_an_audit_of_a_whole_table_finds_nothing(table: CaptionTable, stamp: Stamp) -> None:
@@ -231,7 +231,7 @@ def test_the_rows_on_disk_are_known_from_the_names_of_the_parts(table: CaptionTa
     table.write(captioned([1, 2], {3: "corrupt"}), stamp)
     table.write(captioned([4]), Stamp("run-2", stamp.identity))
     assert (table.num_written("run-1"), table.num_written("run-2"), table.num_written("run")) == (3, 1, 0)
-    assert table.num_written("run-1", ["failures"]) == sum(table.failed_by_reason("run-1").values()) == 1
+    assert table.num_written("run-1", ["failures"]) == sum(table.failed_by_reason("run-1", ["failures"]).values()) == 1
 
 
 def test_a_repair_that_drops_rows_of_a_part_keeps_another_part_of_the_keys_that_are_left(
