@@ -53,6 +53,7 @@ PROMPTS = {
     "caption": {"text": "Describe the image.", "decoding": {}},
     "is_photo": {"text": "Is it a photograph?", "decoding": {}, "constraint": json.dumps({"choice": ["yes", "no"]})},
 }
+QUERY = Path(__file__).parents[2] / "jobs" / "query.py"
 _NULL_SHARE = 0.01
 _TEXT = "a the large small red blue green old dog cat bird bus tree house man woman street table on in with near"
 _NUM_TEXTS = 50_000
@@ -177,7 +178,7 @@ def commands(folder: Path, rounds: int) -> dict[str, float]:
     """Time jobs/query.py with a filter by the choice, from its start to its last row; medians."""
     values = {}
     for name, sql in COMMANDS.items():
-        command = [sys.executable, "jobs/query.py", str(folder), sql, "--format", "csv"]
+        command = [sys.executable, str(QUERY), str(folder), sql, "--format", "csv"]
 
         def run(command: list[str] = command) -> int:
             return subprocess.run(command, check=True, capture_output=True).stdout.count(b"\n") - 1

@@ -1,6 +1,7 @@
 """CLIP, LLaMA and LLaVA of transformers' own classes at toy size, saved as people save them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,17 @@ _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def llama3_tokenizer(
-    *, num_words: int = 256, num_special: int = 16, eos: str = "<|end_of_text|>", extra: tuple[str, ...] = ()
+    *,
+    num_words: int = 256,
+    num_special: int = 16,
+    eos: str = "<|end_of_text|>",
+    extra: tuple[str, ...] = (),
+    spelled: Callable[[int], str] = "Ġw{}".format,
 ):
-    """LLaMA-3's layout: byte-level BPE ids 0 to num_words - 1, then its special tokens, reserved ones between."""
-    words = _BYTES + [f"Ġw{i}" for i in range(num_words - len(_BYTES))]
+    """LLaMA-3's layout: byte-level BPE ids 0 to num_words - 1, then its special tokens, reserved ones between.
+
+    spelled: the n-th word behind the bytes."""
+    words = _BYTES + [spelled(i) for i in range(num_words - len(_BYTES))]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
