@@ -83,7 +83,7 @@ def export_table(config: ExportConfig, run: RunShards = write_shards) -> Mapping
     request = _request(table, config, form, output)
     record = ExportRecord(output)
     with output_errors(output):
-        record.refuse_other_files(_settings(request, table))
+        record.refuse_other_files(_settings(request, table, form))
         with record.lease():
             done = (_register if form.register else _export)(table, request, form, record, run)
             pushed = push(record, config.push_to_hub) if config.push_to_hub else 0
@@ -220,9 +220,11 @@ def _in_terms_of(
     return request
 
 
-def _settings(request: Request, table: CaptionTable) -> dict[str, Any]:
-    """Return what decides the files of OUT."""
+def _settings(request: Request, table: CaptionTable, form: ExportFormat) -> dict[str, Any]:
+    """Return what decides the files of OUT: where it has all columns, those too that were added to the table later."""
     config = request.config
+    has_all = form.has_columns and not config.columns
+    added = [family.prompt for family in table.families()[1:]] if has_all else []
     return {
         "table": table.digest,
         "format": config.format,
@@ -237,6 +239,7 @@ def _settings(request: Request, table: CaptionTable) -> dict[str, Any]:
         "prompt": config.prompt,
         "iceberg_table": config.iceberg_table if config.format == "iceberg" else None,
         **({"csv_safe": True} if config.csv_safe else {}),  # left out, so that older exports stay the same
+        **({"added_columns": added} if added else {}),
     }
 
 
@@ -249,7 +252,7 @@ def _export(table: CaptionTable, request: Request, form: ExportFormat, record: E
     batch, without_text = ask(
         table, lambda connection: _plan(connection, request, form, record), selection_sql(request)
     )
-    record.claim(_settings(request, table))  # not before: a selection without rows claims nothing
+    record.claim(_settings(request, table, form))  # not before: a selection without rows claims nothing
     if batch is not None:
         record.add_batch(batch)
         entries.append(_finish(table, request, form, record, batch, run))
@@ -324,7 +327,7 @@ def _register(table: CaptionTable, request: Request, form: ExportFormat, record:
     parts = table.parts("captions")
     if not parts:
         raise _nothing(request, 0)
-    record.claim(_settings(request, table))
+    record.claim(_settings(request, table, form))
     before = record.entries()
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     counts = form.register(request, table, parts)

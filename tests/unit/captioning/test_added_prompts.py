@@ -26,9 +26,11 @@ from captioner.errors import ConfigError, OutputError
 from captioner.export import export_table
 from captioner.gallery.gallery_job import gallery
 from captioner.query import read_rows
+from captioner.storage import Location
 from captioner.tables import CaptionTable, PartSummary, Stamp
 from captioner.tables.verification import verify
 from tests.bundles import save_tiny_bundle
+from tests.conftest import Bucket
 from tests.job_in_process import run_job
 from tests.sample_images import encoded
 
@@ -382,6 +384,50 @@ def test_pages_and_exports_have_the_added_columns(jobs: Jobs, tmp_path: Path) ->
     export_table(export)
     lines = (tmp_path / "out" / "captions-00000.jsonl").read_text().splitlines()
     assert [json.loads(line)["long"] is None for line in lines].count(True) == NUM - 3
+
+
+def test_an_export_of_all_columns_goes_elsewhere_once_the_table_has_one_more(jobs: Jobs, tmp_path: Path) -> None:
+    export = ExportConfig(table=jobs.config.output, output=str(tmp_path / "out"))
+    some = replace(export, output=str(tmp_path / "some"), columns=("image_id", "caption"))
+    jobs.run(FOUR)
+    for config in (export, some):
+        export_table(config)
+    jobs.run(FOUR | FIFTH)
+    assert export_table(some)["rows"] == 0
+    with pytest.raises(OutputError, match=r"added_columns: None there, \['long'\] now"):
+        export_table(export)
+    assert export_table(replace(export, output=str(tmp_path / "new")))["rows"] == NUM
+
+
+def test_an_iceberg_table_is_said_to_be_without_the_added_columns(
+    jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyiceberg")
+    jobs.run({"caption": "w1"})
+    jobs.run({"caption": "w1", "tags": "w2"})
+    export_table(ExportConfig(table=jobs.config.output, output=str(tmp_path / "out"), format="iceberg"))
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "without tags: columns that were added later lie in parts of their own"
+
+
+def test_a_table_on_s3_gets_its_columns_as_a_local_one(jobs: Jobs, s3: Bucket) -> None:
+    options = s3.storage_options
+    jobs.config = replace(jobs.config, output=f"{s3.url}/table", input=InputConfig(output_storage_options=options))
+    prompts = {name: FOUR[name] for name in ("caption", "tags")}
+    table = CaptionTable(Location(f"{s3.url}/table", options))
+    jobs.run({"caption": FOUR["caption"]})
+    for num_rows in (2, None):
+        jobs.run(prompts, num_rows=num_rows)
+    [_, family] = table.families()
+    assert (family.prompt, len(table.parts(family.rows))) == ("tags", 2)
+    rows = read_rows(table, "SELECT key, tags FROM captions ORDER BY key")
+    assert None not in rows["tags"].to_pylist()
+    flags = {"table": f"{s3.url}/table", "storage_options": options}
+    found = verify(VerifyConfig(**flags, compact=True))
+    assert (found["ok"], found["columns"]["tags"]["answered"], found["parts"][family.rows]) == (True, NUM, 1)
+    assert read_rows(table, "SELECT key, tags FROM captions ORDER BY key").equals(rows)
+    with pytest.raises(OutputError, match=r"prompts.tags.text: w2 w3 there, w3 now"):
+        jobs.plan(prompts | {"tags": "{text: w3, max_new_tokens: 4}"})
 
 
 def test_the_end_of_a_run_says_which_prompt_it_asked(jobs: Jobs) -> None:
