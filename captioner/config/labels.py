@@ -37,6 +37,10 @@ class LabelsConfig:
     """Column with the split: train, validation or test, also as val, dev or restval. By default `split`, if there is
     one."""
 
+    where: str = ""
+    """Of a caption table as LABELS: take the captions for which this condition in SQL holds, over the columns of its
+    view captions, as `clip_score > 0.28`."""
+
     validation_share: float = 0.05
     """Share of the images, 0 to 1, that becomes the validation split where LABELS names none."""
 

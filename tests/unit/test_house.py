@@ -20,7 +20,7 @@ ROOMS = [
     *("errors", "repetition", "caption_columns", "schema", "machine", "terminal", "demo", "config"),
     *("config_file", "command_line", "commands"),
     *("prompts", "storage", "inputs", "images", "model", "decoding", "tables", "evaluation"),
-    *("captioning", "training", "query", "gallery", "export", "cluster"),
+    *("captioning", "query", "training", "gallery", "export", "cluster"),
 ]
 """Rooms and root modules from left to right: each imports only itself and what stands further left."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from captioner.config import LabelsConfig
 from captioner.evaluation.caption_files import CAPTION_FORMATS, has_suffix
 from captioner.inputs.suffixes import TAR_SUFFIXES
+from captioner.training.labels.caption_tables import read_caption_table
 from captioner.training.labels.named_images import read_named_images
 from captioner.training.labels.parquet_images import read_parquet_images
 from captioner.training.labels.rows import LabelFiles
@@ -65,6 +66,7 @@ LABEL_FORMATS = {
         _naming_images("jsonl", "names of images", may_fill_folder=True),
         _naming_images("json", "COCO's or Karpathy's"),
         _naming_images("token", "Flickr8k's, with its split lists beside"),
+        LabelFormat("table", (), read_caption_table, "the OUTPUT of a caption job, or what --where selects of it"),
         LabelFormat(
             "txt",
             (".txt",),
@@ -84,6 +86,6 @@ def label_format_of(url: str) -> LabelFormat | None:
 def describe_label_formats() -> str:
     """Return the help on LABELS: name, suffixes and content of each format."""
     entries = "; ".join(
-        f"{entry.name}: {' or '.join(entry.suffixes)}, {entry.help}" for entry in LABEL_FORMATS.values()
+        f"{entry.name}: {' or '.join(entry.suffixes) or 'a folder'}, {entry.help}" for entry in LABEL_FORMATS.values()
     )
     return f"--labels-format takes auto (by the name of LABELS) or one of these. {entries}."

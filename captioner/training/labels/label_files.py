@@ -15,6 +15,7 @@ from captioner.errors import ConfigError, InputError, JobError
 from captioner.inputs.selection import is_hidden, select
 from captioner.storage import urls
 from captioner.storage.faults import StoreError
+from captioner.training.labels.caption_tables import is_caption_table
 from captioner.training.labels.demo_labels import write_demo_labels
 from captioner.training.labels.formats import LABEL_FORMATS, LabelFormat, label_format_of
 from captioner.training.labels.rows import LabelFiles, LabelRow, access_of
@@ -64,7 +65,15 @@ def _label_errors(url: str) -> Iterator[None]:
 
 def _choose_format(config: LabelsConfig) -> tuple[LabelsConfig, LabelFormat]:
     """Return the format of LABELS, and a config that names the file with captions if LABELS is a folder of images."""
-    if found := _named_format(config) or label_format_of(config.labels_path):
+    found = _named_format(config) or label_format_of(config.labels_path)
+    if found is None and is_caption_table(config):
+        found = LABEL_FORMATS["table"]
+    if config.where and (found is None or found.name != "table"):
+        raise ConfigError(
+            f"--where is {config.where!r}, but {urls.shown(config.labels_path)} is no caption table; expected the"
+            " OUTPUT of a caption job, or no --where"
+        )
+    if found:
         return config, found
     selection = select(config.labels_path, access_of(config))
     counts: Counter[str] = Counter()
@@ -94,6 +103,6 @@ def _expected() -> str:
     suffixes = ", ".join(ending for entry in LABEL_FORMATS.values() for ending in entry.suffixes)
     folders = " or ".join(entry.suffixes[0] for entry in LABEL_FORMATS.values() if entry.may_fill_folder)
     return (
-        f"a file that ends in {suffixes}, a folder of {folders}, or one of images with {_BESIDE_IMAGES[0]} or"
-        f" {_BESIDE_IMAGES[1]}; else --labels-format"
+        f"a file that ends in {suffixes}, a caption table, a folder of {folders}, or one of images with"
+        f" {_BESIDE_IMAGES[0]} or {_BESIDE_IMAGES[1]}; else --labels-format"
     )

@@ -121,11 +121,13 @@ def test_a_format_from_outside_the_package_is_read_by_suffix_and_flag_and_is_in_
     assert as_dict(read(path.rename(tmp_path / "labels.txt"), tmp_path, labels_format="colon")) == expected
     assert "colon: .colon, a name, a split and a caption" in describe_label_formats()
     with pytest.raises(
-        ConfigError, match=r"--labels-format is xml; expected one of auto, parquet, .*, token, txt, colon$"
+        ConfigError, match=r"--labels-format is xml; expected one of auto, parquet, .*, token, table, txt, colon$"
     ):
         read(path, tmp_path, labels_format="xml")
     (tmp_path / "notes.md").write_text("no labels")
-    with pytest.raises(InputError, match=r"expected a file that ends in .*, \.colon, a folder of \.parquet or"):
+    with pytest.raises(
+        InputError, match=r"expected a file that ends in .*, \.colon, a caption table, a folder of \.parquet or"
+    ):
         read(tmp_path / "notes.md", tmp_path)
 
 
