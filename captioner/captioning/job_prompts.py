@@ -27,8 +27,8 @@ def read_job_prompts(config: CaptionJobConfig) -> tuple[Prompt, ...]:
     prompts = read_prompts(Path(config.prompts), config.decoding, RESERVED_COLUMNS)
     if CAPTION not in (names := [prompt.name for prompt in prompts]):
         raise ConfigError(
-            f"--prompts {config.prompts} has {', '.join(names)} and no {CAPTION}; expected it among them: its answer is"
-            " what galleries show and exports write"
+            f"--prompts {config.prompts} has {', '.join(names)} and no {CAPTION}; expected a line such as"
+            f' {CAPTION}: "Describe the image.": its answer is what galleries show and exports write'
         )
     needed = sum(max(prompt.decoding.num_beams, prompt.decoding.num_captions) for prompt in prompts)
     if config.resources.slots != "auto" and int(config.resources.slots) < needed:

@@ -96,7 +96,7 @@ def test_the_same_prompts_in_another_order_continue_the_table(config: CaptionJob
 
 
 CASES: list[tuple[str, dict[str, Any], type[UsageError], str]] = [
-    ("tags: x", {}, ConfigError, r"has tags and no caption; expected it among them"),
+    ("tags: x", {}, ConfigError, r"has tags and no caption; expected a line such as caption: "),
     ("caption: x\nwidth: y", {}, ConfigError, "width is a column that every table has; expected another name"),
     ("caption: x\nwhy: y", {}, ConfigError, "why is a column that every table has"),
     ("caption: x\nselect: y", {}, ConfigError, "select is a word of SQL"),
