@@ -68,10 +68,10 @@ def write_table(folder: Path, num_rows: int, seed: int = 0) -> CaptionTable:
     lengths = rng.integers(5, 22, _NUM_TEXTS)
     words = rng.choice(_TEXT.split(), (_NUM_TEXTS, lengths.max())).tolist()
     texts = pa.array(" ".join(row[:length]) for row, length in zip(words, lengths, strict=True))
-    stamp = Stamp("run-1", table.digest)
+    stamp, families = Stamp("run-1", table.digest), table.families()
     for first in range(0, num_rows, PART_ROWS):
         keys = np.arange(first, min(first + PART_ROWS, num_rows))
-        table.write(_rows(keys, texts, rng), stamp, answers=table.answers())
+        table.write(_rows(keys, texts, rng), stamp, families=families)
     return table
 
 

@@ -220,6 +220,8 @@ def test_an_unknown_setting_in_a_file_is_named_with_the_nearest_known_one(tmp_pa
             ["in", "out", "--min-p", "0.1", "--num-beams", "2"],
             "--min-p is 0.1; expected --do-sample or --redraw-repetitive with it",
         ),
+        (["in", "out", "--redraw-repetitive", "-1"], "--redraw-repetitive is -1; expected 0 (off) to 100"),
+        (["in", "out", "--redraw-repetitive", "2", "--num-beams", "3"], "is 2; expected 0 with --num-beams 3"),
         (["in", "out", "--num-captions", "3"], "--num-captions is 3; expected 1, or --do-sample, or --num-beams >= it"),
         (["in", "out", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
     ],

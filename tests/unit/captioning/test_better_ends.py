@@ -212,6 +212,14 @@ def captioned(config: CaptionJobConfig, prompts: Sequence[Prompt] = ()) -> pa.Ta
     return CaptionWorker(config, prompts=prompts)(decoded)
 
 
+def claimed(config: CaptionJobConfig, prompts: Sequence[Prompt]) -> CaptionTable:
+    """The table of a job."""
+    table = CaptionTable(config.output)
+    named = {"prompts": {prompt.name: prompt.identity for prompt in prompts}} if prompts else {}
+    table.claim({"decoding": asdict(config.decoding), **named})
+    return table
+
+
 BOTH = replace(SHORT, redraw_repetitive=2, trim_to_sentence=True)
 
 
@@ -224,10 +232,9 @@ def test_a_table_says_how_often_a_caption_was_drawn_again_and_whether_it_was_tri
     answers = answers_of(BOTH, prompts)
     assert [field.name for field in answers] == ["caption_details"]
     rows = captioned(config, prompts)
-    table = CaptionTable(config.output)
-    table.claim({"decoding": asdict(BOTH), **({"prompts": {p.name: p.identity for p in prompts}} if prompts else {})})
+    table = claimed(config, prompts)
     assert table.answers() == answers
-    summary = table.write(rows, Stamp("run-1", table.digest), answers=answers)
+    summary = table.write(rows, Stamp("run-1", table.digest), families=table.families())
     details = rows.column("caption_details").to_pylist()
     assert details[4] is None
     assert all(
@@ -247,9 +254,9 @@ def test_trimmed_answers_are_counted_for_each_prompt(tmp_path: Path, monkeypatch
     monkeypatch.setattr("captioner.captioning.caption_text.whole_sentences", lambda text: text[:5])
     prompts = read(tmp_path, 'caption: "w1"\nmore: {text: "w2", trim_to_sentence: false, redraw_repetitive: 0}', BOTH)
     config = job(tmp_path, BOTH)
-    answers = answers_of(BOTH, prompts)
+    table = claimed(config, prompts)
     rows = captioned(config, prompts)
-    summary = CaptionTable(config.output).write(rows, Stamp("run-1", "x"), answers=answers)
+    summary = table.write(rows, Stamp("run-1", table.digest), families=table.families())
     assert summary.answers == {
         "caption": {"cut": 4, "null": 0, "redrawn": 4, "trimmed": 4},
         "more": {"cut": 4, "null": 0},
@@ -257,7 +264,8 @@ def test_trimmed_answers_are_counted_for_each_prompt(tmp_path: Path, monkeypatch
     plan: Any = SimpleNamespace(
         done=SimpleNamespace(num_captioned=0, num_failed=0),
         num_skipped=0,
-        job=SimpleNamespace(answers=answers),
+        job=SimpleNamespace(prompts=prompts),
+        prompts=prompts,
         table=SimpleNamespace(location="out"),
     )
     assert summarize(plan, [summary, summary], 1.0)["prompts"]["caption"]["trimmed"] == 8
