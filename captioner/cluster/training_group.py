@@ -125,11 +125,14 @@ def fit_worker(config: dict[str, Any]) -> None:
     def on_row(row: Row) -> None:
         reports.add_row.remote(row)
 
+    def on_start(line: str) -> None:
+        reports.add_start.remote(worker, line)
+
     worker = f"rank {TRAIN.get_context().get_world_rank()}"
     reports.add_start.remote(worker, _description())
     with reporting_errors(report_to(reports, worker)):
         try:
-            run_fit_worker(config["task"], str(get_device()), on_row)
+            run_fit_worker(config["task"], str(get_device()), on_row, on_start)
         except CaptionerError as error:
             if not _is_shared(WorkerError.of(error), reports):
                 raise

@@ -33,6 +33,9 @@ __all__ = ["Listener", "fit_projector"]
 class Listener:
     """Functions that a fit calls while it runs, on every worker."""
 
+    on_start: Callable[[ProjectorFit], None] = lambda _fit: None
+    """Called before the first step, with all that has a gradient."""
+
     on_row: Callable[[FitState], None] = lambda _state: None
     """Called when the history has another row."""
 
@@ -66,6 +69,7 @@ def fit_projector(
     fit = ProjectorFit(model, config, num_steps=num_steps_of(config, order.num_examples), group=group)
     state = FitState.from_bytes(saved, fit) if saved else FitState(examples=examples)
     _check_examples(state, examples)
+    listener.on_start(fit)
     window = _Window()
     schedule = Schedule(config, order.steps_per_epoch, fit.num_steps, min_interval)
     kept_at = time.monotonic()

@@ -5,7 +5,7 @@ Every worker computes; only the first one writes.
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from captioner.training.fit.batches import Images, PixelStream
 from captioner.training.fit.fit_loop import Listener, fit_projector
 from captioner.training.fit.fit_output import FitOutput
 from captioner.training.fit.fit_state import FitState, Row
+from captioner.training.fit.projector import describe_trained
 from captioner.training.fit.run_folder import RunFolderWriter
 from captioner.training.fit.validation import Validation
 from captioner.training.fit.worker_group import WorkerGroup
@@ -44,8 +45,11 @@ class FitTask:
     """Storage options of CLIP, LLaMA and the initial bundle; by default those of the output."""
 
 
-def run_fit_worker(task: FitTask, device: str, on_row: Callable[[Row], None]) -> FitState:
-    """Fit as one worker of this process's group and return the last state. The first worker calls `on_row`."""
+def run_fit_worker(
+    task: FitTask, device: str, on_row: Callable[[Row], None], on_start: Callable[[str], None] = lambda _line: None
+) -> FitState:
+    """Fit as one worker of this process's group and return the last state. The first worker calls `on_row`, and
+    `on_start` with a line that says what has gradients."""
     torch.set_num_threads(task.num_threads)
     device = task.device if task.device != "auto" else device
     model = load(
@@ -66,8 +70,14 @@ def run_fit_worker(task: FitTask, device: str, on_row: Callable[[Row], None]) ->
         pixels=task.pixels.get("train"),
         examples=task.features.fingerprint,
         saved=task.output.read("checkpoint.pt"),
-        listener=RunFolderWriter(task.output, on_row).listener if group.rank == 0 else Listener(),
+        listener=_listener(task, on_row, on_start) if group.rank == 0 else Listener(),
     )
+
+
+def _listener(task: FitTask, on_row: Callable[[Row], None], on_start: Callable[[str], None]) -> Listener:
+    """Return what the first worker's fit calls."""
+    written = RunFolderWriter(task.output, on_row).listener
+    return replace(written, on_start=lambda fit: on_start(f"fit gradients={describe_trained(fit.trained)}"))
 
 
 def _validation(task: FitTask) -> Validation | None:

@@ -5,7 +5,6 @@ reads when it captions: the template's prompt, the image, then the caption. The 
 the end token, given those before (teacher forcing).
 """
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,8 +26,6 @@ from captioner.training.fit.random_crops import cropped
 from captioner.training.fit.worker_group import WorkerGroup
 
 __all__ = ["ProjectorFit", "StepResult", "describe_trained", "end_token_id", "learning_rate"]
-
-log = logging.getLogger("captioner")
 
 _BETAS = (0.9, 0.98)
 _END_OF_TURN = "<|eot_id|>"
@@ -69,7 +66,6 @@ class ProjectorFit:
         self.trained = learning | adapter
         self._weights = list(self.trained.values())
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)
-        log.info("gradients=%s", describe_trained(self.trained))
         if config.gradient_checkpointing:
             llama: Any = model.llama
             llama.activation_checkpointing_enable({"use_reentrant": False})

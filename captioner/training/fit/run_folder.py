@@ -31,7 +31,7 @@ class RunFolderWriter:
     @property
     def listener(self) -> Listener:
         """What the fit calls."""
-        return Listener(self.write_row, self.write_checkpoint)
+        return Listener(on_row=self.write_row, on_checkpoint=self.write_checkpoint)
 
     def write_row(self, state: FitState) -> None:
         """Pass on the last row. Write metrics.jsonl if that was not just done, and the curves after an evaluation."""

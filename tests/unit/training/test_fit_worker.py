@@ -78,7 +78,8 @@ class Fit:
             self.features, llama_of(self.plan), self.plan.start.template, config.training, output
         )
         task = FitTask(output, self.features, tokens, config.training, "auto", "auto", 1)
-        self.state = run_fit_worker(task, "cpu", self.rows.append)
+        self.lines = []
+        self.state = run_fit_worker(task, "cpu", self.rows.append, self.lines.append)
         write_fit_page(self.plan, self.features, best_of(self.state))
         save_fitted_bundle(self.plan, self.features, self.state)
 
@@ -263,6 +264,8 @@ def test_an_adapter_is_saved_and_goes_on_learning_or_stays_as_it_was(tmp_path):
     for folder in folders:
         folder.mkdir()
     first = Fit(folders[0], *lora)
+    maps = [f"{name}.lora_{matrix}.weight" for name in ("self_attn.q_proj", "mlp.down_proj") for matrix in "AB"]
+    assert first.lines == [f"fit gradients=weight,bias,{','.join(f'model.layers.*.{name}' for name in maps)}"]
     told = describe(str(first.output))
     assert (told.adapter.rank, told.adapter.modules) == (2, ("q_proj", "down_proj"))
     own = load_file(first.output / "adapter" / "adapter_model.safetensors")
