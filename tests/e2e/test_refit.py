@@ -42,10 +42,10 @@ def share_right(captions: Mapping[str, str]) -> float:
     return sum(scenes.is_right(captions[example.image_id], example.scene) for example in held_out) / NUM_HELD_OUT
 
 
-def captions_of_job(folder: Path, model: str) -> dict[str, str]:
+def captions_of_job(folder: Path, model: str, output: str = "captions") -> dict[str, str]:
     """Return what the caption job writes of each held-out scene."""
-    run("caption.py", "held-out", "captions", "--model", model, cwd=folder)
-    rows = pd.read_parquet(folder / "captions" / "captions")
+    run("caption.py", "held-out", output, "--model", model, cwd=folder)
+    rows = pd.read_parquet(folder / output / "captions")
     return {Path(name).name: caption for name, caption in zip(rows["image_id"], rows["caption"], strict=True)}
 
 
