@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Constraint"]
 
+_ONE_SPACE = {"whitespace_pattern": " ?"}  # a model that is unsure would write them up to its limit
 _KEPT_STATES = 256
 
 
@@ -94,7 +95,7 @@ def _grammar(spec: Mapping[str, Any]) -> str:
     elif kind == "regex":
         body = f"/{_escaped(value)}/"
     else:
-        body = f"%json {json.dumps(value)}"
+        body = f"%json {json.dumps({'x-guidance': _ONE_SPACE} | value)}"
     return f'start: SPACE? text\nSPACE: " "\ntext: {body}'
 
 

@@ -55,7 +55,9 @@ def test_what_ends_by_itself_matches_the_regular_expression() -> None:
 def test_what_ends_by_itself_is_of_the_schema() -> None:
     made = constraint({"json_schema": SCHEMA})
     for seed in range(30):
-        found = json.loads(walk(made, seed))
+        text = walk(made, seed)
+        assert not re.search(r"\s\s|\n", text), "a model that is unsure would write spaces without end"
+        found = json.loads(text)
         assert set(found) == {"count", "is_dark"}
         assert 0 <= found["count"] <= 20
 
