@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from captioner.captioning.capacity import model_capacity
 from captioner.captioning.costs import Costs, save_costs
@@ -30,6 +30,9 @@ from captioner.errors import InputError
 from captioner.machine import num_cpus
 from captioner.storage.urls import redact
 from captioner.terminal import counted, say
+
+if TYPE_CHECKING:
+    from captioner.captioning.measurement import PromptCost  # not at run time: it brings torch
 
 __all__ = ["estimate_job"]
 
@@ -64,7 +67,7 @@ def estimate_job(
         slices = sample_slices(plan.slices)
         reading = measure_reading(plan.reader, slices)
         rows = sample_rows(plan.reader, slices, config.sample)
-        costs = measurement.measure_costs(
+        costs, of_prompts = measurement.measure_costs(
             plan,
             rows,
             reading,
@@ -76,6 +79,8 @@ def estimate_job(
         save_costs(costs, plan.table.store, plan.table.location)
     summary = _summary(config, plan.num_expected(reading.image_bytes), costs, allocation, here)
     summary["is_estimate"] = plan.num_left is None
+    if of_prompts:
+        summary["prompts"] = _prompts(config, of_prompts, costs, allocation, here)
     say(_lines(summary, len(plan.prompts)))
     return summary
 
@@ -112,6 +117,27 @@ def _summary(
         "clusters": [_row(size, predict(costs, size, num_images, shared_cpus=None, prices=prices)) for size in scaled],
         "recommended": recommended_flags(costs, allocation, num_images),
     }
+
+
+def _prompts(
+    config: PlanConfig, of_prompts: "Mapping[str, PromptCost]", costs: Costs, allocation: Allocation, here: Cluster
+) -> dict[str, Any]:
+    """Return what each named prompt adds, to the model's time and to the price of a million images on this machine."""
+    prices = Prices(config.gpu_hourly, config.cpu_hourly)
+
+    def price(generate_s: float) -> float | None:
+        changed = replace(costs, generate_s=max(0.0, generate_s))
+        return predict(changed, allocation, None, shared_cpus=here.cpus, prices=prices).price_per_million
+
+    found = {}
+    for name, added in of_prompts.items():
+        with_it, without = price(costs.generate_s), price(costs.generate_s - added.model_s)
+        found[name] = {
+            "generate_ms": _ms(added.model_s),
+            "tokens_per_image": round(added.tokens_per_image, 1),
+            "price_per_million": None if with_it is None or without is None else round(with_it - without, 2),
+        }
+    return found
 
 
 def _sizes(resources: ResourceConfig, num_images: int | None) -> list[int]:
@@ -159,6 +185,9 @@ def _lines(summary: Mapping[str, Any], num_prompts: int) -> Iterator[str]:
         yield f"  {step:9} {summary[f'{step}_ms']:10.3f} ms an image"
     of_prompts = f" to {counted(num_prompts, 'prompt')}" if num_prompts else ""
     yield f"  {summary['tokens_per_image']:g} tokens an image{of_prompts}, {summary['slots']} at a time"
+    for name, added in summary.get("prompts", {}).items():
+        priced = "" if added["price_per_million"] is None else f", {added['price_per_million']:.2f} per million"
+        yield f"  of these {name} {added['generate_ms']:.3f} ms, {added['tokens_per_image']:g} tokens{priced}"
     yield f"  a model worker needs {summary['cpus_per_worker']:g} CPUs that read, fetch and decode"
     yield "             workers  cpu-workers  images/s     hours  per million  bottleneck"
     for name, row in [("this machine", summary["here"]), *(("a cluster", row) for row in summary["clusters"])]:

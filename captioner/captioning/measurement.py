@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,9 +31,9 @@ from captioner.errors import InputError, JobError
 from captioner.inputs import Fetcher
 from captioner.model.image_encoder import pixel_tensor
 from captioner.prompts import num_tokens
-from captioner.schema import Reject
+from captioner.schema import ASKED, Reject
 
-__all__ = ["measure_costs", "measure_start"]
+__all__ = ["PromptCost", "measure_costs", "measure_start"]
 
 log = logging.getLogger("captioner")
 
@@ -45,6 +47,25 @@ print(json.dumps(caption_images(pickle.load(sys.stdin.buffer))))
 """
 
 
+class PromptCost(NamedTuple):
+    """What one of several prompts adds to the costs of an image."""
+
+    model_s: float
+    """Seconds on a model worker with all slots busy."""
+
+    tokens_per_image: float
+
+
+class _ModelTime(NamedTuple):
+    """What one image takes on a model worker with all slots busy."""
+
+    seconds: float
+    work_s: float
+    """CPU seconds of a model on CPUs, which others on the machine do not lengthen; else `seconds`."""
+
+    num_tokens: float
+
+
 def measure_costs(
     plan: Plan,
     rows: pa.Table,
@@ -53,8 +74,8 @@ def measure_costs(
     *,
     measure_start: Callable[[CaptionJobConfig], float],
     slow_sample_s: float,
-) -> Costs:
-    """Return what an image costs, from sampled source rows.
+) -> tuple[Costs, dict[str, PromptCost]]:
+    """Return what an image costs, from sampled source rows, and what of that each of several named prompts does.
 
     slow_sample_s: a model that takes longer for the sample captions it once only. Raises InputError where no row is an
     image."""
@@ -63,8 +84,11 @@ def measure_costs(
     start_s = measure_start(plan.config)  # before the model is here: a GPU may not hold it twice
     worker = CaptionWorker(plan.config, _kept_fields(rows), allocation.torch_threads, prompts=plan.prompts)
     encode_s = _encode_s(worker, images)
-    model_s, num_tokens = _model_s(worker, images, allocation.caption_calls, slow_sample_s, plan.answers)
-    return Costs(
+    measure = partial(
+        _model_s, worker, num_calls=allocation.caption_calls, slow_sample_s=slow_sample_s, answers=plan.answers
+    )
+    model = measure(images)
+    costs = Costs(
         device=worker.captioner.model.device.type,
         num_images=rows.num_rows,
         captioned_share=images.num_rows / rows.num_rows,
@@ -74,14 +98,30 @@ def measure_costs(
         fetch_cpu_s=fetch_cpu_s / rows.num_rows,
         decode_s=decode_s / rows.num_rows,
         encode_s=encode_s,
-        generate_s=max(0.0, model_s - encode_s),
-        tokens_per_image=num_tokens,
+        generate_s=max(0.0, model.seconds - encode_s),
+        tokens_per_image=model.num_tokens,
         slots=worker.captioner.num_slots,
         model_threads=allocation.torch_threads,
         start_s=start_s,
         fingerprint=plan.model.fingerprint,
         settings=settings_digest(plan.config, plan.prompts),
     )
+    names = [prompt.name for prompt in plan.prompts] if len(plan.prompts) > 1 else []
+    return costs, {name: _added_by(model, measure(_without(name, images, plan))) for name in names}
+
+
+def _without(prompt: str, images: pa.Table, plan: Plan) -> pa.Table:
+    """Return images that are asked what they were, but for one prompt."""
+    names, place = [one.name for one in plan.prompts], images.schema.get_field_index(ASKED.name)
+    asked = [names] * images.num_rows if place < 0 else images.column(place).to_pylist()
+    others = pa.array([[name for name in of_image if name != prompt] for of_image in asked], ASKED.type)
+    return images.append_column(ASKED, others) if place < 0 else images.set_column(place, ASKED, others)
+
+
+def _added_by(whole: _ModelTime, without: _ModelTime) -> PromptCost:
+    """Return what a prompt adds, from what images take with it and without it."""
+    share = max(0.0, 1.0 - without.work_s / whole.work_s)
+    return PromptCost(whole.seconds * share, whole.num_tokens - without.num_tokens)
 
 
 def _fetch(job: CaptionJobConfig, rows: pa.Table) -> pa.Table:
@@ -132,22 +172,26 @@ def _encode_s(worker: CaptionWorker, images: pa.Table) -> float:
 
 
 def _model_s(
-    worker: CaptionWorker, images: pa.Table, num_calls: int, slow_sample_s: float, answers: Sequence[pa.Field]
-) -> tuple[float, float]:
-    """Return the seconds and tokens of one image on a model worker with all slots busy.
-
-    num_calls: fewest calls at once."""
-    captioned, seconds, _ = timed(lambda: worker(images))
+    worker: CaptionWorker, images: pa.Table, *, num_calls: int, slow_sample_s: float, answers: Sequence[pa.Field]
+) -> _ModelTime:
+    """Return what one image takes. num_calls: fewest calls at once."""
+    captioned, seconds, cpu_s = timed(lambda: worker(images))
     tokens = num_tokens(captioned, answers) / int(captioned.num_rows)
     slots = worker.captioner.num_slots
     if seconds > slow_sample_s:
         if images.num_rows < slots:
             log.info(_TOO_FEW, images.num_rows, slots, slots)
-        return seconds / (images.num_rows + slots / 2), tokens  # half the slots stood empty while it ended
+        num_images = images.num_rows + slots / 2  # half the slots stood empty while it ended
+        return _ModelTime(seconds / num_images, _work_s(worker, seconds, cpu_s) / num_images, tokens)
     total = max(num_calls, -(-_CAPTIONS_PER_SLOT * slots // images.num_rows))
     with ThreadPoolExecutor(max(num_calls, -(-2 * slots // images.num_rows))) as threads:
-        seconds = timed(lambda: list(threads.map(worker, [images] * total))).seconds
-    return seconds / (total * images.num_rows + slots / 2), tokens
+        _, seconds, cpu_s = timed(lambda: list(threads.map(worker, [images] * total)))
+    num_images = total * images.num_rows + slots / 2
+    return _ModelTime(seconds / num_images, _work_s(worker, seconds, cpu_s) / num_images, tokens)
+
+
+def _work_s(worker: CaptionWorker, seconds: float, cpu_s: float) -> float:
+    return cpu_s if worker.captioner.model.device.type == "cpu" else seconds
 
 
 def measure_start(job: CaptionJobConfig) -> float:

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from captioner import demo
 from captioner.captioning.captioner import Captioner
 from captioner.captioning.estimate import estimate_job
+from captioner.captioning.measurement import PromptCost, _added_by, _ModelTime
 from captioner.captioning.plan import plan_job
 from captioner.captioning.resources import Cluster, allocate
 from captioner.config import CaptionJobConfig, DecodingConfig, InputConfig, ModelConfig, PlanConfig, ResourceConfig
 from captioner.errors import ConfigError, InputError, OutputError
 from captioner.model.image_encoder import ImageEncoder
+from tests.job_in_process import run_job
 
 START_S = 20.0
 DEMO = ModelConfig(model="demo")
@@ -134,3 +137,40 @@ def test_an_estimate_without_one_good_image_says_why(tmp_path: Path) -> None:
 def test_a_negative_price_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--gpu-hourly is -1; expected 0 or more"):
         PlanConfig(gpu_hourly=-1)
+
+
+def test_each_of_several_prompts_is_priced_by_what_it_adds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("caption: Describe it.\nshort: {text: Name it., max_new_tokens: 1}\nwords: {text: Tell.}")
+    summary = estimated(prompts=str(prompts), cpu_hourly=0.04)
+    priced = summary["prompts"]
+    assert list(priced) == ["caption", "short", "words"]
+    assert priced["short"]["tokens_per_image"] == 1
+    assert sum(one["tokens_per_image"] for one in priced.values()) == pytest.approx(
+        summary["tokens_per_image"], abs=0.2
+    )
+    assert all(0 <= one["generate_ms"] <= summary["generate_ms"] + summary["encode_ms"] for one in priced.values())
+    assert all(0 <= one["price_per_million"] <= summary["here"]["price_per_million"] for one in priced.values())
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  of these short ")]
+    assert told[0].endswith(f" ms, 1 tokens, {priced['short']['price_per_million']:.2f} per million")
+
+
+def test_a_prompt_that_is_added_alone_is_measured_alone(tmp_path: Path) -> None:
+    job = CaptionJobConfig(
+        input_path="demo", output=str(tmp_path / "out"), model=DEMO, decoding=DecodingConfig(max_new_tokens=4)
+    )
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("caption: Describe it.")
+    run_job(replace(job, prompts=str(prompts)), "run-1")
+    prompts.write_text("caption: Describe it.\nshort: {text: Name it., max_new_tokens: 1}")
+    summary = estimated(
+        input_path="demo", output=job.output, prompts=str(prompts), decoding=DecodingConfig(max_new_tokens=4)
+    )
+    assert (summary["images"], summary["tokens_per_image"]) == (24, 1)
+    assert "prompts" not in summary
+
+
+def test_more_or_less_work_shows_in_what_a_prompt_adds() -> None:
+    whole, without = _ModelTime(2.0, 4.0, 30.0), _ModelTime(9.0, 3.0, 20.0)
+    assert _added_by(whole, without) == PromptCost(0.5, 10.0), "a quarter of the work, however long the clock ran"
+    assert _added_by(whole, without._replace(work_s=5.0)).model_s == 0
