@@ -1,6 +1,7 @@
 """The curves of a fit: well-formed, with every line and label, whatever the numbers."""
 
 import math
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -40,6 +41,17 @@ def test_the_background_is_left_to_the_page_and_no_text_is_black_or_white():
     svg = curves_svg(HISTORY, "Fit")
     assert "fill: #ffffff" not in svg
     assert all("fill: #" in text.get("style", "") for text in ElementTree.fromstring(svg).iter(f"{SVG}text"))
+
+
+def test_every_colour_is_as_readable_on_white_as_on_black():
+    """A contrast of 4.5 is what WCAG 2 asks of text."""
+    for colour in {
+        match.lower() for match in re.findall(r"(?:fill|stroke): (#[0-9a-fA-F]{6})", curves_svg(HISTORY, "Fit"))
+    }:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        light = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        luminance = 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2]
+        assert min(1.05 / (luminance + 0.05), (luminance + 0.05) / 0.05) >= 4.5, colour
 
 
 def test_a_title_is_text():
