@@ -77,7 +77,7 @@ def fit_projector(
     with nullcontext() if pixels is None else closing(pixels(coming)) as stream:
         while state.step < fit.num_steps and not state.is_stopped:
             parts = ((part, order.boxes(state.step, part)) for part in order.parts(state.step, group))
-            batches = (train.batch(part, next(stream) if stream else None, boxes=boxes) for part, boxes in parts)
+            batches = (train.batch(part, window.next_of(stream), boxes=boxes) for part, boxes in parts)
             window.add(fit.step(batches, step=state.step), len(order.rows(state.step)))
             state.step += 1
             if schedule.has_row(state.step):
@@ -172,6 +172,17 @@ class _Window:
     results: list[StepResult] = field(default_factory=list)
     num_examples: int = 0
     start: float = field(default_factory=time.monotonic)
+    waited_s: float | None = None
+    """Seconds for which the steps had no pixels; None where none are streamed."""
+
+    def next_of(self, stream: Iterator[npt.NDArray[np.uint8]] | None) -> npt.NDArray[np.uint8] | None:
+        """Return the next pixels of a stream, once they are there; None without a stream."""
+        if stream is None:
+            return None
+        start = time.monotonic()
+        pixels = next(stream)
+        self.waited_s = (self.waited_s or 0.0) + time.monotonic() - start
+        return pixels
 
     def add(self, result: StepResult, num_examples: int) -> None:
         self.results.append(result)
@@ -190,11 +201,13 @@ class _Window:
             "tokens_per_s": tokens / seconds,
             "examples_per_s": self.num_examples / seconds,
         }
+        if self.waited_s is not None:
+            row["wait_seconds"] = self.waited_s
         self.restart()
         return row
 
     def restart(self) -> None:
-        self.results, self.num_examples, self.start = [], 0, time.monotonic()
+        self.results, self.num_examples, self.start, self.waited_s = [], 0, time.monotonic(), None
 
 
 def _total(results: list[StepResult], name: str) -> float:

@@ -113,6 +113,11 @@ def test_workers_and_parts_change_no_loss_beyond_the_last_bits(folder, size, num
                 assert row | rough == pytest.approx(expected | rough, rel=1e-4)
 
 
+def test_each_row_says_how_long_its_steps_waited_for_pixels(folder):
+    rows = fitted(folder, max_steps=4, log_every=2)[0].history
+    assert all(row["wait_seconds"] > 0 for row in rows)
+
+
 def test_the_projector_alone_has_a_gradient(folder):
     model = toys.fresh(folder)
     fit = ProjectorFit(model, toys.config(), num_steps=9, group=WorkerGroup())
