@@ -1,4 +1,4 @@
-"""A fit on patches for real: killed while Ray Data streams pixels into it, continued, and its bundle captions."""
+"""A fit on patches with LoRA for real: killed while Ray Data streams pixels into it, continued; its bundle captions."""
 
 import json
 import os
@@ -29,7 +29,8 @@ def test_a_fit_on_patches_that_is_killed_ends_with_the_bits_of_one_without_ray_a
         lines.write(json.dumps({"image": "broken.png", "captions": ["nothing"], "split": "train"}) + "\n")
     parts = tiny_models.save_clip(tmp_path / "clip"), tiny_models.save_llama(tmp_path / "llama")
     models = ["--clip", str(parts[0]), "--llama", str(parts[1]), "--max-failed-share", "0.1"]
-    rung = ["--image-features", "patches", "--projector", "mlp", "--image-tokens", "4"]
+    lora = ["--lora-rank", "2", "--lora-modules", "q_proj,down_proj"]
+    rung = ["--image-features", "patches", "--projector", "mlp", "--image-tokens", "4", *lora]
     steps = ["--batch-size", "8", "--max-steps", str(NUM_STEPS), "--eval-every", "50", "--checkpoint-every", "10"]
     few = ["--num-scored-images", "4", "--max-caption-tokens", "8"]
     script = [sys.executable, "-W", "ignore", str(ROOT / "jobs" / "fit_projector.py")]
@@ -52,6 +53,7 @@ def test_a_fit_on_patches_that_is_killed_ends_with_the_bits_of_one_without_ray_a
     expected, found = weights(alone), weights(fit.output)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert {"linear_1.weight", "model.layers.1.mlp.down_proj.lora_B.weight"} < found.keys()
 
     caption = [sys.executable, "-W", "ignore", str(ROOT / "jobs" / "caption.py"), str(tmp_path / "scene-*")]
     done = subprocess.run(
