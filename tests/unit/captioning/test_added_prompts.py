@@ -233,6 +233,24 @@ def test_attempts_at_an_answer_are_counted_apart_from_those_at_a_caption(jobs: J
     assert jobs.column("SELECT attempt FROM unanswered") == [2]
 
 
+def test_an_image_that_fails_for_two_prompts_counts_once_against_the_limit_of_failures(jobs: Jobs) -> None:
+    jobs.run(FOUR)
+    jobs.image(0).unlink()
+    jobs.run(ALL)
+    folders = [family.failures for family in jobs.table.families()]
+    assert jobs.table.num_written("run-2", folders) == 2
+    assert jobs.table.failed_by_reason("run-2", folders) == {"missing": 1}
+
+
+def test_images_that_a_refresh_adds_are_asked_everything(jobs: Jobs) -> None:
+    jobs.run(FOUR)
+    jobs.run(FOUR | FIFTH)
+    (jobs.images / "later.jpg").write_bytes(encoded(seed=99))
+    assert jobs.run(FOUR | FIFTH, refresh=True).captioned == 1
+    assert jobs.column("SELECT count(long) FROM captions") == [NUM + 1]
+    assert jobs.verified()["ok"]
+
+
 def test_a_repair_puts_a_torn_column_aside_and_the_next_run_answers_again(jobs: Jobs) -> None:
     jobs.run(FOUR)
     jobs.run(ALL)
