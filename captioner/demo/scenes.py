@@ -234,12 +234,12 @@ def _thing(match: re.Match[str]) -> Thing:
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """An RGB image of the scene; shade, position and size vary with `rng`, never so far that its caption changes."""
     # Drawn at twice the canvas and halved: smooth edges.
-    image = Image.new("RGB", (2 * CANVAS_PX, 2 * CANVAS_PX), _shade(BACKGROUNDS[scene.background], rng))
+    image = Image.new("RGB", (2 * CANVAS_PX, 2 * CANVAS_PX), shade(BACKGROUNDS[scene.background], rng))
     pen = ImageDraw.Draw(image)
     for thing, (x, y) in zip(scene.things, _centres(scene.layout), strict=True):
         x, y = x + rng.uniform(-3, 3), y + rng.uniform(-3, 3)
         radius = SIZES[thing.size] * rng.uniform(0.94, 1.06)
-        _draw_thing(pen, thing, 2 * x, 2 * y, 2 * radius, _shade(COLOURS[thing.colour], rng))
+        draw_thing(pen, thing, 2 * x, 2 * y, 2 * radius, shade(COLOURS[thing.colour], rng))
     return image.reduce(2)
 
 
@@ -256,12 +256,14 @@ def _centres(layout: str) -> list[tuple[float, float]]:
     }[layout]
 
 
-def _shade(colour: RGB, rng: random.Random) -> RGB:
+def shade(colour: RGB, rng: random.Random) -> RGB:
+    """A colour near this one."""
     red, green, blue = (min(255, max(0, channel + rng.randint(-10, 10))) for channel in colour)
     return red, green, blue
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float, colour: RGB) -> None:
+def draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float, colour: RGB) -> None:
+    """Draw the shape around x and y. Of `thing` its shape alone counts; lengths are in pixels of the drawing."""
     if thing.shape == "circle":
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
     elif thing.shape == "square":
