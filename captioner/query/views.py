@@ -45,8 +45,11 @@ UNANSWERED = FAILURES.insert(2, pa.field("prompt", pa.string()))
 
 _ROOT = f"{PROTOCOL}:/"
 _EMPTY = "empty"  # schema of the tables without rows that say what columns a view has at least
-_FAMILY = "family"  # schema of the views of single column families
-_CAPTIONS = f"{_FAMILY}.captions"
+_BEGUN = "begun"  # schema of what the table was begun with, apart from what was added: a prompt may have any name
+_ADDED = "added"  # schema of the answers to each added prompt, by its name
+_UNANSWERED = "added_failures"  # schema of the failed attempts at each
+_SCHEMAS = (_EMPTY, _BEGUN, _ADDED, _UNANSWERED)
+_CAPTIONS = f"{_BEGUN}.captions"
 _WRITER = re.compile(r'"type":"(COPY|INSERT|UPDATE|DELETE|MERGE[A-Z_]*)_QUERY_NODE"')  # a quote in a text is escaped
 _SETTINGS = {
     "autoinstall_known_extensions": False,  # nothing is ever downloaded
@@ -183,7 +186,7 @@ class _Views:
         """Create the views that `sql` names; all where it names none, or one that does not exist."""
         named = self._named(sql) if sql else set()
         wanted = named if named and named <= set(VIEWS) else set(VIEWS)
-        self.connection.execute(f"CREATE SCHEMA {_EMPTY}; CREATE SCHEMA {_FAMILY}")
+        self.connection.execute("".join(f"CREATE SCHEMA {name};" for name in _SCHEMAS))
         if wanted != {"runs"}:
             self._create_captions()
             self._create_joined(wanted)
@@ -201,12 +204,12 @@ class _Views:
             self.connection.execute(f"CREATE VIEW captions AS FROM {_CAPTIONS}")
             return
         for family in added:
-            self._create_of_parts(f"{_FAMILY}.{family.prompt}", family.rows, family.schema(family.rows))
+            self._create_of_parts(f"{_ADDED}.{family.prompt}", family.rows, family.schema(family.rows))
         own = list(self._columns(f"FROM {_CAPTIONS}"))
         answers = [field.name for field in all_answers(self.families)]
         columns = [*(name for name in CAPTIONS.names[:-1]), *answers]
         columns += [name for name in own if name not in columns]
-        joins = (f"LEFT JOIN {_FAMILY}.{one.prompt} AS {one.prompt}_parts USING (key)" for one in added)
+        joins = (f"LEFT JOIN {_ADDED}.{one.prompt} AS {one.prompt}_parts USING (key)" for one in added)
         places = {field.name: f"{one.prompt}_parts" for one in added for field in one.answers}
         chosen = (f"{places.get(name, 'captions')}.{_quoted(name)}" for name in columns)
         self.connection.execute(
@@ -217,11 +220,11 @@ class _Views:
         self._create_table(f"{_EMPTY}.unanswered", UNANSWERED.empty_table())
         selects = [f"FROM {_EMPTY}.unanswered"]
         for family in self.families[1:]:
-            failures = f"{_FAMILY}.failures_{family.prompt}"
+            failures = f"{_UNANSWERED}.{family.prompt}"
             self._create_of_parts(failures, family.failures, FAILURES)
             selects.append(
                 f"""SELECT key, image_id, '{family.prompt}' AS prompt, reason, detail, attempt, run_id FROM {failures}
-                SEMI JOIN {_CAPTIONS} USING (key) ANTI JOIN {_FAMILY}.{family.prompt} USING (key) {_LAST_ATTEMPT}"""
+                SEMI JOIN {_CAPTIONS} USING (key) ANTI JOIN {_ADDED}.{family.prompt} USING (key) {_LAST_ATTEMPT}"""
             )
         self.connection.execute(f"CREATE VIEW unanswered AS {' UNION ALL '.join(selects)}")
 
@@ -237,7 +240,7 @@ class _Views:
 
     def _create_of_parts(self, view: str, folder: str, schema: pa.Schema) -> None:
         """Create a view of the columns of `schema`, null in parts that are older than the column, and of their own."""
-        empty = f"{_EMPTY}.{view.replace('.', '_')}"
+        empty = f"{_EMPTY}.{_quoted(view)}"
         own = [part for part in self.parts if part.startswith(f"{folder}/")]
         kinds = [self._columns(f"FROM read_parquet({_list([f'{_ROOT}/{part}'])})") for part in _one_a_run(own)]
         is_uniform = all(kind == kinds[0] for kind in kinds)  # if not, DuckDB reads the footers of all parts
@@ -288,7 +291,7 @@ def _quoted(column: str) -> str:
 
 _DAMAGED = re.compile(r"Failed to read file|magic bytes|\.parquet\b")
 _STORE_FAULT = re.compile(r"StoreError: (?P<reason>\w+): (?P<detail>[^\n]*)")  # what a Python file raised, as text
-_HINT_AT_CATALOG = re.compile(r'\nDid you mean "(pg_|sqlite_|duckdb_|empty|family)[^\n]*')
+_HINT_AT_CATALOG = re.compile(r'\nDid you mean "(pg_|sqlite_|duckdb_|empty|begun|added)[^\n]*')
 _SOURCE_LINE = re.compile(r"\s*^LINE \d.*", re.MULTILINE | re.DOTALL)
 
 

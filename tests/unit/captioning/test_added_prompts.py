@@ -224,6 +224,19 @@ def test_an_image_that_is_gone_when_a_prompt_is_added_keeps_its_caption_and_may_
     jobs.assert_as_if_at_once(FOUR | FIFTH)
 
 
+def test_prompts_may_be_named_as_what_the_views_are_made_of(jobs: Jobs) -> None:
+    jobs.run(FOUR)
+    data = jobs.image(2).read_bytes()
+    jobs.image(2).unlink()
+    asked = FOUR | dict.fromkeys(("captions", "scene", "failures_scene", "begun", "unanswered"), FIFTH["long"])
+    jobs.run(asked)
+    unanswered = jobs.column("SELECT prompt FROM unanswered ORDER BY prompt")
+    assert unanswered == ["begun", "captions", "failures_scene", "scene", "unanswered"]
+    jobs.image(2).write_bytes(data)
+    jobs.run(asked, retry_failures="missing")
+    jobs.assert_as_if_at_once(asked)
+
+
 def test_attempts_at_an_answer_are_counted_apart_from_those_at_a_caption(jobs: Jobs) -> None:
     jobs.run(FOUR)
     jobs.image(0).unlink()
