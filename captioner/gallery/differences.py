@@ -1,15 +1,17 @@
-"""The difference between two captions of one image, word by word.
+"""The difference between captions of one image, word by word.
 
 Knows texts only. Words are separated by spaces; in scripts without spaces each character is one.
 """
 
+import itertools
 import re
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
 from captioner.gallery.cards import Span
 
-__all__ = ["Difference", "change", "difference"]
+__all__ = ["Difference", "change", "difference", "unmatched"]
 
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u0e00-\u0eff]\s*"  # kana, Han, Thai
@@ -43,6 +45,20 @@ def change(first: str, second: str) -> float:
     if first == second:
         return 0.0
     return 1 - _matcher(_WORD.findall(first.strip()), _WORD.findall(second.strip())).ratio()
+
+
+def unmatched(text: str, others: Sequence[str]) -> list[Span]:
+    """Return a text in spans: `same` where one of the others has the words in their order, upper case or lower, else
+    `added`."""
+    words = _WORD.findall(text.strip())
+    folded = [word.casefold() for word in words]
+    is_matched = [False] * len(words)
+    for other in others:
+        matcher = _matcher(folded, [word.casefold() for word in _WORD.findall(other)])
+        for start, _, length in matcher.get_matching_blocks():
+            is_matched[start : start + length] = [True] * length
+    places = itertools.groupby(range(len(words)), is_matched.__getitem__)
+    return [("same" if is_same else "added", "".join(words[place] for place in run)) for is_same, run in places]
 
 
 def _matcher(words: list[str], others: list[str]) -> SequenceMatcher[str]:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from captioner.config import ImageConfig
 from captioner.gallery.cards import Card, Text
+from captioner.gallery.differences import unmatched
 from captioner.gallery.page import Page, write_page
 from captioner.gallery.page_images import PageImage, thumbnails
 from captioner.images.thumbnails import Thumbnailer
@@ -41,12 +42,15 @@ def write_fit_page(plan: FitPlan, features: FeatureSet, best: Best) -> None:
         Card(
             image_id=image_id,
             image=images[image_id],
-            texts=[Text.of(written), *(Text.of(text, "reference") for text in references)],
+            texts=[Text(unmatched(written, references)), *(Text.of(text, "reference") for text in references)],
         )
         for image_id, written, references in zip(ids, best.captions, examples.captions, strict=False)
     ]
     figures = ", ".join(f"{name} {value:.3f}" for name, value in best.figures.items())
-    lines = [f"After step {best.step:,}: {figures}.", f"{shown} of the validation images, drawn at random."]
+    lines = [
+        f"After step {best.step:,}: {figures}.",
+        f"{shown} of the validation images, drawn at random. Words of a caption that no reference has are marked.",
+    ]
     page = Page(title=f"Validation images of {plan.output.name}", cards=cards, lines=lines)
     write_page(page, Location(plan.output.run_folder, plan.output.storage_options) / "validation.html")
 

@@ -8,7 +8,7 @@ import pytest
 
 from captioner.errors import InputError, JobError
 from captioner.gallery.comparison import compare
-from captioner.gallery.differences import change, difference
+from captioner.gallery.differences import change, difference, unmatched
 from captioner.gallery.table_rows import TableRows, ask_rows
 from captioner.tables import CaptionTable
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row
@@ -187,3 +187,21 @@ def test_words_are_compared_not_spaces(first: str, second: str, removed: list[st
     assert "".join(words for _, words in found.first) == first.strip()
     assert "".join(words for _, words in found.second) == second.strip()
     assert (change(first, second) == 0) == (not removed and not added)
+
+
+@pytest.mark.parametrize(
+    ("text", "others", "marked"),
+    [
+        ("a red circle above a cross", ["A red cross", "Circle above a line."], []),
+        ("a red circle above a cross", ["a blue circle"], ["red ", "above a cross"]),
+        ("a dog", [], ["a dog"]),
+        ("İ ß, straße", ["i STRASSE"], ["İ ß, "]),
+        ("", ["a dog"], []),
+    ],
+)
+def test_words_that_no_other_text_has_in_their_order_are_marked(
+    text: str, others: list[str], marked: list[str]
+) -> None:
+    found = unmatched(text, others)
+    assert "".join(words for _, words in found) == text
+    assert [words for kind, words in found if kind == "added"] == marked

@@ -224,6 +224,8 @@ def test_the_page_shows_validation_images_beside_both_captions(fit):
     page = (fit.output / "_run" / "validation.html").read_text()
     rows = fit.plan.labels.split("validation").to_pylist()
     assert sum(row["image_id"] in page and row["captions"][0] in page for row in rows) == 4
+    assert "Words of a caption that no reference has are marked" in page
+    assert '["added","' in page.replace(", ", ","), "nine steps are too few for words that references have"
     assert page.count("data:image/webp") + page.count("UklGR") >= 4  # how a WebP begins in base64
 
 
