@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from captioner.cluster.watching import watching
@@ -104,15 +104,20 @@ def watch_ray_processes(pids: Mapping[int, str], every_s: float = 1.0) -> Iterat
     main = threading.get_ident()
     ended: list[str] = []
     told_at = -math.inf
+    is_over = False
+    telling = threading.Lock()
 
     def look() -> None:
         nonlocal told_at
         ended.extend(name for pid, name in pids.items() if name not in ended and process_start(pid) is None)
-        if ended and time.monotonic() - told_at > _AGAIN_S:
-            told_at = time.monotonic()
-            signal.pthread_kill(main, signal.SIGUSR2)  # to that thread: its system call must return
+        with telling:  # a signal that comes when its handler is gone would end this process without a word
+            if ended and not is_over and time.monotonic() - told_at > _AGAIN_S:
+                told_at = time.monotonic()
+                signal.pthread_kill(main, signal.SIGUSR2)  # to that thread: its system call must return
 
     def end(*_: object) -> None:
+        if is_over:
+            return
         raise JobError(
             f"{ended[0]} has died, killed or out of memory, and the job cannot run without it; what was written stays."
             " The same command continues"
@@ -121,6 +126,13 @@ def watch_ray_processes(pids: Mapping[int, str], every_s: float = 1.0) -> Iterat
     before = signal.signal(signal.SIGUSR2, end)
     try:
         with watching(look, every_s=every_s, name="ray processes"):
-            yield
+            try:
+                yield
+            finally:
+                is_over = True
     finally:
-        signal.signal(signal.SIGUSR2, before)
+        while not is_over:
+            with suppress(JobError):  # raised on the way here, and again
+                is_over = True
+        with telling:
+            signal.signal(signal.SIGUSR2, before)

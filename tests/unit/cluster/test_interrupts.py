@@ -5,7 +5,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 
@@ -152,6 +153,24 @@ def test_an_error_that_clearing_up_outlasts_is_raised_again(monkeypatch: pytest.
 
     with pytest.raises(JobError, match="the raylet has died"):
         job()
+
+
+def test_a_look_that_is_late_neither_raises_nor_ends_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes when the handler is gone would: it did, when a busy machine held up the end of the block."""
+    looks: list[Callable[[], object]] = []
+
+    @contextmanager
+    def watching(look: Callable[[], object], **_: object) -> Iterator[None]:
+        looks.append(look)
+        yield
+        look()
+
+    monkeypatch.setattr("captioner.cluster.interrupts.watching", watching)
+    before = signal.getsignal(signal.SIGUSR2)
+    with watch_ray_processes({2**22 + 1: "the raylet"}):
+        pass
+    looks[0]()
+    assert signal.getsignal(signal.SIGUSR2) == before
 
 
 def test_outside_the_main_thread_nothing_is_watched() -> None:
