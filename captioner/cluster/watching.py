@@ -22,9 +22,10 @@ def watching(look: Callable[[], object], *, every_s: float, name: str) -> Iterat
             look()
 
     thread = threading.Thread(target=watch, name=name, daemon=True)
-    thread.start()
     try:
+        thread.start()  # a look may raise an error here already, by a signal
         yield
     finally:
         has_ended.set()
-        thread.join(_LAST_LOOK_S)
+        if thread.is_alive():
+            thread.join(_LAST_LOOK_S)

@@ -153,6 +153,20 @@ def test_an_error_that_clearing_up_outlasts_is_raised_again(monkeypatch: pytest.
 
     with pytest.raises(JobError, match="the raylet has died"):
         job()
+    assert "ray processes" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_an_error_at_the_first_look_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        began(thread)
+        raise JobError("as a signal makes it be raised")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(JobError), watching(lambda: None, every_s=0.01, name="an early look"):
+        pass
+    assert "an early look" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_look_that_is_late_neither_raises_nor_ends_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
