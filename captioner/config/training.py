@@ -102,6 +102,7 @@ class TrainingConfig:
     """End the fit after this many evaluations without a better one; 0 for never."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_modules", tuple(self.lora_modules))  # a recorded config has a list
         counts = ("epochs", "batch_size", "gradient_accumulation_steps", "max_caption_tokens")
         for name in (*counts, "num_measured_images"):
             check(getattr(self, name) >= 1, flag_name(name), getattr(self, name), "at least 1")

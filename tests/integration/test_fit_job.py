@@ -301,10 +301,3 @@ def test_the_checkpoint_holds_the_end(fitted):
     assert state.step == 12
     assert state.best is not None
     assert state.best.step in (4, 8, 12)
-
-
-def test_a_llava_checkpoint_has_no_parts_to_tie_together(tmp_path, capsys):
-    tiny_models.save_llava(tmp_path / "llava")
-    arguments = ["demo", str(tmp_path / "out"), "--model", str(tmp_path / "llava")]
-    assert run(FitConfig, fit_projector, arguments) == 2
-    assert "expected a bundle, or the two by --clip and --llama" in capsys.readouterr().err

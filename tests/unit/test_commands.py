@@ -95,6 +95,7 @@ CTRL_C_AT_AN_IMPORT = """
 import builtins, os, signal, sys
 from captioner.commands import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # behind `nohup` in a script the tests ignore it
 imported = builtins.__import__
 
 def interrupting(name, *rest):
