@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from captioner.cluster.watching import watching
@@ -131,8 +131,6 @@ def watch_ray_processes(pids: Mapping[int, str], every_s: float = 1.0) -> Iterat
             finally:
                 is_over = True
     finally:
-        while not is_over:
-            with suppress(JobError):  # raised on the way here, and again
-                is_over = True
+        is_over = True  # where the first look has raised, before the block began
         with telling:
             signal.signal(signal.SIGUSR2, before)

@@ -101,11 +101,7 @@ def _lines(audit: Audit, problems: Sequence[Problem], table: CaptionTable) -> It
     read = "unknown" if audit.read is None else f"{audit.read:,}"
     sign = "=" if audit.has_whole_captions else "!="
     yield f"read {read} {sign} captioned {audit.captioned:,} + failed {audit.failed:,}"
-    for reason, count in sorted(audit.failed_by_reason.items(), key=lambda item: -item[1]):
-        yield f"  {reason:16} {count:,}"
-    yield f"  missing {audit.missing:,}, twice {audit.duplicated:,}, of no input row {audit.alien:,}"
-    if audit.misnamed:
-        yield f"  {audit.misnamed:,} rows have another image_id than the input has at their place"
+    yield from _row_lines(audit)
     if audit.unread_units:
         yield f"  {audit.unread_units:,} input files were not read to their end: run the same command again"
     for name, added in audit.columns.items():
@@ -122,6 +118,11 @@ def _added_lines(name: str, audit: AddedAudit, captioned: int) -> Iterator[str]:
     """Yield what an audit found of a prompt that was added later."""
     sign = "=" if audit.is_whole else "!="
     yield f"{name}: captioned {captioned:,} {sign} answered {audit.answered:,} + failed {audit.failed:,}"
+    yield from _row_lines(audit)
+
+
+def _row_lines(audit: Audit | AddedAudit) -> Iterator[str]:
+    """Yield why rows failed, and which rows are wrong."""
     for reason, count in sorted(audit.failed_by_reason.items(), key=lambda item: -item[1]):
         yield f"  {reason:16} {count:,}"
     yield f"  missing {audit.missing:,}, twice {audit.duplicated:,}, of no input row {audit.alien:,}"
