@@ -53,8 +53,8 @@ def _kill_one(job: Job, moments: random.Random, killed: Counter[str]) -> list[st
     while job.process.poll() is None:
         assert time.monotonic() < give_up, f"none of {wanted} to kill"
         if job.pids("decode child"):  # it has begun
-            found = next((kind for kind in wanted if job.pids(kind)), None)
-            if found and kill(job.pids(found)[0]):
-                return [found]
+            found = next(((kind, pids[0]) for kind in wanted if (pids := job.pids(kind))), None)
+            if found and kill(found[1]):
+                return [found[0]]
         time.sleep(0.05)
     return []
