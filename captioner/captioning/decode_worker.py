@@ -5,8 +5,8 @@ torch, so that its process starts at once.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,20 @@ __all__ = ["DecodeWorker"]
 log = logging.getLogger("captioner")
 
 
+class ImageSource(Protocol):
+    """What gives the bytes of images, as a `Fetcher` does."""
+
+    def fetch(self, uris: Sequence[str]) -> list[bytes | Reject]:
+        """Return the bytes behind each URI, or why there are none."""
+
+    def stream_rows(self, rows: pa.Table) -> Iterator[list[tuple[int, bytes | Reject]]]:
+        """Yield the bytes of rows of `source_schema` with their indices, a few at a time as they arrive."""
+
+
 class DecodeWorker:
     """Fetches and decodes on CPUs. `preprocessing` is CLIP's own preprocessor config; `kept` the user's columns.
 
+    source: gives the bytes of rows, by default those at their URIs. keeps_pixels: else rows only say what was decoded.
     stop: once it is written, rows that were read are left to the next run. An image whose decoding takes more than
     `slow_s` is named in the worker's log, so that outliers can be asked for.
     """
@@ -37,14 +48,17 @@ class DecodeWorker:
         kept: Sequence[pa.Field] = (),
         stop: StopFile | None = None,
         *,
+        source: ImageSource | None = None,
+        keeps_pixels: bool = True,
         slow_s: float = 1.0,
     ) -> None:
         self._stop = stop
         self._slow_s = slow_s
-        self._fetcher = Fetcher(config.input_path, config.input, config.image)
+        self._keeps_pixels = keeps_pixels
+        self._source = source or Fetcher(config.input_path, config.input, config.image)
         witnesses = Witnesses(config)
         self._outages = OutageDetector(
-            config.input_path, lambda uri: self._fetcher.fetch([uri])[0], witnesses.path_of, witnesses.earlier
+            config.input_path, lambda uri: self._source.fetch([uri])[0], witnesses.path_of, witnesses.earlier
         )
         self._decoder = Decoder(Preprocessing.from_config(preprocessing), config.image)
         read = self._decoder.preprocessing
@@ -67,13 +81,14 @@ class DecodeWorker:
             "size_bytes": sizes,
             "decode_ms": [outcome.decode_s * 1000 if isinstance(outcome, Decoded) else None for outcome in outcomes],
         }
-        return build_table(self._schema, rows, made)
+        table = build_table(self._schema, rows, made)
+        return table if self._keeps_pixels else table.drop_columns("pixels")
 
     def _outcomes(self, rows: pa.Table) -> tuple[list[Decoded | Reject], list[int | None]]:
         """Return each image decoded or rejected, and its size in bytes where it was fetched."""
         found: dict[int, Decoded | Reject] = {}
         sizes: dict[int, int] = {}
-        for arrivals in self._fetcher.stream_rows(rows):
+        for arrivals in self._source.stream_rows(rows):
             images = {index: source for index, source in arrivals if not isinstance(source, Reject)}
             found.update((index, source) for index, source in arrivals if isinstance(source, Reject))
             found.update(zip(images, self._decoder.decode_batch(list(images.values())), strict=True))

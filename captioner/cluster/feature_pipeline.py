@@ -3,7 +3,8 @@
     slices -> ReadSlices -> DecodeWorker pool (CPU) -> FeatureWorker pool (GPU) -> WriteFeatures
 
 A fit that computes features in its steps has its images decoded once all the same, without a FeatureWorker, so that
-those that cannot be are counted and left out before the first step.
+those that cannot be are counted and left out before the first step. The bytes of images inside files are then kept: a
+step reads any of them.
 
 The first half is that of the caption job, so that features come from the same pixels as captions. Which features are
 missing and how they are kept is in `training.features`.
@@ -25,7 +26,7 @@ from captioner.cluster.supervision import RETRIES, supervised, supervision, wait
 from captioner.config import ResourceConfig
 from captioner.storage.faults import output_errors
 from captioner.training.features.examples import FeatureSet, gather
-from captioner.training.features.feature_plan import VERSION_COLUMNS, FeaturePlan
+from captioner.training.features.feature_plan import FeaturePlan
 
 if TYPE_CHECKING:
     from captioner.model.bundle import BundleDescription
@@ -37,6 +38,7 @@ log = logging.getLogger("captioner")
 _CALLS = 2  # rows of one are copied to the device while those of the other are computed
 _PARTS = 64  # of a job, within the limits below: a crash costs at most one part of each writer
 _PART_ROWS = (256, 16_384)  # fewest and most
+_MOST_KEPT = 1024  # images of a part whose bytes are kept
 
 
 def compute_features(
@@ -70,19 +72,20 @@ def _compute(plan: FeaturePlan, model: "BundleDescription", resources: ResourceC
         shown.counting(num_written, partial(wait_reason, allocation, registry)),
         redirect_stdout(sys.stderr),
     ):
-        sink = WriteFeatures(plan.cache, _rows_per_part(len(plan.missing)), registry)
+        sink = WriteFeatures(plan.cache, _rows_per_part(plan), registry)
         write_rows(_featured(plan, model, allocation, registry), sink, allocation)
 
 
-def _rows_per_part(num_rows: int) -> int:
+def _rows_per_part(plan: FeaturePlan) -> int:
     fewest, most = _PART_ROWS
-    return min(most, max(fewest, -(-num_rows // _PARTS)))
+    return min(_MOST_KEPT if plan.cache.kept_images else most, max(fewest, -(-len(plan.missing) // _PARTS)))
 
 
 def _featured(plan: FeaturePlan, model: "BundleDescription", allocation: Allocation, registry: Any) -> Dataset:
     """Return the stream of features, or of images that are only checked, not yet running."""
     rows = source_rows(ReadSlices(plan.reader, plan.slices(), registry), allocation)
-    decoder = {"config": plan.job, "preprocessing": model.preprocessing, "kept": VERSION_COLUMNS}
+    kept = {"kept": plan.kept_columns, "keeps_pixels": plan.keeps_features}
+    decoder = {"config": plan.job, "preprocessing": model.preprocessing, **kept}
     images = decoded(rows, decoder, allocation, registry)
     if not plan.keeps_features:
         return images

@@ -2,7 +2,8 @@
 
     images of each batch to come -> DecodeWorker pool (CPU) -> uint8[B, 3, S, S], batch by batch
 
-The second stage is that of the caption job, so that a fit learns from the pixels that captioning shows it. Ray Train's
+The second stage is that of the caption job, so that a fit learns from the pixels that captioning shows it. It reads an
+image at its URI, or, of one inside a tar or Parquet file, the bytes that were kept when it was checked. Ray Train's
 `get_dataset_shard` would deal the blocks of one stream to whichever worker asks first, from the beginning of a dataset:
 what a step sees would depend on timing, and no fit could go on in the middle of an epoch. Which images a step shows
 follows from seed, step, rank and size, so a worker asks for exactly these, from the step at which it starts. Knows no
@@ -56,14 +57,17 @@ def pixel_streams(plan: FitPlan, features: FeatureSet, group: TrainingGroup) -> 
         decoder_cpus=group.decoder_cpus,
         num_readers=0,
     )
-    decoder = {"config": plan.features.job, "preprocessing": plan.start.preprocessing}
-    images = plan.labels.table.select(["image_id", "uri"])
-    shown = {"train": features.label_rows_of("train"), "validation": features.label_rows_of("validation")}
-    sample = sampled_rows(len(shown["validation"]), plan.config.training.num_measured_images)
-    shown["validation"] = shown["validation"][sample]
+    decoder = {
+        "config": plan.features.job,
+        "preprocessing": plan.start.preprocessing,
+        "source": features.cache.kept_images,
+    }
+    shown = {split: features.images_of(split, plan.labels) for split in ("train", "validation")}
+    sample = sampled_rows(shown["validation"].num_rows, plan.config.training.num_measured_images)
+    shown["validation"] = shown["validation"].take(pa.array(sample))
     yield {
-        split: DecodedImages(ray.put(images.take(pa.array(rows))), decoder, allocation, registry, plan.start.image_size)
-        for split, rows in shown.items()
+        split: DecodedImages(ray.put(images), decoder, allocation, registry, plan.start.image_size)
+        for split, images in shown.items()
     }
     ray.kill(registry)
 
@@ -73,7 +77,7 @@ class DecodedImages:
     """Gives the pixels of images of one split, decoded in the order in which they are asked for; can be pickled."""
 
     images: Any
-    """Reference to the table of the split: `image_id` and `uri`, one row an image."""
+    """Reference to the table of the split: `image_id` and the `uri` that the decoder reads, one row an image."""
 
     decoder: Mapping[str, Any]
     """Arguments of each DecodeWorker."""

@@ -1,11 +1,10 @@
-"""A fit on patches with LoRA for real: killed while Ray Data streams pixels into it, continued; its bundle captions."""
+"""A fit on patches with LoRA for real, of images in a tar: killed while Ray Data streams pixels into it, continued."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from captioner.model.bundle import describe
 from tests.faults.fit_without_ray import fitted_without_ray
 from tests.faults.running_job import wait_for_nobody
 from tests.faults.test_fit_interruptions import ROOT, Fit, environment, weights
-from tests.labelled_scenes import write_labels
+from tests.labelled_scenes import pack_tar, write_labels
 from tests.unit.model import tiny_models
 
 pytestmark = pytest.mark.slow
@@ -22,11 +21,12 @@ pytestmark = pytest.mark.slow
 NUM_STEPS = 200
 
 
-def test_a_fit_on_patches_that_is_killed_ends_with_the_bits_of_one_without_ray_and_its_bundle_captions(tmp_path):
-    labels = str(write_labels(tmp_path, {"train": 48, "validation": 12}))
+def test_a_fit_on_patches_of_a_tar_that_is_killed_ends_with_the_bits_of_one_of_files_and_its_bundle_captions(tmp_path):
+    labels = write_labels(tmp_path, {"train": 48, "validation": 12})
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with Path(labels).open("a") as lines:
+    with labels.open("a") as lines:
         lines.write(json.dumps({"image": "broken.png", "captions": ["nothing"], "split": "train"}) + "\n")
+    tar = pack_tar(labels, tmp_path / "labels.tar")
     parts = tiny_models.save_clip(tmp_path / "clip"), tiny_models.save_llama(tmp_path / "llama")
     models = ["--clip", str(parts[0]), "--llama", str(parts[1]), "--max-failed-share", "0.1"]
     lora = ["--lora-rank", "2", "--lora-modules", "q_proj,down_proj"]
@@ -34,7 +34,7 @@ def test_a_fit_on_patches_that_is_killed_ends_with_the_bits_of_one_without_ray_a
     steps = ["--batch-size", "8", "--max-steps", str(NUM_STEPS), "--eval-every", "50", "--checkpoint-every", "10"]
     few = ["--num-scored-images", "4", "--max-caption-tokens", "8"]
     script = [sys.executable, "-W", "ignore", str(ROOT / "jobs" / "fit_projector.py")]
-    command = [*script, labels, *models, *rung, *steps, *few]
+    command = [*script, str(tar), *models, *rung, *steps, *few]
 
     fit = Fit(command, tmp_path / "bundle", tmp_path / "features")
     fit.wait_for_step(60)
@@ -46,10 +46,11 @@ def test_a_fit_on_patches_that_is_killed_ends_with_the_bits_of_one_without_ray_a
     assert len([line for line in fit.log.read_text().splitlines() if "fit worker=0 of=1" in line]) == 2
 
     assert describe(str(fit.output)).provenance["data"]["left_out"] == {"corrupt": 1}
-    kept = list((tmp_path / "features").rglob("features/*.parquet"))
-    assert kept
-    assert sum(path.stat().st_size for path in kept) < 61 * 3 * 32 * 32, "neither pixels nor patches are kept"
-    alone = fitted_without_ray([labels, str(fit.output), *models, *rung, *steps, *few], tmp_path / "features")
+    kept = list((tmp_path / "features").rglob("*.bin"))
+    num_bytes = sum(path.stat().st_size for path in tmp_path.glob("scene-*"))
+    assert sum(path.stat().st_size for path in kept) == num_bytes, "each image is kept as it was, and once"
+    files = [str(labels), str(tmp_path / "files"), *models, *rung, *steps, *few]
+    alone = fitted_without_ray(files, tmp_path / "features")
     expected, found = weights(alone), weights(fit.output)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -69,7 +69,7 @@ class FeatureSet:
 
     url: str
     """Parquet file of the examples: image_id, captions, split, the part and row of their features, the row in the
-    labels."""
+    labels, the address of their bytes where these are kept."""
 
     storage_options: Mapping[str, Any]
     """Its storage options; the cache may be on another store."""
@@ -97,10 +97,11 @@ class FeatureSet:
         """Return the features of `load` alone: of a million captions as texts, a process holds hundreds of MiB."""
         return self._features(self._rows(split, _PLACE))
 
-    def label_rows_of(self, split: str) -> Positions:
-        """Return where the images of `load` stand in the labels, int64[N]."""
-        rows: Positions = self._rows(split, ["label"])["label"].to_numpy()
-        return rows
+    def images_of(self, split: str, labels: Labels) -> pa.Table:
+        """Return the `image_id` and `uri` of the images of `load`; the URI is an address where `cache` keeps images."""
+        if self.cache.kept_images:
+            return self._rows(split, ["image_id", "address"]).drop_columns("split").rename_columns(["image_id", "uri"])
+        return labels.table.select(["image_id", "uri"]).take(self._rows(split, ["label"])["label"])
 
     def validation_sample(self, training: TrainingConfig) -> Examples:
         """Return the validation images that a fit is evaluated on."""
@@ -196,7 +197,7 @@ def _save(labels: Labels, places: Positions, index: FeatureIndex, plan: FeatureP
     rows = labels.table.filter(pa.array(has_features)).select(["image_id", "captions", "split"])
     found = index.rows.take(pa.array(places[has_features]))
     fingerprint = _fingerprint(rows, pc.coalesce(found["digest"], found["version"]))
-    for name in ("part", "row"):
+    for name in ("part", "row", *(["address"] if plan.cache.kept_images else [])):
         rows = rows.append_column(name, found[name])
     rows = rows.append_column("label", pa.array(np.flatnonzero(has_features)))
     rows = rows.replace_schema_metadata({"captioner.parts": "\n".join(index.parts)})

@@ -26,7 +26,7 @@ from captioner.schema import MAX_UNIT_ROWS, TRANSIENT_REASONS, Reject, split_key
 from captioner.storage import Location
 from captioner.storage.faults import output_errors
 from captioner.storage.urls import absolute, join, shown
-from captioner.training.features.features import FeatureCache, FeatureIndex, Positions
+from captioner.training.features.features import IMAGE, FeatureCache, FeatureIndex, Positions
 from captioner.training.labels.labels import Labels
 
 if TYPE_CHECKING:
@@ -72,6 +72,19 @@ class FeaturePlan:
     """Whether features are computed and kept; else images are only checked, and a step computes its own."""
 
     @property
+    def kept_columns(self) -> tuple[pa.Field, ...]:
+        """Columns that stay with an image through reading and decoding."""
+        return (*VERSION_COLUMNS, IMAGE) if self.cache.kept_images else VERSION_COLUMNS
+
+    @property
+    def bytes_to_keep(self) -> int:
+        """Bytes of the images to keep: at most those of the files that they are in, as far as stores say."""
+        if not self.cache.kept_images or self.labels.frozen is None:
+            return 0
+        wanted = set((self.labels.table["key"].take(pa.array(self.missing)).to_numpy() >> 32).tolist())
+        return sum(unit.size_bytes or 0 for unit in self.labels.frozen.units if unit.ordinal in wanted)
+
+    @property
     def fingerprint(self) -> str:
         """Hex digest of the versions of all images."""
         digest = hashlib.blake2b(digest_size=16)
@@ -107,7 +120,8 @@ class FeaturePlan:
         frozen = self.labels.frozen
         columns = Columns(kept=VERSION_COLUMNS) if frozen is None else replace(frozen.columns, kept=(), kept_from=())
         return LabelReader(
-            SliceReader(config=self.job, columns=columns, run_folder=Location(self.run_folder, self.output_options))
+            SliceReader(config=self.job, columns=columns, run_folder=Location(self.run_folder, self.output_options)),
+            keeps_images=self.cache.kept_images is not None,
         )
 
     def _listed(self) -> "Iterator[LabelSlice]":
@@ -168,11 +182,14 @@ class LabelReader:
     """Reads slices with the versions of their images; leaves out images whose bytes have not changed."""
 
     reader: SliceReader
+    keeps_images: bool = False
+    """Whether the bytes of images stay with them."""
 
     def read(self, piece: LabelSlice) -> Iterator[pa.Table]:
-        """Yield rows of `rows.source_schema(VERSION_COLUMNS)`."""
+        """Yield rows of `schema.source_schema(FeaturePlan.kept_columns)`."""
         for table in self.reader.read(piece):
-            yield table if piece.unit.kind == "listing" else _with_versions(table, piece)
+            rows = table if piece.unit.kind == "listing" else _with_versions(table, piece)
+            yield rows.append_column(IMAGE, rows["data"]) if self.keeps_images else rows
 
 
 def _with_versions(table: pa.Table, piece: LabelSlice) -> pa.Table:
@@ -215,14 +232,15 @@ def plan_features(
     """Return the plan that gives each labelled image the features of a model's CLIP. Writes nothing.
 
     features_folder: where the cache is, which runs may share; by default `features` below the run folder, with its
-    options. keeps_features: else images are only checked: a row says that one can be decoded. Raises InputError when
-    more images are missing than `--max-failed-share` allows, JobError for a failing store.
+    options. keeps_features: else images are only checked: a row says that one can be decoded, and where the bytes of
+    one inside a file are kept. Raises InputError when more images are missing than `--max-failed-share` allows,
+    JobError for a failing store.
     """
     folder = features_folder or join(run_folder, "features")
     options = features_options if features_folder else output_options
     pixels, clip = Preprocessing.from_config(model.preprocessing), model.clip_fingerprint
     of_tower = partial(FeatureCache.of_tower, fingerprint=clip, preprocessing=pixels, dtype=config.dtype)
-    of_decoding = partial(FeatureCache.of_decoding, preprocessing=pixels)
+    of_decoding = partial(FeatureCache.of_decoding, preprocessing=pixels, keeps_images=labels.frozen is not None)
     cache = (of_tower if keeps_features else of_decoding)(folder, image=image, storage_options=options)
     versions, rejects = _versions(labels, image)
     with output_errors(cache.url):

@@ -3,6 +3,7 @@
     FOLDER/<digest>/cache.json               everything the numbers depend on: tower, preprocessing, decode settings
     FOLDER/<digest>/features/part-*.parquet  FEATURES: one row an image, float16[F]
     FOLDER/<digest>/failures/part-*.parquet  FAILURES: images without features, with a reason
+    FOLDER/<digest>/images/part-*.bin        bytes of images inside files, where steps read images; see `kept_images`
 
 A row is an image's *version*: its place, and the version that its store reports. Another version is another row, so
 only a touched image is computed again. Another tower or decode setting is another digest, so another folder. Parts are
@@ -28,8 +29,12 @@ from captioner.storage import Store, open_store
 from captioner.storage.parquet import open_parquet_file
 from captioner.storage.urls import absolute, join, redact
 from captioner.tables.identity import to_json
+from captioner.training.features.kept_images import KeptImages
 
-__all__ = ["FeatureCache", "FeatureIndex", "feature_schema"]
+__all__ = ["IMAGE", "FeatureCache", "FeatureIndex", "feature_schema"]
+
+IMAGE = pa.field("image", pa.large_binary())
+"""Column of the rows to write with the bytes of each image, where they are kept."""
 
 _FORMAT = 1
 _READERS = 8
@@ -39,6 +44,7 @@ _VERSIONED = [
     pa.field("version", pa.string(), nullable=False),
     pa.field("digest", pa.string()),
 ]
+_ADDRESS = pa.field("address", pa.string(), nullable=False)
 _FAILURES = pa.schema(
     [
         *_VERSIONED,
@@ -52,11 +58,7 @@ Positions = npt.NDArray[np.int64]
 
 
 def feature_schema(num_features: int) -> pa.Schema:
-    """Return the columns of `features/part-*.parquet`; `digest` is that of the bytes, of an image inside a file.
-
-    Without numbers of an image, a row says that it can be decoded."""
-    if not num_features:
-        return pa.schema(_VERSIONED)
+    """Return the columns of `features/part-*.parquet`; `digest` is that of the bytes, of an image inside a file."""
     kind = pa.list_(pa.field("item", pa.float16(), nullable=False), num_features)
     return pa.schema([*_VERSIONED, pa.field("features", kind, nullable=False)])
 
@@ -98,11 +100,23 @@ class FeatureCache:
 
     @classmethod
     def of_decoding(
-        cls, folder: str, preprocessing: Any, image: ImageConfig, storage_options: Mapping[str, Any] | None = None
+        cls,
+        folder: str,
+        preprocessing: Any,
+        image: ImageConfig,
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        keeps_images: bool = False,
     ) -> "FeatureCache":
-        """Return what is known of images whose features are not kept: which can be decoded."""
+        """Return what is known of images whose features are not kept: which can be decoded, and their bytes."""
         identity = {"clip": None, "pixels": preprocessing.identity(), "fast_decode": image.fast_decode}
-        return cls(folder, identity, _limits(image), storage_options)
+        kept = {"images": "kept"} if keeps_images else {}
+        return cls(folder, {**identity, **kept}, _limits(image), storage_options)
+
+    @property
+    def kept_images(self) -> KeptImages | None:
+        """The bytes of the images; None where they are not kept."""
+        return KeptImages(join(self.url, "images"), self.storage_options) if "images" in self.identity else None
 
     def claim(self) -> None:
         """Write cache.json, for people. Raises StoreError."""
@@ -114,22 +128,22 @@ class FeatureCache:
         """Write rows of a FeatureWorker: at most one new part each of features and failures."""
         is_image = pc.is_null(rows["reason"])
         good, bad = rows.filter(is_image), rows.filter(pc.invert(is_image))
-        if good.num_rows:
-            has_features = "features" in rows.schema.names
-            schema = feature_schema(rows.schema.field("features").type.list_size if has_features else 0)
+        if good.num_rows and "features" in rows.schema.names:
+            schema = feature_schema(rows.schema.field("features").type.list_size)
             self._write("features", good.select(schema.names).cast(schema))
+        elif good.num_rows:
+            if self.kept_images:  # before the rows that say where they are
+                addresses = self.kept_images.write(_part_name(good), good[IMAGE.name])
+                good = good.append_column(_ADDRESS, addresses)
+            self._write("features", good.select(self._indexed.names).cast(self._indexed))
         if bad.num_rows:
             limits = pa.array([self.limits] * bad.num_rows)
             self._write("failures", bad.append_column("limits", limits).select(_FAILURES.names).cast(_FAILURES))
 
     def _write(self, folder: str, rows: pa.Table) -> None:
-        named = hashlib.blake2b(digest_size=12)
-        for name in _KEY:
-            named.update("\n".join(rows[name].to_pylist()).encode())
         buffer = pa.BufferOutputStream()
         pq.write_table(rows, buffer, compression="none")  # half floats do not compress
-        name = f"part-{named.hexdigest()}-{rows.num_rows}.parquet"
-        self._store.write_atomic(join(self.url, folder, name), bytes(buffer.getvalue()))
+        self._store.write_atomic(join(self.url, folder, f"{_part_name(rows)}.parquet"), bytes(buffer.getvalue()))
 
     def num_written(self) -> int:
         """Return how many images have a row, by the names of the parts."""
@@ -142,16 +156,24 @@ class FeatureCache:
 
     def index(self) -> "FeatureIndex":
         """Return the versions of images in the cache. Raises JobError for a part that cannot be read."""
-        names = self._names("features")
-        columns = [field.name for field in _VERSIONED]
+        names, columns = self._names("features"), self._indexed.names
         parts = [
-            rows.select(columns)
-            .append_column("part", pa.array(np.full(rows.num_rows, number, np.int32)))
-            .append_column("row", pa.array(np.arange(rows.num_rows, dtype=np.int32)))
+            rows.append_column("part", pa.array(np.full(rows.num_rows, number, np.int32))).append_column(
+                "row", pa.array(np.arange(rows.num_rows, dtype=np.int32))
+            )
             for number, rows in enumerate(self._read_all("features", names, columns))
         ]
-        empty = pa.schema([*_VERSIONED, pa.field("part", pa.int32()), pa.field("row", pa.int32())]).empty_table()
-        return FeatureIndex(names, pa.concat_tables([empty, *parts]).combine_chunks(), self._failures())
+        empty = pa.schema([*self._indexed, pa.field("part", pa.int32()), pa.field("row", pa.int32())]).empty_table()
+        rows = pa.concat_tables([empty, *parts]).combine_chunks()
+        if self.kept_images:
+            kept = pc.list_element(pc.split_pattern(rows["address"], "#"), 0)
+            rows = rows.filter(pc.is_in(kept, pa.array(self.kept_images.names(), pa.string())))
+        return FeatureIndex(names, rows, self._failures())
+
+    @property
+    def _indexed(self) -> pa.Schema:
+        """The columns of a row, without the features."""
+        return pa.schema([*_VERSIONED, *([_ADDRESS] if self.kept_images else [])])
 
     def _failures(self) -> pa.Table:
         """Return the failures under the current limits."""
@@ -190,7 +212,8 @@ class FeatureCache:
             rows = old.take(pa.array(here))
             new = {"version": pa.array([versions[place] for place in here.tolist()])}
             if self.identity["clip"] is None:
-                self._write("features", rows.select(feature_schema(0).names).set_column(2, "version", new["version"]))
+                kept = rows.select(self._indexed.names).set_column(2, "version", new["version"])
+                self._write("features", kept.cast(self._indexed))
                 continue
             values = self.read_features(index.parts[part], rows["row"].to_numpy())
             schema = feature_schema(values.shape[1])
@@ -202,6 +225,14 @@ class FeatureCache:
 
 def _limits(image: ImageConfig) -> str:
     return f"{image.max_image_bytes} bytes, {image.max_image_pixels} pixels"
+
+
+def _part_name(rows: pa.Table) -> str:
+    """Return the name of a part with these images, without an ending."""
+    named = hashlib.blake2b(digest_size=12)
+    for name in _KEY:
+        named.update("\n".join(rows[name].to_pylist()).encode())
+    return f"part-{named.hexdigest()}-{rows.num_rows}"
 
 
 def features_array(values: npt.NDArray[np.float16]) -> pa.Array:

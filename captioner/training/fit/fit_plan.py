@@ -109,6 +109,9 @@ class FitPlan:
         if projector.reads_patches:
             yield f"rung      {rung(projector)}"
             yield f"pixels    {num_missing:,} of {num_images:,} images to check; streamed into each step, never kept"
+            if num_bytes := self.features.bytes_to_keep:
+                where = redact(self.features.cache.url)
+                yield f"images    copied from inside their files to {where}: at most {-(-num_bytes // 10**6):,} MB"
         else:
             yield f"features  {num_missing:,} of {num_images:,} images to compute"
         shown = ", one caption an image and epoch" if training.captions_per_epoch == "one" else ""
@@ -160,7 +163,6 @@ def plan_fit(
     take_lease()
     output.refuse_other_fit(identity)  # again: another fit may have begun here while this one waited for the lease
     labels = read_labels(config.labels, run_folder, output.storage_options)
-    _check_images(start, labels)
     _check_validation(config, labels)
     identity["labels"] = labels.fingerprint
     output.refuse_other_fit(identity)
@@ -221,16 +223,6 @@ def _check_layout(config: FitConfig, start: BundleDescription) -> None:
     """Raise ConfigError for a layout that does not know the projector."""
     if config.target.save_as:
         check_llava(start.projector, start.tower_config.model_type, language_of(config), start.template)
-
-
-def _check_images(start: BundleDescription, labels: Labels) -> None:
-    """Raise ConfigError for images inside files where each step reads other images: a file is read from its start."""
-    if start.projector.reads_patches and labels.frozen is not None:
-        raise ConfigError(
-            f"--image-features patches reads other images in each step, and those of {labels.location} are inside its"
-            " files; expected images with a name or URI each, as in a .jsonl or .csv. Unpack them, or fit the pooled"
-            " state"
-        )
 
 
 def _check_validation(config: FitConfig, labels: Labels) -> None:

@@ -106,6 +106,7 @@ def dry_run_summary(plan: FitPlan) -> dict[str, Any]:
         "images": {name: count.num_images for name, count in counts.items()},
         "captions": {name: count.num_captions for name, count in counts.items()},
         "features_missing": len(plan.features.missing),
+        "bytes_to_copy": plan.features.bytes_to_keep,
         "steps": plan.num_steps,
         "output": redact(plan.output.url),
     }

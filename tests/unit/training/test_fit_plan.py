@@ -1,6 +1,7 @@
 """What a fit refuses before anything is started, and what it plans: models, first weights, steps."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from captioner.config import FitConfig
 from captioner.errors import BundleError, ConfigError, InputError, ShapeError
 from captioner.model.bundle import load, load_vision
 from captioner.training.fit.fit_plan import open_output, plan_fit
-from captioner.training.fit.fit_report import save_llava
+from captioner.training.fit.fit_report import dry_run_summary, save_llava
 from captioner.training.fit.initial_bundle import save_initial_bundle
 from tests.bundles import save_tiny_bundle
-from tests.labelled_scenes import write_labels
+from tests.labelled_scenes import pack_tar, write_labels
 from tests.unit.model import tiny_models
 
 
@@ -242,11 +243,15 @@ def test_more_image_tokens_than_patches_are_refused(labels, parts, tmp_path):
         plan_of(labels, str(tmp_path / "out"), *flags)
 
 
-def test_patches_of_images_inside_files_are_refused(parts, tmp_path):
-    models = ["--clip", parts[0], "--llama", parts[1], "--limit", "20"]
-    assert plan_of("demo", str(tmp_path / "pooled"), *models)
-    with pytest.raises(ConfigError, match=r"--image-features patches reads other images in each step, and those of"):
-        plan_of("demo", str(tmp_path / "patches"), *models, "--image-features", "patches")
+def test_the_plan_says_what_is_copied_of_images_inside_files(labels, parts, tmp_path):
+    tar = pack_tar(Path(labels), tmp_path / "labels.tar")
+    flags = [str(tar), str(tmp_path / "out"), "--clip", parts[0], "--llama", parts[1]]
+    for more, expected in ([], 0), (["--image-features", "patches"], tar.stat().st_size):
+        plan = plan_of(*flags, *more)
+        copied = [line for line in plan.lines() if line.startswith("images ")]
+        assert dry_run_summary(plan)["bytes_to_copy"] == expected
+        assert len(copied) == bool(expected)
+    assert re.fullmatch(rf"images    copied from inside their files to {tmp_path}/out/_run/\S+: at most 1 MB", *copied)
 
 
 @pytest.mark.parametrize("rung", [[], ["--image-features", "patches"], [*ON_PATCHES, "--image-tokens", "4"]])
