@@ -24,6 +24,17 @@ class EvaluateConfig:
     """A file of one of the formats above, with image_id and a caption or a list of them, or a caption table.
     `demo` is the embedded images, and the default for `captions-demo`."""
 
+    caption_column: str = ""
+    """Column of CAPTIONS with the texts that are measured, of a caption table the name of any prompt. By default
+    `caption`, `captions` or `text`. A column `clip_score` is of `caption` alone."""
+
+    reference_column: str = ""
+    """The same of REFERENCES."""
+
+    where: str = ""
+    """Of a caption table as CAPTIONS: measure those for which this condition in SQL holds, over the columns of its view
+    captions, as `kind = 'photo'`."""
+
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of their stores, as JSON. By default the usual environment variables."""
 
@@ -82,6 +93,10 @@ class EvaluateConfig:
             is_demo = self.captions == "captions-demo"
             check(is_demo, "REFERENCES", "missing", f"what {self.captions} is to be measured against")
             object.__setattr__(self, "references", "demo")
+        sides = [(self.captions, self.caption_column, "--caption-column")]
+        sides += [(self.references, self.reference_column, "--reference-column")]
+        for path, column, flag in sides:
+            check(path != "demo" or not column, flag, column, "none with `demo`, whose captions have no columns")
         is_one = not (self.model and self.clip_score_model)
         check(
             is_one,

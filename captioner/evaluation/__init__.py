@@ -2,6 +2,7 @@
 
 metrics/           one file and one entry of METRICS each
 caption_files/     captions of any file: a format is one reader and one entry of CAPTION_FORMATS
+side.py            what is read of captions and of references
 matching.py        captions of each side by image, and which belong together
 clip.py            CLIPScore and RefCLIPScore of those that do
 gates.py           figures that must not be too low

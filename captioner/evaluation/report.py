@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from captioner.config import EvaluateConfig
-from captioner.evaluation.caption_files import read_captions
 from captioner.evaluation.clip import ClipScorer
 from captioner.evaluation.gates import MATCHED_SHARE, Gate, gates_of
 from captioner.evaluation.matching import RULES, Captions, Matching, match_sides
 from captioner.evaluation.metrics import METRICS, CaptionEncoder, score_encoded
+from captioner.evaluation.side import Side
 from captioner.terminal import say
 
 __all__ = ["BatchSizes", "evaluate"]
@@ -41,12 +41,14 @@ def evaluate(config: EvaluateConfig, sizes: BatchSizes | None = None) -> Mapping
     clip = ClipScorer.of(config, gates)
     encoder = CaptionEncoder()
 
-    def read(path: str, columns: Sequence[str]) -> Captions:
-        rows = read_captions(path, config.storage_options, rows_per_batch=sizes.rows_per_batch)
-        return Captions.read(rows, encoder, columns, rows_per_batch=sizes.rows_per_batch)
+    def read(side: Side, columns: Sequence[str]) -> Captions:
+        return side.read(
+            lambda rows: Captions.read(rows, encoder, columns, rows_per_batch=sizes.rows_per_batch),
+            sizes.rows_per_batch,
+        )
 
-    captions = read(config.captions, clip.columns_of_captions)
-    references = read(config.references, clip.columns_of_references).with_words()
+    captions = read(Side.captions(config), clip.columns_of_captions)
+    references = read(Side.references(config), clip.columns_of_references).with_words()
     matching = match_sides(captions, references, config)
     position = np.full(references.num_images, -1)
     position[matching.images] = np.arange(len(matching.images))

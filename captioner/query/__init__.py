@@ -2,6 +2,7 @@
 
     part_files.py      the parts as a file system for DuckDB, on any store
     moved_parts.py     ask again where parts were moved while they were read
+    texts.py           columns of texts, of the rows that a condition selects
     views.py           captions, failures, attempts, unanswered, images and runs
     runs.py            _run/runs/*.json as a table
     output.py          rows for a terminal, CSV, JSON or Parquet

@@ -40,6 +40,7 @@ __all__ = [
     "CaptionTable",
     "PartSummary",
     "columns_schema",
+    "hint_at_table",
     "open_table",
     "table_around",
 ]
@@ -336,14 +337,14 @@ def open_table(place: Place) -> CaptionTable:
         if table.identity() is None and not any(table.parts(folder) for folder in FOLDERS):
             raise InputError(
                 f"{table.location} is no caption table; expected the OUTPUT of jobs/caption.py, the folder in which"
-                f" captions/ and _run/ lie{_hint(table)}"
+                f" captions/ and _run/ lie{hint_at_table(table.location)}"
             )
     return table
 
 
-def _hint(table: CaptionTable) -> str:
-    """Return the table that the path is a folder of, as the end of a message; empty where it is none's."""
-    found = table_around(table.location)
+def hint_at_table(place: Place) -> str:
+    """Return the table that a place is a folder of, as a piece of a message; empty where it is none's."""
+    found = table_around(place)
     return "" if found is None else f": {found}"
 
 

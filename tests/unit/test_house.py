@@ -19,8 +19,8 @@ PACKAGE = Path(captioner.__file__).parent
 ROOMS = [
     *("errors", "repetition", "caption_columns", "schema", "machine", "terminal", "demo", "config"),
     *("config_file", "command_line", "commands"),
-    *("prompts", "storage", "inputs", "images", "model", "decoding", "tables", "evaluation"),
-    *("captioning", "query", "training", "gallery", "export", "cluster"),
+    *("prompts", "storage", "inputs", "images", "model", "decoding", "tables", "query", "evaluation"),
+    *("captioning", "training", "gallery", "export", "cluster"),
 ]
 """Rooms and root modules from left to right: each imports only itself and what stands further left."""
 

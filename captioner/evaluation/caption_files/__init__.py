@@ -14,6 +14,7 @@ from captioner.evaluation.caption_files.formats import (
 from captioner.evaluation.caption_files.reading import read_captions, read_records
 from captioner.evaluation.caption_files.records import (
     CAPTION_COLUMN_NAMES,
+    SCORED_COLUMN,
     CaptionRow,
     ColumnNames,
     Record,
@@ -24,6 +25,7 @@ from captioner.evaluation.caption_files.records import (
 __all__ = [
     "CAPTION_COLUMN_NAMES",
     "CAPTION_FORMATS",
+    "SCORED_COLUMN",
     "CaptionFormat",
     "CaptionRow",
     "ColumnNames",

@@ -13,7 +13,14 @@ from captioner.demo.scenes import scene_at
 from captioner.errors import InputError, JobError
 from captioner.evaluation.caption_files.formats import CaptionFormat, caption_format_of, list_suffixes
 from captioner.evaluation.caption_files.parquet_rows import read_parquet_rows
-from captioner.evaluation.caption_files.records import CaptionRow, ColumnNames, Record, image_name, texts_of
+from captioner.evaluation.caption_files.records import (
+    SCORED_COLUMN,
+    CaptionRow,
+    ColumnNames,
+    Record,
+    image_name,
+    texts_of,
+)
 from captioner.storage import Entry, Store, open_store
 from captioner.storage.faults import StoreError
 from captioner.storage.urls import absolute, join, shown, suffix
@@ -24,15 +31,21 @@ _FOR_EVALUATION = ColumnNames(key=("key",), clip_score=("clip_score",))
 
 
 def read_captions(
-    path: str, storage_options: Mapping[str, Any] | None = None, *, rows_per_batch: int = 8192
+    path: str,
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    column: tuple[str, str] | None = None,
+    rows_per_batch: int = 8192,
 ) -> Iterator[CaptionRow]:
     """Yield every caption of `path`; one that is null is an empty one.
 
+    column: of the captions, and the flag that says so; a `clip_score` beside it is of another one, unless it is
+    `caption`.
     Raises InputError for what does not exist or holds no captions, JobError for a store that does not deliver."""
     if path == "demo":
         yield from _demo()
         return
-    columns = replace(_FOR_EVALUATION, rows_per_batch=rows_per_batch)
+    columns = replace(_of_column(column), rows_per_batch=rows_per_batch)
     for number, record in enumerate(read_records(path, storage_options, columns), 1):
         if record.problem:
             raise InputError(record.problem)
@@ -45,6 +58,14 @@ def read_captions(
             )
         of_table = _of_kind(record.key, int), _of_kind(record.clip_score, int | float)
         yield from (CaptionRow(image_id, text, str(record.file_name or ""), *of_table) for text in texts)
+
+
+def _of_column(column: tuple[str, str] | None) -> ColumnNames:
+    if column is None:
+        return _FOR_EVALUATION
+    name, flag = column
+    scores = _FOR_EVALUATION.clip_score if name == SCORED_COLUMN else ()
+    return replace(_FOR_EVALUATION, captions=(name,), clip_score=scores, flags={"captions": flag})
 
 
 def read_records(

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 from captioner.errors import InputError
 
-__all__ = ["CAPTION_COLUMN_NAMES", "CaptionRow", "ColumnNames", "Record", "image_name", "texts_of"]
+__all__ = ["CAPTION_COLUMN_NAMES", "SCORED_COLUMN", "CaptionRow", "ColumnNames", "Record", "image_name", "texts_of"]
 
 CAPTION_COLUMN_NAMES = ("caption", "captions", "text")
+SCORED_COLUMN = "caption"
+"""The column of a caption table whose CLIPScore stands in `clip_score`."""
 
 
 class CaptionRow(NamedTuple):

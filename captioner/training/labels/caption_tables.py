@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from captioner.config import ImageAccessConfig, LabelsConfig
-from captioner.errors import InputError
 from captioner.schema import split_key
 from captioner.storage import Location, urls
 from captioner.storage.faults import output_errors
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from captioner.inputs import Unit
+    from captioner.tables import CaptionTable
     from captioner.tables.table_images import TableImages
 
-__all__ = ["is_caption_table", "read_caption_table"]
+__all__ = ["hint_at_table", "is_caption_table", "read_caption_table"]
 
 
 def is_caption_table(config: LabelsConfig) -> bool:
@@ -29,6 +29,13 @@ def is_caption_table(config: LabelsConfig) -> bool:
 
     place = Location(config.labels_path, config.storage_options)
     return table_around(place) == place.folder
+
+
+def hint_at_table(config: LabelsConfig) -> str:
+    """Return the table that LABELS are a folder of, as a piece of a message; empty where they are none's."""
+    from captioner.tables import table
+
+    return table.hint_at_table(Location(config.labels_path, config.storage_options))
 
 
 def read_caption_table(config: LabelsConfig, run_folder: str, output_options: Mapping[str, Any] | None) -> LabelFiles:
@@ -40,30 +47,21 @@ def read_caption_table(config: LabelsConfig, run_folder: str, output_options: Ma
     del run_folder, output_options  # the table's input is frozen already
     table = open_table(Location(config.labels_path, config.storage_options))
     images = TableImages.of(table, ImageAccessConfig(image_root=config.image_root or ""))
-    names = read_rows(table, "FROM captions LIMIT 0").schema
-    found = read_rows(table, _sql(config, names))
+    found = read_rows(table, _sql(table, config))
     in_files = images.frozen.kind in ("parquet", "webdataset")
     rows = _in_files(found, images) if in_files else _by_uri(found, images, table.location)
     return LabelFiles(config.labels_path, access_of(config), rows, images.frozen if in_files else None)
 
 
-def _sql(config: LabelsConfig, names: "pa.Schema") -> str:
+def _sql(table: "CaptionTable", config: LabelsConfig) -> str:
     """Return the SELECT of the flags. Raises InputError for a column that the table lacks, or that holds no texts."""
-    caption, split = config.caption_column or "caption", config.split_column or "split"
-    texts = [field.name for field in names if str(field.type) in ("string", "large_string")]
-    wanted = [(caption, "--caption-column"), *([(split, "--split-column")] if config.split_column else [])]
-    for name, flag in wanted:
-        if name not in texts:
-            raise InputError(
-                f"{urls.shown(config.labels_path)} has no column {name} of texts, for {flag}; it has {', '.join(texts)}"
-            )
-    has_split = split in texts
-    where = f" WHERE ({config.where}\n)" if config.where else ""
-    return f"SELECT key, image_id, {_quoted(caption)}, {_quoted(split) if has_split else 'NULL'} FROM captions{where}"
+    from captioner.query.texts import text_columns, texts_sql
 
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+    columns = {config.caption_column or "caption": "--caption-column"}
+    if config.split_column:
+        return texts_sql(table, columns | {config.split_column: "--split-column"}, where=config.where)
+    split = "split" if "split" in text_columns(table) else "NULL"
+    return texts_sql(table, columns, where=config.where, others=[split])
 
 
 def _by_uri(found: "pa.Table", images: "TableImages", table: Location) -> Iterator[LabelRow]:

@@ -15,7 +15,7 @@ from captioner.errors import ConfigError, InputError, JobError
 from captioner.inputs.selection import is_hidden, select
 from captioner.storage import urls
 from captioner.storage.faults import StoreError
-from captioner.training.labels.caption_tables import is_caption_table
+from captioner.training.labels.caption_tables import hint_at_table, is_caption_table
 from captioner.training.labels.demo_labels import write_demo_labels
 from captioner.training.labels.formats import LABEL_FORMATS, LabelFormat, label_format_of
 from captioner.training.labels.rows import LabelFiles, LabelRow, access_of
@@ -70,8 +70,8 @@ def _choose_format(config: LabelsConfig) -> tuple[LabelsConfig, LabelFormat]:
         found = LABEL_FORMATS["table"]
     if config.where and (found is None or found.name != "table"):
         raise ConfigError(
-            f"--where is {config.where!r}, but {urls.shown(config.labels_path)} is no caption table; expected the"
-            " OUTPUT of a caption job, or no --where"
+            f"--where is {config.where}, but {urls.shown(config.labels_path)} is no caption table; expected the OUTPUT"
+            f" of a caption job{hint_at_table(config)}, or no --where"
         )
     if found:
         return config, found

@@ -15,20 +15,24 @@ from captioner.captioning.plan import Plan, plan_job
 from captioner.config import (
     CaptionJobConfig,
     DecodingConfig,
+    EvaluateConfig,
     ExportConfig,
     GalleryConfig,
     InputConfig,
+    LabelsConfig,
     ModelConfig,
     ScoringConfig,
     VerifyConfig,
 )
-from captioner.errors import ConfigError, OutputError
+from captioner.errors import ConfigError, InputError, OutputError
+from captioner.evaluation import evaluate
 from captioner.export import export_table
 from captioner.gallery.gallery_job import gallery
 from captioner.query import read_rows
 from captioner.storage import Location
 from captioner.tables import CaptionTable, PartSummary, Stamp
 from captioner.tables.verification import verify
+from captioner.training.labels import read_labels
 from tests.bundles import save_tiny_bundle
 from tests.conftest import Bucket
 from tests.job_in_process import run_job
@@ -415,6 +419,45 @@ def test_pages_and_exports_have_the_added_columns(jobs: Jobs, tmp_path: Path) ->
     export_table(export)
     lines = (tmp_path / "out" / "captions-00000.jsonl").read_text().splitlines()
     assert [json.loads(line)["long"] is None for line in lines].count(True) == NUM - 3
+
+
+def test_evaluations_and_fits_read_an_added_column_and_select_by_it(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.run({"caption": "w1"})
+    jobs.run({"caption": "w1", "long": "{text: w7 w2, max_new_tokens: 4}"}, num_rows=4)
+    found = jobs.rows("SELECT image_id, caption, long FROM captions WHERE long IS NOT NULL ORDER BY key")
+    where = f"long = '{found[0]['long']}'"
+    is_chosen = [row["long"] == found[0]["long"] for row in found]
+
+    def of_file(texts: list[str]) -> dict[str, Any]:
+        rows = [{"image_id": row["image_id"], "caption": text} for row, text in zip(found, texts, strict=True) if text]
+        (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return dict(evaluate(EvaluateConfig(captions=str(tmp_path / "texts.jsonl"), references=jobs.config.output)))
+
+    of_column = EvaluateConfig(captions=jobs.config.output, references=jobs.config.output, caption_column="long")
+    assert evaluate(of_column) == of_file([row["long"] for row in found])  # an image without an answer has no text
+    of_rows = replace(of_column, caption_column="", where=where)
+    assert evaluate(of_rows) == of_file(
+        [chosen and row["caption"] for row, chosen in zip(found, is_chosen, strict=True)]
+    )
+    swapped = evaluate(replace(of_column, caption_column="", reference_column="long"))
+    assert swapped["reference_images"] == len(found)
+    labels = LabelsConfig(labels_path=jobs.config.output, caption_column="long", where=where)
+    told = [caption for captions in read_labels(labels, "").table["captions"].to_pylist() for caption in captions]
+    assert told == [found[0]["long"]] * sum(is_chosen)
+
+
+def test_an_evaluation_refuses_a_column_that_is_not_there_and_a_condition_on_what_is_no_table(jobs: Jobs) -> None:
+    jobs.run({"caption": "w1"})
+    config = EvaluateConfig(captions=jobs.config.output, references="demo", caption_column="long")
+    with pytest.raises(InputError, match=r"has no column long of texts, for --caption-column; it has image_id, cap"):
+        evaluate(config)
+    with pytest.raises(ConfigError, match=r'--where is long = 1: .*"long" not found'):
+        evaluate(replace(config, caption_column="", where="long = 1"))
+    parts = replace(config, captions=f"{jobs.config.output}/captions", caption_column="", where="key = 1")
+    with pytest.raises(ConfigError, match=r"captions is no caption table; expected the OUTPUT of a .*: .*table, or no"):
+        evaluate(parts)
+    with pytest.raises(ConfigError, match="--reference-column is long; expected none with `demo`"):
+        replace(config, reference_column="long")
 
 
 def test_an_export_of_all_columns_goes_elsewhere_once_the_table_has_one_more(jobs: Jobs, tmp_path: Path) -> None:

@@ -120,6 +120,15 @@ def test_images_of_a_table_without_scores_are_read_again(scored: str, unscored: 
     assert "clip_score" not in summary_of(unscored)
 
 
+def test_a_score_of_the_captions_is_not_taken_for_that_of_another_column(scored: str, unscored: str) -> None:
+    for path in (scored, f"{scored}/captions"):
+        assert "clip_score" in summary_of(path, caption_column="caption")
+        assert "clip_score" not in summary_of(path, caption_column="image_id")
+    of_column = {path: summary_of(path, caption_column="image_id", model="demo") for path in (scored, unscored)}
+    assert of_column[scored]["clip_score"] == pytest.approx(of_column[unscored]["clip_score"], abs=1e-5)
+    assert of_column[scored]["clip_score"] < summary_of(scored)["clip_score"]
+
+
 def test_a_clip_alone_scores_captions_as_the_bundle_that_holds_it(scored: str, unscored: str) -> None:
     clip = str(demo.bundle_path() / "clip")
     alone, of_bundle = summary_of(unscored, clip_score_model=clip), summary_of(unscored, model="demo")

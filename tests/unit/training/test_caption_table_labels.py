@@ -77,7 +77,7 @@ def test_a_condition_that_is_none_is_refused(table: str, tmp_path: Path, name: s
 
 def test_a_condition_without_a_caption_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("image,caption\na.jpg,a dog\n")
-    with pytest.raises(ConfigError, match=r"--where is 'true', but \S+ is no caption table; expected the OUTPUT of"):
+    with pytest.raises(ConfigError, match=r"--where is true, but \S+ is no caption table; expected the OUTPUT of"):
         labels_of(str(tmp_path / "labels.csv"), tmp_path, where="true")
 
 
