@@ -75,7 +75,8 @@ class PromptText:
     def fill(self, values: Mapping[str, object]) -> list[Segment]:
         """Return the prompt for an image with these values of its columns, piece by piece.
 
-        None, NaN and blank texts are no values; a list is its values with commas between. No segment but that of the
+        None, NaN and blank texts are no values; spaces around a value are left out; a list is its values with commas
+        between. No segment but that of the
         image is empty."""
         texts = {name: _as_text(values.get(name)) for name in self.columns}
         wanted = [piece for piece in self.pieces if piece.condition is None or texts[piece.condition]]
@@ -122,8 +123,7 @@ def _as_text(value: object) -> str:
         return ", ".join(filter(None, map(_as_text, value)))
     if value is None or value != value:  # NaN is no value
         return ""
-    text = str(value)
-    return text if text.strip() else ""
+    return str(value).strip()  # the file beside an image ends in a line break
 
 
 def _require(holds: bool, where: str, problem: str, expected: str) -> None:

@@ -1,5 +1,6 @@
 """Prompts that are added to a table: each answer is the one of a table that had all prompts from the start."""
 
+import io
 import json
 import tarfile
 from dataclasses import replace
@@ -398,6 +399,32 @@ def test_a_tar_that_was_never_counted_is_asked_what_each_of_its_samples_lacks(jo
     jobs.run(ALL)
     jobs.assert_as_if_at_once(ALL)
     assert jobs.verified()["ok"]
+
+
+def test_prompts_name_members_of_a_tar_and_keys_of_its_json_as_they_name_columns(jobs: Jobs, tmp_path: Path) -> None:
+    alts, notes = ["w3 {w4}", None, "</s> w5", "w6"], ["w7 w8", "w9", None, "w2"]
+    images = [encoded(seed=seed) for seed in range(4)]
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for number, (image, alt, note) in enumerate(zip(images, alts, notes, strict=True)):
+            members = {"jpg": image, "json": json.dumps({"alt": alt, "n": number}).encode()}
+            for ending, data in members.items() if note is None else [*members.items(), ("txt", f"{note}\n".encode())]:
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    columns = {"image": images, "alt": alts, "txt": notes, "n": [0, 1, 2, 3]}
+    pq.write_table(pa.table(columns), tmp_path / "images.parquet")
+    begun = {
+        "caption": '{text: "w1 {?alt: w2 {alt}} {n}", max_value_tokens: 20}',
+        "told": '{text: "{n} {txt}", max_value_tokens: 20}',
+    }
+    later = begun | {"mood": '{text: "w5 {?txt: w3 {txt}} {alt}", max_value_tokens: 20}'}
+    for kind in ("tar", "parquet"):
+        output = str(tmp_path / kind)
+        for prompts in (begun, later):
+            jobs.run(prompts, input_path=str(tmp_path / f"images.{kind}"), output=output)
+    sql = "SELECT key, caption, told, mood, mood_details.num_cut_values FROM captions ORDER BY key"
+    assert jobs.rows(sql, str(tmp_path / "tar")) == jobs.rows(sql, str(tmp_path / "parquet"))
+    assert len({row["mood"] for row in jobs.rows(sql, str(tmp_path / "tar"))}) > 1
 
 
 def test_parts_of_a_column_whose_prompt_is_not_known_are_refused(jobs: Jobs) -> None:

@@ -60,7 +60,7 @@ def test_a_brace_without_its_pair_is_refused(text: str) -> None:
 def test_any_text_can_be_written_and_any_value_is_data(text: str, value: str) -> None:
     escaped = text.replace("{", "{{").replace("}", "}}")
     parsed = PromptText.parse(escaped + "{v}", "a")
-    wanted = [Segment(text)] * bool(text) + [Segment(value, True)] * bool(value.strip())
+    wanted = [Segment(text)] * bool(text) + [Segment(value.strip(), True)] * bool(value.strip())
     assert parsed.fill({"v": value}) == wanted
 
 
