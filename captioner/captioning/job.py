@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from captioner import demo
-from captioner.captioning.job_prompts import answers_of, check_model_takes, read_job_prompts, with_prompt_columns
+from captioner.captioning.job_prompts import (
+    answers_of,
+    asked_prompts,
+    check_model_takes,
+    read_job_prompts,
+    with_prompt_columns,
+)
 from captioner.config import CaptionJobConfig
 from captioner.errors import ConfigError
 from captioner.inputs.access import with_home
@@ -37,7 +43,7 @@ class Job:
     """Folder of the caption table."""
 
     prompts: tuple[Prompt, ...] = ()
-    """What is asked of each image by name, `caption` among them; empty where the model's own prompt is asked."""
+    """What `--prompts` names; captions answer the model's own prompt where `caption` is not among them."""
 
     @property
     def retried_reasons(self) -> frozenset[str]:
@@ -69,7 +75,7 @@ class Job:
         wanted, prompt = self.config.decoding.max_new_tokens, model.num_prompt_tokens + model.num_image_tokens
         room = model.context_length - prompt
         if self.prompts:
-            check_model_takes(self.prompts, model)
+            check_model_takes(self.asked(model), model)
         elif wanted > room:
             raise ConfigError(
                 f"--max-new-tokens is {wanted}; {model.name} reads {model.context_length} tokens,"
@@ -77,6 +83,10 @@ class Job:
             )
         if self.config.scoring.needs_text_tower:
             model.check_text_tower("--clip-score" if self.config.scoring.clip_score else "--rerank clip-score")
+
+    def asked(self, model: BundleDescription) -> tuple[Prompt, ...]:
+        """Return what is asked of each image by name, `caption` among it; nothing where there are no named prompts."""
+        return asked_prompts(self.prompts, model, self.config.decoding)
 
     def identity(self, model: BundleDescription) -> dict[str, Any]:
         """Return everything that decides which captions the table holds: no credentials, limits or resources."""

@@ -15,9 +15,26 @@ from captioner.errors import ConfigError
 from captioner.inputs.columns import RESERVED_COLUMNS
 from captioner.model.constraints import Constraint
 from captioner.model.description import BundleDescription
-from captioner.prompts import CAPTION, Prompt, answer_fields, answered_prompts, read_prompts
+from captioner.model.template import IMAGE
+from captioner.prompts import (
+    CAPTION,
+    Prompt,
+    PromptText,
+    WeightedText,
+    answer_fields,
+    answered_prompts,
+    details_name,
+    read_prompts,
+)
 
-__all__ = ["answers_of", "check_model_takes", "prompt_lines", "read_job_prompts", "with_prompt_columns"]
+__all__ = [
+    "answers_of",
+    "asked_prompts",
+    "check_model_takes",
+    "prompt_lines",
+    "read_job_prompts",
+    "with_prompt_columns",
+]
 
 
 def read_job_prompts(config: CaptionJobConfig) -> tuple[Prompt, ...]:
@@ -25,12 +42,13 @@ def read_job_prompts(config: CaptionJobConfig) -> tuple[Prompt, ...]:
     if config.prompts is None:
         return ()
     prompts = read_prompts(Path(config.prompts), config.decoding, RESERVED_COLUMNS)
-    if CAPTION not in (names := [prompt.name for prompt in prompts]):
+    has_caption = CAPTION in [prompt.name for prompt in prompts]
+    if has_caption and config.model.prompt is not None:
         raise ConfigError(
-            f"--prompts {config.prompts} has {', '.join(names)} and no {CAPTION}; expected a line such as"
-            f' {CAPTION}: "Describe the image.": its answer is what galleries show and exports write'
+            f"--prompt is {config.model.prompt!r}; expected none beside --prompts {config.prompts}, which has {CAPTION}"
         )
-    needed = sum(max(prompt.decoding.num_beams, prompt.decoding.num_captions) for prompt in prompts)
+    decodings = [prompt.decoding for prompt in prompts] + ([] if has_caption else [config.decoding])
+    needed = sum(max(decoding.num_beams, decoding.num_captions) for decoding in decodings)
     if config.resources.slots != "auto" and int(config.resources.slots) < needed:
         raise ConfigError(
             f"--slots is {config.resources.slots}; expected at least {needed}, the captions and beams of all prompts"
@@ -38,10 +56,19 @@ def read_job_prompts(config: CaptionJobConfig) -> tuple[Prompt, ...]:
     return prompts
 
 
+def asked_prompts(prompts: Sequence[Prompt], model: BundleDescription, decoding: DecodingConfig) -> tuple[Prompt, ...]:
+    """Return what is asked by name: of prompts without `caption`, the model's own prompt under that name, too."""
+    if not prompts or CAPTION in [prompt.name for prompt in prompts]:
+        return tuple(prompts)
+    text = IMAGE.join(words.replace("{", "{{").replace("}", "}}") for words in model.own_question.split(IMAGE))
+    own = WeightedText(PromptText.parse(text, CAPTION))
+    return (Prompt(name=CAPTION, texts=(own,), decoding=decoding), *prompts)
+
+
 def answers_of(decoding: DecodingConfig, prompts: Sequence[Prompt]) -> list[pa.Field]:
     """Return the columns that the answers to prompts, or without any the captions, add to a table."""
-    identity = {"decoding": vars(decoding), "prompts": {prompt.name: prompt.identity for prompt in prompts}}
-    return answer_fields(answered_prompts(identity))
+    named = {prompt.name: prompt.identity for prompt in prompts}
+    return answer_fields(named or answered_prompts({"decoding": vars(decoding)}))
 
 
 def with_prompt_columns(access: InputConfig, prompts: Sequence[Prompt], answers: Sequence[pa.Field]) -> InputConfig:
@@ -52,7 +79,7 @@ def with_prompt_columns(access: InputConfig, prompts: Sequence[Prompt], answers:
     if wrong := [name for name in asked if "=" in name]:
         raise ConfigError(f"--prompts names a column {wrong[0]}; expected a name without =")
     access = replace(access, prompt_columns=tuple(asked))
-    ours = {field.name for field in answers}
+    ours = {field.name for field in answers} | ({details_name(CAPTION)} if prompts else set())
     for new, old in access.kept_columns.items():
         if new.lower() in ours:
             raise ConfigError(

@@ -95,7 +95,7 @@ class Plan:
             if any(piece.lacks(one.prompt) for piece in self.slices)
             for name in one.prompts
         }
-        return tuple(prompt for prompt in self.job.prompts if prompt.name in lacking)
+        return tuple(prompt for prompt in self.job.asked(self.model) if prompt.name in lacking)
 
     @property
     def added_alone(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class Plan:
             yield f"refresh   {self.refreshed}"
         yield f"model     {self.model.summary}"
         if self.job.prompts:
-            yield from (f"prompt    {line}" for line in prompt_lines(self.job.prompts, self.model))
+            yield from (f"prompt    {line}" for line in prompt_lines(self.job.asked(self.model), self.model))
         else:
             yield f"prompt    {' '.join(self.model.prompt_tokens)}"
         yield from (f"beware    {warning}" for warning in warnings(self.job, self.frozen.kind))

@@ -29,8 +29,8 @@ class CaptioningConfig:
     By default `captions-demo` when the input is `demo`."""
 
     prompts: str | None = None
-    """YAML file on this machine with several prompts by name, in place of --prompt: each answer is a column of the
-    table. `caption` is one of them. The guide's page on prompts says what the file may say."""
+    """YAML file on this machine with several prompts by name: each answer is a column of the table. Without `caption`
+    among them, captions answer --prompt as ever. The guide's page on prompts says what the file may say."""
 
     input: InputConfig = field(default_factory=InputConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -64,8 +64,6 @@ class CaptionJobConfig(CaptioningConfig):
         if self.input_path == "demo" and not self.model.model:
             object.__setattr__(self, "model", replace(self.model, model="demo"))
         check(0 <= self.max_failed_share <= 1, "--max-failed-share", self.max_failed_share, "0 to 1")
-        is_one = self.prompts is None or self.model.prompt is None
-        check(is_one, "--prompt", repr(self.model.prompt), f"none beside --prompts {self.prompts}: put it there")
         is_choice = self.scoring.rerank == "logprob" or self.decoding.num_captions > 1
         check(is_choice, "--rerank", self.scoring.rerank, "--num-captions of 2 or more with it")
         self._check_slots()

@@ -13,8 +13,9 @@ __all__ = ["prompts_of"]
 def prompts_of(table: CaptionTable) -> dict[str, str]:
     """Return run -> prompt; a run whose record does not say it, or cannot be read, or whose images were asked
     different texts, is left out."""
-    if named := (table.identity() or {}).get("prompts"):
-        text = _constant_text(named.get(CAPTION))
+    named = (table.identity() or {}).get("prompts", {})
+    if CAPTION in named:
+        text = _constant_text(named[CAPTION])
         return dict.fromkeys(sorted(table.run_ids()), text) if text else {}
     found = {run_id: _prompt(table.recorded(run_id)) for run_id in sorted(table.run_ids())}
     return {run_id: prompt for run_id, prompt in found.items() if prompt}

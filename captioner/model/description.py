@@ -51,6 +51,9 @@ class BundleDescription:
     num_prompt_tokens_before: int
     """Of these, the tokens before the image."""
 
+    own_question: str = field(repr=False)
+    """What the model's own prompt asks, with `{image}`: a named prompt of this text gives the same tokens."""
+
     prompt_tokens: tuple[str, ...] = field(repr=False)
     """The text of each token of the prompt, quoted, and `<image>` for those of the image."""
 
@@ -150,6 +153,7 @@ def description_of(parts: Parts) -> BundleDescription:
         anyres=parts.anyres,
         num_prompt_tokens=parts.template.num_tokens,
         num_prompt_tokens_before=len(parts.template.prefix_ids),
+        own_question=parts.turns.question_of(parts.template.text),
         prompt_tokens=tuple(
             parts.template.tokens(parts.language.tokenizer, parts.num_image_tokens, differs=bool(parts.anyres))
         ),

@@ -30,6 +30,9 @@ class Turns(Protocol):
         """Return the whole prompt, with `QUESTION`, with the system text or its mark, and with `{image}` unless the
         question has it. Raises ConfigError or BundleError, naming `where`, where there is no such prompt."""
 
+    def question_of(self, template: str) -> str:
+        """Return the question with `{image}` whose whole prompt is the model's own."""
+
 
 @dataclass(frozen=True)
 class FittedTurns:
@@ -47,3 +50,8 @@ class FittedTurns:
                 " place for it; expected the text alone, with {image} behind what the model reads first"
             )
         return self.template.replace(IMAGE, QUESTION if has_image else IMAGE + QUESTION)
+
+    def question_of(self, template: str) -> str:
+        """Return the image alone: the template is there already."""
+        assert template == self.template
+        return IMAGE

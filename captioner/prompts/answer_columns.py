@@ -69,7 +69,8 @@ def answered_prompts(identity: Mapping[str, Any]) -> dict[str, Mapping[str, Any]
     """Return the prompts whose columns a table has: name -> `Prompt.identity`. identity: of the table."""
     decoding = identity.get("decoding", {})
     has_details = any(decoding.get(name) for name in _OF_DECODING)
-    return identity.get("prompts") or ({CAPTION: {"decoding": decoding}} if has_details else {})
+    named: Mapping[str, Mapping[str, Any]] = identity.get("prompts", {})
+    return ({CAPTION: {"decoding": decoding}} if has_details and CAPTION not in named else {}) | dict(named)
 
 
 def answer_fields(prompts: Mapping[str, Mapping[str, Any]]) -> list[pa.Field]:
@@ -97,12 +98,11 @@ def num_tokens(captions: pa.Table, answers: Sequence[pa.Field]) -> int:
     return sum(pc.sum(column).as_py() or 0 for column in columns)
 
 
-def answer_counts(captions: pa.Table, answers: Sequence[pa.Field]) -> dict[str, dict[str, int]]:
+def answer_counts(captions: pa.Table, prompts: Sequence[str], answers: Sequence[pa.Field]) -> dict[str, dict[str, int]]:
     """Return, for each prompt of rows of a table, how many answers were `cut` at their length, how many are `null`, and
     where the decoding may do so, how many were `redrawn` and `trimmed`."""
-    reasons = {name: _details(captions, name, "finish_reason") for name in _names(answers)}
-    if details_name(CAPTION) in [field.name for field in answers]:
-        reasons = {CAPTION: captions.column("finish_reason"), **reasons}
+    own = {CAPTION: captions.column("finish_reason")} if CAPTION in prompts else {}
+    reasons = own | {name: _details(captions, name, "finish_reason") for name in _names(answers)}
     return {
         name: {
             "cut": _count(pc.equal(found, pa.scalar(str(FinishReason.LENGTH)))),

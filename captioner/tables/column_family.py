@@ -26,6 +26,7 @@ __all__ = [
     "ColumnFamily",
     "added_identity",
     "all_answers",
+    "begun_with",
     "digest_of",
     "families_of",
     "is_added_name",
@@ -55,7 +56,7 @@ class ColumnFamily:
     """Digest of what it was made with, as in the footer of each of its parts."""
 
     prompts: tuple[str, ...] = ()
-    """The named prompts that it answers; none in a table without."""
+    """The prompts that it answers; of captions without named ones `caption`."""
 
     answers: tuple[pa.Field, ...] = ()
     """The columns that these add."""
@@ -106,7 +107,7 @@ def families_of(
         rows=rows,
         failures=failures,
         digest=digest,
-        prompts=tuple(prompts),
+        prompts=tuple(prompts) or (CAPTION,),
         answers=tuple(answer_fields(prompts)),
     )
     for name in sorted(added):
@@ -125,6 +126,12 @@ def all_answers(families: Sequence[ColumnFamily]) -> list[pa.Field]:
     """Return the columns that the prompts of all families add, in the order in which one family would have them."""
     fields = [field for family in families for field in family.answers]
     return sorted(fields, key=lambda field: (field.name.removesuffix(details_name("")), field.name))
+
+
+def begun_with(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a job of an identity begins a table with: prompts without `caption` are added to its captions."""
+    is_added = CAPTION not in identity.get("prompts", {})
+    return {name: value for name, value in identity.items() if not (is_added and name == "prompts")}
 
 
 def added_identity(table_digest: str, prompt: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import InputError, JobError, OutputError
-from captioner.prompts import answer_counts, answer_fields, answered_prompts, num_tokens
+from captioner.prompts import CAPTION, answer_counts, answer_fields, answered_prompts, num_tokens
 from captioner.schema import CAPTIONS, FAILURES
 from captioner.storage import Location, Place, Store, as_location, full_url, open_store, urls
 from captioner.storage.faults import ROOM_NEEDED, StoreError, diagnose, output_errors
@@ -29,6 +29,7 @@ from captioner.tables.column_family import (
     FOLDERS,
     ColumnFamily,
     added_identity,
+    begun_with,
     digest_of,
     families_of,
     is_added_name,
@@ -116,7 +117,7 @@ class CaptionTable:
         """Return its column families, that of the captions first.
 
         wanted: the identity of a job that may write here; those of its prompts that are new count too."""
-        begun_as = self._begun_as() or wanted or {}
+        begun_as = self._begun_as() or begun_with(wanted or {})
         known = begun_as.get("prompts", {})
         new = {name: one for name, one in (wanted or {}).get("prompts", {}).items() if name not in known}
         return list(families_of(begun_as, self._added() | new, self.digest))
@@ -138,6 +139,7 @@ class CaptionTable:
         if found is None:
             self.refuse_parts("no _run/run.json")
             return
+        _refuse_named_caption(self.location, wanted, found)
         wanted = _without_new_prompts(wanted, found)
         if _settings_that_count(found, wanted) != _settings_that_count(wanted, found):
             raise OutputError(refusal(self.location, "captions of another job", found, wanted, output="OUTPUT"))
@@ -148,8 +150,7 @@ class CaptionTable:
         Raises as `refuse_other_job` and `before_write` do."""
         self.refuse_other_job(identity)
         if self._begun_as() is None:
-            self.store.write_atomic(self._run_file, to_json({"format": FORMAT, **identity}), before_write)
-            return
+            self.store.write_atomic(self._run_file, to_json({"format": FORMAT, **begun_with(identity)}), before_write)
         for family in self.families(identity):
             if family.is_added and self.store.info(file := self._prompt_file(family.prompt)) is None:
                 self.refuse_parts(f"no {COLUMNS}/{family.prompt}/{file.name}", family.folders)
@@ -270,7 +271,7 @@ class CaptionTable:
             rows_of, failures_of = family.asked(made), family.failed(failed)
             parts.append(self._write_new(family.rows, rows_of, family.schema(family.rows, kept), own))
             parts.append(self._write_new(family.failures, failures_of, FAILURES, own))
-            answers |= answer_counts(rows_of, family.answers) if rows_of.num_rows else {}
+            answers |= answer_counts(rows_of, family.prompts, family.answers) if rows_of.num_rows else {}
         fields = [field for family in families for field in family.answers if field.name in made.column_names]
         return PartSummary(
             made.num_rows,
@@ -372,10 +373,20 @@ def _problem(part: pa.Table | None, identity: str) -> str:
 
 
 def _without_new_prompts(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity of a job without the prompts that it adds to a table with named prompts."""
-    if "prompts" not in wanted or "prompts" not in found:
-        return dict(wanted)
-    return {**wanted, "prompts": {name: one for name, one in wanted["prompts"].items() if name in found["prompts"]}}
+    """Return the identity of a job without the prompts that it adds to a table."""
+    known = {name: one for name, one in wanted.get("prompts", {}).items() if name in found.get("prompts", {})}
+    return {name: value for name, value in wanted.items() if name != "prompts"} | ({"prompts": known} if known else {})
+
+
+def _refuse_named_caption(table: Location, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raise OutputError where a job names `caption`, and the captions of the table answer no named prompt."""
+    if CAPTION in wanted.get("prompts", {}) and CAPTION not in found.get("prompts", {}):
+        named = wanted["prompts"][CAPTION]
+        raise OutputError(
+            f"{table} has captions that answer --prompt, or the model's own prompt, and --prompts has {CAPTION}:"
+            f" {named.get('text') or named.get('texts')}; expected prompts without {CAPTION}, which are answered beside"
+            f" these captions. Leave {CAPTION} out of the file and give --prompt as before, or choose another OUTPUT"
+        )
 
 
 def _settings_that_count(identity: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

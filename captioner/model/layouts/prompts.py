@@ -53,6 +53,10 @@ class CheckpointTurns:
             )
         return QUESTION
 
+    def question_of(self, template: str) -> str:
+        """Return the template, which is a whole prompt."""
+        return template
+
 
 def read_template(
     folder: Folder, tokenizer: Tokenizer, family: LanguageFamily, options: CheckpointOptions, image_token: str

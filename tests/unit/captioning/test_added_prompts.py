@@ -38,6 +38,7 @@ from tests.bundles import save_tiny_bundle
 from tests.conftest import Bucket
 from tests.job_in_process import run_job
 from tests.sample_images import encoded
+from tests.unit.model.tiny_models import save_llava
 
 NUM = 6
 FOUR = {
@@ -362,9 +363,51 @@ def test_the_order_of_added_prompts_is_free(jobs: Jobs) -> None:
     assert then.table.digest == first.table.digest
 
 
-def test_a_table_without_named_prompts_takes_none_later(jobs: Jobs) -> None:
-    plan_job(jobs.config)
-    with pytest.raises(OutputError, match=r"prompts.caption.text: None there, w1 now"):
+TAGS = {"tags": FOUR["tags"], "is_photo": FOUR["is_photo"]}
+
+
+def test_captions_without_named_prompts_get_columns_beside_them(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.config = replace(jobs.config, decoding=replace(jobs.config.decoding, redraw_repetitive=1))
+    plain, named = str(tmp_path / "plain"), str(tmp_path / "named")
+    run_job(replace(jobs.config, output=plain), "run-plain")
+    run_job(jobs.config, "run-begun", num_rows=3)  # killed
+    begun = jobs.bytes_of("captions")
+    assert [prompt.name for prompt in jobs.plan({"tags": FOUR["tags"]}).prompts] == ["caption", "tags"]
+    assert set(jobs.run({"tags": FOUR["tags"]}, num_rows=5).answers) == {"caption", "tags"}  # killed, too
+    jobs.run({"tags": FOUR["tags"]})
+    jobs.run(TAGS)
+    assert begun.items() <= jobs.bytes_of("captions").items()
+    sql = "SELECT image_id, caption, candidates, caption_details FROM captions ORDER BY key"
+    assert [_rounded(row) for row in jobs.rows(sql)] == [_rounded(row) for row in jobs.rows(sql, plain)]
+    jobs.run({"caption": "w1", **TAGS}, output=named)
+    sql = "SELECT tags, tags_details, is_photo FROM captions ORDER BY key"
+    assert [_rounded(row) for row in jobs.rows(sql)] == [_rounded(row) for row in jobs.rows(sql, named)]
+    assert [field.name for field in jobs.table.answers()][:3] == ["caption_details", "is_photo", "is_photo_details"]
+    found = jobs.verified()
+    assert (found["ok"], found["columns"]["tags"]["answered"]) == (True, NUM)
+    for config in (jobs.asked({"tags": FOUR["tags"]}), jobs.config):
+        with pytest.raises(OutputError, match=r"prompts.is_photo.text: w6 there, None now"):
+            plan_job(config)
+
+
+def test_prompts_without_caption_begin_a_table_whose_captions_answer_the_prompt_of_the_model(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    model = ModelConfig(model=str(save_llava(tmp_path / "llava")), prompt="{{a}} {image} {b}?", device="cpu")
+    jobs.config = replace(jobs.config, model=model)
+    plain = str(tmp_path / "plain")
+    run_job(replace(jobs.config, output=plain), "run-plain")
+    jobs.run(TAGS)
+    sql = "SELECT caption, num_tokens FROM captions ORDER BY key"
+    assert jobs.rows(sql) == jobs.rows(sql, plain)
+    assert [family.prompt for family in jobs.table.families()] == ["caption", "is_photo", "tags"]
+    with pytest.raises(OutputError, match=r"model.fingerprint"):
+        jobs.plan(TAGS, model=replace(model, prompt="Else?"))
+
+
+def test_a_prompt_for_captions_that_answer_no_named_one_is_refused_naming_the_remedy(jobs: Jobs) -> None:
+    run_job(jobs.config, "run-plain")
+    with pytest.raises(OutputError, match=r"and --prompts has caption: w1; expected prompts without caption, .* Leave"):
         jobs.plan(FOUR)
 
 

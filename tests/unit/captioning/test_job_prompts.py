@@ -96,7 +96,6 @@ def test_the_same_prompts_in_another_order_continue_the_table(config: CaptionJob
 
 
 CASES: list[tuple[str, dict[str, Any], type[UsageError], str]] = [
-    ("tags: x", {}, ConfigError, r"has tags and no caption; expected a line such as caption: "),
     ("caption: x\nwidth: y", {}, ConfigError, "width is a column that every table has; expected another name"),
     ("caption: x\nwhy: y", {}, ConfigError, "why is a column that every table has"),
     ("caption: x\nselect: y", {}, ConfigError, "select is a word of SQL"),
@@ -196,10 +195,8 @@ def test_images_that_have_no_columns_are_refused_for_a_prompt_with_one(
 
 
 def test_prompts_beside_a_prompt_or_for_a_model_alone_are_refused(config: CaptionJobConfig) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--prompt is 'x'; expected none beside --prompts .*prompts.yaml: put it there"
-    ):
-        replace(config, model=ModelConfig(model="demo", prompt="x"))
+    with pytest.raises(ConfigError, match=r"--prompt is 'x'; expected none beside --prompts .*, which has caption"):
+        resolve(replace(config, model=ModelConfig(model="demo", prompt="x")))
     with pytest.raises(ConfigError, match=r"--prompts is a\.yaml; expected an INPUT with it"):
         PlanConfig(model=ModelConfig(model="a/b"), prompts="a.yaml")
 

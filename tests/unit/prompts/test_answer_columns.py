@@ -71,5 +71,6 @@ def test_tokens_and_answers_that_were_cut_or_are_null_are_counted(tmp_path: Path
         }
     )
     assert num_tokens(rows, answers) == 14
-    assert answer_counts(rows, answers) == {"caption": {"cut": 0, "null": 0}, "is_photo": {"cut": 1, "null": 1}}
-    assert answer_counts(rows, []) == {}
+    counts = {"caption": {"cut": 0, "null": 0}, "is_photo": {"cut": 1, "null": 1}}
+    assert answer_counts(rows, ["caption", "is_photo"], answers) == counts
+    assert answer_counts(rows, [], []) == {}
