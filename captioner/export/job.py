@@ -26,7 +26,7 @@ from captioner.export.text import text_sql, texts_sql
 from captioner.query.views import Connection, ask, select
 from captioner.storage import Location
 from captioner.storage.faults import output_errors
-from captioner.tables import CaptionTable, open_table
+from captioner.tables import CaptionTable, ColumnFamily, open_table
 from captioner.tables.table_images import TableImages
 from captioner.terminal import counted, say
 
@@ -88,8 +88,6 @@ def export_table(config: ExportConfig, run: RunShards = write_shards) -> Mapping
             done = (_register if form.register else _export)(table, request, form, record, run)
             pushed = push(record, config.push_to_hub) if config.push_to_hub else 0
     say(_lines(done, output))
-    if form.register and (added := [family.prompt for family in table.families()[1:]]):
-        say([f"without {', '.join(added)}: columns that were added later lie in parts of their own"])
     return {
         "ok": done.has_any,
         "rows": done.num_rows,
@@ -120,6 +118,11 @@ class _Done:
         return sum(entry["rows"] for entry in self.entries)
 
     @property
+    def answers(self) -> Mapping[str, int]:
+        """Of columns that have a table of their own: that table -> rows that this export wrote."""
+        return {entry["table"]: entry["answers"] for entry in self.entries if entry.get("answers")}
+
+    @property
     def has_any(self) -> bool:
         """Whether OUT has any row."""
         return any(entry["rows"] for entry in [*self.before, *self.entries])
@@ -136,8 +139,10 @@ class _Done:
 def _lines(done: _Done, output: Location) -> list[str]:
     """Return what a person is told at the end."""
     left_out = [f"{counted(count, 'image')} left out: {reason}" for reason, count in done.refused.items()]
-    if done.num_rows:
-        return [f"{counted(done.num_rows, 'image')} exported to {output}", *left_out]
+    beside = [f"{counted(num_rows, 'answer')} in {table}, by key" for table, num_rows in done.answers.items()]
+    if done.num_rows or beside:
+        exported = [f"{counted(done.num_rows, 'image')} exported to {output}"] if done.num_rows else []
+        return [*exported, *beside, *left_out]
     has_all = f"nothing is new: {output} has all" + (" but these" if left_out else "")
     return [has_all if done.has_any else f"NOTHING WAS EXPORTED to {output}", *left_out]
 
@@ -288,7 +293,7 @@ def _cut_batch(
         if name and record.store.info(record.location / name) is not None:
             raise OutputError(f"{record.location / name} exists and is no file of this export; expected to write it")
     facts = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
         "runs": new.runs,
         "selected": len(new.keys) + new.refused.total(),
         "refused": dict(new.refused),
@@ -323,16 +328,29 @@ def _finish(
 def _register(table: CaptionTable, request: Request, form: ExportFormat, record: ExportRecord, run: RunShards) -> _Done:
     """Let a format register the parts themselves. Raises InputError where there are none."""
     del run
-    assert form.register is not None
-    parts = table.parts("captions")
-    if not parts:
+    if not table.parts("captions"):
         raise _nothing(request, 0)
     record.claim(_settings(request, table, form))
-    before = record.entries()
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    counts = form.register(request, table, parts)
-    if any(entry.get("key") == counts["key"] for entry in before):
-        return _Done(before, [])
-    entry = {"number": len(before) + 1, "started": started, "refused": {}, **counts}
-    record.add_entry({**entry, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    return _Done(before, [entry])
+    before, entries = record.entries(), list[Mapping[str, Any]]()
+    for family in table.families():
+        if parts := table.parts(family.rows):
+            entry = _registered(form, table, request, family, parts)
+            if entry["key"] not in [one.get("key") for one in before]:
+                entries.append({"number": len(before) + len(entries) + 1, **entry})
+                record.add_entry(entries[-1])
+    return _Done(before, entries)
+
+
+def _registered(
+    form: ExportFormat, table: CaptionTable, request: Request, family: ColumnFamily, parts: Sequence[str]
+) -> dict[str, Any]:
+    """Return the entry of a column family whose parts are registered; the rows of an added one are no new images."""
+    assert form.register is not None
+    started = _now()
+    counts = form.register(request, table, family, parts)
+    rows = {"rows": 0, "answers": counts["rows"]} if family.is_added else {}
+    return {"started": started, "refused": {}, **counts, **rows, "finished": _now()}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

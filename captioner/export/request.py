@@ -16,7 +16,7 @@ from captioner.config import ExportConfig
 from captioner.export.images import ImageSource
 from captioner.storage import Location, Store, open_store
 from captioner.storage.whole_files import write_whole
-from captioner.tables import CaptionTable
+from captioner.tables import CaptionTable, ColumnFamily
 
 __all__ = ["DEFAULT_TEXT", "ExportFormat", "Outcome", "Refusal", "Request", "Shard", "quoted"]
 
@@ -178,8 +178,8 @@ class ExportFormat:
     needs_prompts: bool = False
     """Whether it says what was asked of each image, so that the prompt of each run is read."""
 
-    register: Callable[[Request, CaptionTable, Sequence[str]], Mapping[str, Any]] | None = None
-    """In place of `write`: gives the parts themselves to another catalogue, given the table and the parts' URLs.
+    register: Callable[[Request, CaptionTable, ColumnFamily, Sequence[str]], Mapping[str, Any]] | None = None
+    """In place of `write`: gives the parts of a column family themselves to another catalogue, by their URLs.
 
     Returns counts."""
 

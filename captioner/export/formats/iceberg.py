@@ -1,5 +1,6 @@
 """`iceberg`: the parts of the table as an Iceberg table, registered where they lie: no row is copied or chosen.
 
+The columns of a prompt that was added later are a table beside it, `captions_tags` of `tags`, to be joined by `key`.
 One commit adds the parts that are new and drops those that a compaction took away. Its snapshot says the parts in
 `captioner.parts`, a digest of their names: a rerun that finds it has nothing to do.
 """
@@ -16,7 +17,7 @@ from captioner.export.request import ExportFormat, Request
 from captioner.storage import Location
 from captioner.storage.parquet import open_parquet_file
 from captioner.storage.urls import name
-from captioner.tables import CaptionTable
+from captioner.tables import CaptionTable, ColumnFamily
 from captioner.tables.parts import PartName
 
 __all__ = ["ICEBERG"]
@@ -31,19 +32,21 @@ _S3_NAMES = {
 }
 
 
-def _register(request: Request, table: CaptionTable, urls: Sequence[str]) -> Mapping[str, Any]:
+def _register(request: Request, table: CaptionTable, family: ColumnFamily, urls: Sequence[str]) -> Mapping[str, Any]:
     """Register the parts and return what stands in the table's snapshot. Raises OutputError for another's table."""
+    identifier = f"{request.config.iceberg_table}_{family.prompt}" if family.is_added else request.config.iceberg_table
     parts = {_path(Location(url)): url for url in urls}
     schema = _schema(table, parts.values())
-    found = _table(request, table, schema)
+    found = _table(request, table, identifier, schema)
     there = {task.file.file_path: task.file for task in found.scan().plan_files()}
-    root = _path(table.location / "captions")
+    root = _path(table.location / family.rows)
     if others := [path for path in there if not path.startswith(f"{root}/")]:
         raise OutputError(
-            f"the Iceberg table {_identifier(request)} holds {name(others[0])}, which is no part of {table.location};"
+            f"the Iceberg table {identifier} holds {name(others[0])}, which is no part of {table.location};"
             " expected a new table, or this one's: choose another --iceberg-table"
         )
-    key = hashlib.blake2b("\n".join(sorted(map(name, parts))).encode(), digest_size=16).hexdigest()
+    names = [*([family.rows] if family.is_added else []), *sorted(map(name, parts))]  # added parts may share names
+    key = hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
     new, gone = sorted(parts.keys() - there.keys()), [file for path, file in there.items() if path not in parts]
     if new or gone:
         _commit(found, schema, new, gone, {_KEY: key})
@@ -51,6 +54,7 @@ def _register(request: Request, table: CaptionTable, urls: Sequence[str]) -> Map
     assert snapshot is not None
     counts = snapshot.summary.additional_properties if snapshot.summary else {}
     return {
+        "table": identifier,
         "key": key,
         "snapshot": snapshot.snapshot_id,
         "rows": int(counts.get("added-records", 0)),
@@ -71,17 +75,12 @@ def _commit(found: Any, schema: pa.Schema, new: list[str], gone: list[Any], prop
             transaction.add_files(new, snapshot_properties=properties)
 
 
-def _table(request: Request, table: CaptionTable, schema: pa.Schema) -> Any:
+def _table(request: Request, table: CaptionTable, identifier: str, schema: pa.Schema) -> Any:
     from pyiceberg.catalog import load_catalog
 
-    identifier = _identifier(request)
     catalog = load_catalog("captioner", **_catalog(request, table))
     catalog.create_namespace_if_not_exists(identifier.rpartition(".")[0])
     return catalog.create_table_if_not_exists(identifier, schema)
-
-
-def _identifier(request: Request) -> str:
-    return request.config.iceberg_table
 
 
 def _catalog(request: Request, table: CaptionTable) -> dict[str, Any]:

@@ -543,15 +543,26 @@ def test_an_export_of_all_columns_goes_elsewhere_once_the_table_has_one_more(job
     assert export_table(replace(export, output=str(tmp_path / "new")))["rows"] == NUM
 
 
-def test_an_iceberg_table_is_said_to_be_without_the_added_columns(
+def test_iceberg_has_an_added_column_as_a_table_beside_that_of_the_captions(
     jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("pyiceberg")
+    catalogs = pytest.importorskip("pyiceberg.catalog")
+    out = tmp_path / "out"
+    export = ExportConfig(table=jobs.config.output, output=str(out), format="iceberg")
     jobs.run({"caption": "w1"})
-    jobs.run({"caption": "w1", "tags": "w2"})
-    export_table(ExportConfig(table=jobs.config.output, output=str(tmp_path / "out"), format="iceberg"))
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1] == "without tags: columns that were added later lie in parts of their own"
+    assert export_table(export)["rows"] == NUM
+    later = {"caption": "w1", "tags": "w2", "mood": "w3"}
+    jobs.run(later, num_rows=4)
+    assert export_table(export)["rows"] == 0
+    told = capsys.readouterr().err.splitlines()[-2:]
+    assert told == [f"4 answers in captioner.captions_{name}, by key" for name in ("mood", "tags")]
+    jobs.run(later)
+    assert export_table(export)["exports"] == [4, 5]
+    assert export_table(export)["exports"] == []
+    catalog = catalogs.load_catalog("captioner", type="sql", uri=f"sqlite:///{out}/catalog.db")
+    rows = catalog.load_table("captioner.captions_tags").scan().to_arrow().sort_by("key")
+    assert rows["tags"].to_pylist() == jobs.column("SELECT tags FROM captions ORDER BY key")
+    assert rows["key"].to_pylist() == jobs.column("SELECT key FROM captions ORDER BY key")
 
 
 def test_a_table_on_s3_gets_its_columns_as_a_local_one(jobs: Jobs, s3: Bucket) -> None:
