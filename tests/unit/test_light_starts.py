@@ -50,6 +50,18 @@ def test_a_job_that_reads_a_table_brings_neither_torch_nor_ray(tmp_path: Path, s
     assert not HEAVY & modules_after(JOBS / f"{script}.py", [url, *more])
 
 
+def test_a_process_that_decodes_images_brings_no_pandas_and_no_store(tmp_path: Path) -> None:
+    """Each worker starts some, and pandas alone took half of a start."""
+    (script := tmp_path / "decode.py").write_text(
+        "import io\nfrom captioner.config import ImageConfig\n"
+        "from captioner.images.child import serve\nfrom captioner.images.preprocessing import Preprocessing\n"
+        "from captioner.images.reader import Decoded, decode\nfrom tests.sample_images import encoded\n"
+        "for kind in ('JPEG', 'PNG'):\n"
+        "    assert isinstance(decode(encoded(kind), Preprocessing(), ImageConfig()), Decoded)"
+    )
+    assert not (HEAVY | {"pandas", "aiohttp", "botocore"}) & modules_after(script, [])
+
+
 def modules_after(script: Path, arguments: list[str]) -> set[str]:
     """Return the names of the modules that a job has imported when it exits."""
     code = (
