@@ -1,5 +1,6 @@
 """What several rooms' tests share: how property tests draw their examples, and a real S3 server on loopback."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -47,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(_SLOW_TIMEOUT_S))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of each later garbage collection, which torch and transformers make 0.3 s long."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
