@@ -8,6 +8,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +35,7 @@ from captioner.inputs import (
     Unit,
     check_input,
     count_images,
+    empty_columns,
     freeze,
     load_frozen,
     refresh,
@@ -45,6 +47,7 @@ from captioner.inputs.slices import Slice, SliceReader, cut, listing_rows
 from captioner.model.bundle import BundleDescription, describe
 from captioner.prompts import CAPTION, Prompt
 from captioner.schema import ASKED, split_key
+from captioner.storage.faults import StoreError
 from captioner.storage.stop_file import StopFile
 from captioner.tables import CaptionTable, ColumnFamily, Done, KeySet, Lease, deduplicate, find_done, holder
 
@@ -53,6 +56,7 @@ __all__ = ["Plan", "describe_model", "plan_job"]
 log = logging.getLogger("captioner")
 
 _PART_ROWS = (256, 16_384)  # fewest and most rows of a part by default
+_SEEN_SAMPLES = 16  # of a tar, whose columns no schema says
 _PARTS = 64  # parts of a job in between: a crash costs at most a 64th of the work
 
 
@@ -77,6 +81,10 @@ class Plan:
 
     scratch: str | None = None
     """Folder with the listing of a dry run; None where the listing lies beside the table."""
+
+    empty_columns: tuple[str, ...] = ()
+    """Columns that prompts name and the first samples of the first tar have not: only its samples say which there are.
+    """
 
     refreshed: Refreshed | None = None
     """What `--refresh` found; None where it was not asked for, or the input is frozen for the first time."""
@@ -181,6 +189,9 @@ class Plan:
         else:
             yield f"prompt    {' '.join(self.model.prompt_tokens)}"
         yield from (f"beware    {warning}" for warning in warnings(self.job, self.frozen.kind))
+        for name in self.empty_columns:
+            where = self.frozen.units[0].name
+            yield f"beware    {{{name}}} has no value in the first {_SEEN_SAMPLES} samples of {where}: is it called so?"
         yield f"output    {self.table.location}"
         if self.lease is None and (writer := holder(self.table.store, self.table.run_folder)):
             yield f"in use    by {writer.purpose} run {writer.run_id}, process {writer.pid} on {writer.host}"
@@ -248,6 +259,7 @@ def plan_job(
         num_skipped=num_skipped,
         lease=lease,
         scratch=scratch,
+        empty_columns=_empty_columns(job, frozen, table) if slices else (),
         refreshed=refreshed,
     )
 
@@ -279,6 +291,19 @@ def _frozen(
         if listing:
             return freeze(path, config.input, listing, on_progress), None, scratch
         return freeze(path, config.input, table.run_folder, on_progress, before_write), None, None
+
+
+def _empty_columns(job: Job, frozen: Frozen, table: CaptionTable) -> tuple[str, ...]:
+    """Return the columns of `Plan.empty_columns`; none where the tar cannot be read, which its read task says."""
+    access = job.config.input
+    if frozen.kind != "webdataset" or not access.prompt_columns:
+        return ()
+    with suppress(StoreError):
+        found = empty_columns(
+            frozen.units[0], frozen.columns, access, run_folder=table.run_folder, num_rows=_SEEN_SAMPLES
+        )
+        return tuple(name for name in found if name in access.prompt_columns)
+    return ()
 
 
 def _done(

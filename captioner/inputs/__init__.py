@@ -14,7 +14,7 @@ from captioner.inputs.fetching import Fetcher
 from captioner.inputs.freezing import check_input, freeze
 from captioner.inputs.listing import ROWS_PER_LISTING, listed_ids
 from captioner.inputs.outages import OutageDetector
-from captioner.inputs.reading import count_images, read_unit
+from captioner.inputs.reading import count_images, empty_columns, read_unit
 from captioner.inputs.refreshing import Refreshed, refresh, revisit
 from captioner.inputs.selection import describe
 from captioner.inputs.suffixes import is_image_name
@@ -41,6 +41,7 @@ __all__ = [
     "check_input",
     "count_images",
     "describe",
+    "empty_columns",
     "freeze",
     "is_image_name",
     "listed_ids",

@@ -6,6 +6,7 @@ Bad data becomes a row with a reason, and so does a unit that is missing or has 
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from captioner.config import InputConfig
 from captioner.inputs.access import open_input
@@ -16,7 +17,7 @@ from captioner.inputs.units import Columns, Unit
 from captioner.inputs.webdataset import OnEnd, count_samples, read_tar
 from captioner.storage import Place, as_location, open_store
 
-__all__ = ["count_images", "read_unit"]
+__all__ = ["count_images", "empty_columns", "read_unit"]
 
 _DEFAULT_LIMITS = Limits()
 
@@ -63,6 +64,16 @@ def _tables(
     if unit.kind == "parquet":
         return read_parquet(store, unit, columns, limits, done)
     return read_tar(store, unit, columns, limits, done, on_end)
+
+
+def empty_columns(unit: Unit, columns: Columns, config: InputConfig, *, run_folder: Place, num_rows: int) -> list[str]:
+    """Return the kept columns, by their names in the input, that none of the first rows of a unit has a value of.
+
+    None where no row can be read. Raises StoreError as `read_unit`."""
+    found = pa.concat_tables(read_unit(unit, columns, config, run_folder=run_folder, limits=Limits(stop_at=num_rows)))
+    found = found.filter(pc.is_null(found.column("reason")))
+    names = zip(columns.kept, columns.kept_from, strict=True)
+    return [old for field, old in names if found.num_rows and found.column(field.name).null_count == found.num_rows]
 
 
 def count_images(

@@ -468,6 +468,10 @@ def test_prompts_name_members_of_a_tar_and_keys_of_its_json_as_they_name_columns
     sql = "SELECT key, caption, told, mood, mood_details.num_cut_values FROM captions ORDER BY key"
     assert jobs.rows(sql, str(tmp_path / "tar")) == jobs.rows(sql, str(tmp_path / "parquet"))
     assert len({row["mood"] for row in jobs.rows(sql, str(tmp_path / "tar"))}) > 1
+    asked = {"caption": '{text: "w1 {alt} {atl}", max_value_tokens: 20}'}
+    plan = jobs.plan(asked, input_path=str(tmp_path / "images.tar"), output=str(tmp_path / "new"))
+    told = [line for line in plan.lines() if line.startswith("beware")]
+    assert told == ["beware    {atl} has no value in the first 16 samples of images.tar: is it called so?"]
 
 
 def test_parts_of_a_column_whose_prompt_is_not_known_are_refused(jobs: Jobs) -> None:
