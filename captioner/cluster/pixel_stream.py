@@ -54,7 +54,7 @@ def pixel_streams(plan: FitPlan, features: FeatureSet, group: TrainingGroup) -> 
         worker_gpus=0.0,
         worker_cpus=0.0,
         decoders=(group.decoders, group.decoders),
-        decoder_cpus=group.decoder_cpus,
+        decoder_cpus=group.decoder_cpus if group.gpus else 0.0,  # else the worker has reserved them
         num_readers=0,
     )
     decoder = {
@@ -110,7 +110,9 @@ class DecodedImages:
 
     def _stream(self, blocks: list[pa.Table]) -> Dataset:
         """Return the stream of decoded rows, in the order of the blocks, not yet running."""
-        rows = decoded(ray.data.from_arrow(blocks), self.decoder, self.allocation, self.registry)
+        # Not from_arrow: it counts rows in a task of a whole CPU, and the workers may leave none.
+        here = None if self.allocation.decoder_cpus else ray.get_runtime_context().get_node_id()
+        rows = decoded(ray.data.from_blocks(blocks), self.decoder, self.allocation, self.registry, here)
         options = rows.context.execution_options
         options.preserve_order = True
         total = ray.cluster_resources().get("object_store_memory", 0)  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray.data import ActorPoolStrategy, Dataset
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from captioner.captioning.decode_worker import DecodeWorker
 from captioner.captioning.resources import Allocation
@@ -23,8 +24,14 @@ def rows_per_block(preprocessing: Mapping[str, Any]) -> int:
     return min(BLOCK_ROWS, Preprocessing.from_config(preprocessing).rows_per_block or BLOCK_ROWS)
 
 
-def decoded(rows: Dataset, decoder: Mapping[str, Any], allocation: Allocation, registry: Any) -> Dataset:
-    """Return the stream of decoded rows, not yet running. decoder: arguments of each DecodeWorker."""
+def decoded(
+    rows: Dataset, decoder: Mapping[str, Any], allocation: Allocation, registry: Any, node: str | None = None
+) -> Dataset:
+    """Return the stream of decoded rows, not yet running.
+
+    decoder: arguments of each DecodeWorker. node: on which all of them are; by default any but those for the model."""
+    anywhere = {"label_selector": OFF_MODEL_SELECTOR}
+    place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)} if node else anywhere
     stage: Dataset = rows.map_batches(
         supervised(DecodeWorker),
         fn_constructor_kwargs={"registry": registry, **decoder},
@@ -33,7 +40,7 @@ def decoded(rows: Dataset, decoder: Mapping[str, Any], allocation: Allocation, r
         zero_copy_batch=True,
         compute=worker_pool(allocation.decoders, _DECODE_CALLS),
         num_cpus=allocation.decoder_cpus,
-        label_selector=OFF_MODEL_SELECTOR,
+        **place,
         **RETRIES,
     )
     return stage

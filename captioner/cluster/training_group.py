@@ -44,10 +44,16 @@ class TrainingGroup:
     cpus: float
     gpus: float
     decoders: int = 0
-    """Decode workers beside each, where its steps read pixels."""
+    """Decode workers of each, where its steps read pixels."""
 
     decoder_cpus: float = 0.0
     """CPUs of each of these."""
+
+    @property
+    def reserved_cpus(self) -> float:
+        """CPUs that each worker reserves on its node: without GPUs those of its decode workers, too, which are beside
+        it. Else Ray would put as many workers on the nodes that are left as fit there without any."""
+        return self.cpus if self.gpus else round(self.cpus + self.decoders * self.decoder_cpus, 4)
 
     @property
     def num_threads(self) -> int:
@@ -59,7 +65,7 @@ class TrainingGroup:
         return TRAIN.ScalingConfig(
             num_workers=self.fewest if self.fewest == self.most else (self.fewest, self.most),
             use_gpu=self.gpus > 0,
-            resources_per_worker={"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})},
+            resources_per_worker={"CPU": self.reserved_cpus, **({"GPU": self.gpus} if self.gpus else {})},
         )
 
     def trainer(self, task: FitTask, reports: Any, max_failures: int, scratch: str) -> TorchTrainer:
@@ -88,10 +94,13 @@ def training_group(config: FitResourceConfig, cluster: Cluster, *, streams_pixel
     gpus = (1.0 if cluster.gpus else 0.0) if gpus is None else gpus
     every = max(1, int(cluster.gpus / gpus)) if gpus else 1
     fewest, most = worker_range(config.workers, "--workers") or (every, every)
-    cpus = min(1.0, cluster.cpus / most) if gpus else max(1.0, cluster.cpus // most)
+    share = cluster.cpus / most
+    if not gpus:  # no worker spans two nodes
+        share = min(share, max(cluster.node_cpus, default=share))
+    cpus = min(1.0, share) if gpus else max(1.0, share // 1)
     decoders, decoder_cpus = 0, 0.0
     if streams_pixels:
-        cpus, decoders, decoder_cpus = _beside_decoders(config, cluster.cpus / most, most, has_gpu=gpus > 0)
+        cpus, decoders, decoder_cpus = _beside_decoders(config, share, most, has_gpu=gpus > 0)
     short = [f"{fewest * gpus:g} GPUs; there are {cluster.gpus:g}"] if fewest * gpus > cluster.gpus else []
     wanted = fewest * (cpus + decoders * decoder_cpus)
     short += [f"{wanted:g} CPUs; there are {cluster.cpus:g}"] if wanted > cluster.cpus + 1e-6 else []

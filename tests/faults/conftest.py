@@ -3,7 +3,11 @@ of unbroken runs."""
 
 import io
 import math
+import os
+import subprocess
+import sys
 import tarfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.bundles import save_tiny_bundle
-from tests.faults.running_job import Job, flags, table
+from tests.faults.running_job import MARK, Job, flags, kill, marked, table
 from tests.http_server import SlowStore, serving
 from tests.sample_images import BROKEN, encoded
 
@@ -126,3 +130,39 @@ def unbroken_run(images: Path, bundle: str, output: Path) -> pd.DataFrame:
 def unbroken_packed(packed: Path, bundle: str, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     """The table of a run over `packed` that nothing interrupted."""
     return unbroken_run(packed, bundle, tmp_path_factory.mktemp("unbroken"))
+
+
+_CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+for _ in range(2):
+    cluster.add_node(num_cpus=2)
+cluster.wait_for_nodes()
+print("cluster", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def cluster() -> Iterator[tuple[str, str]]:
+    """A Ray of two nodes beside its head: its address, and the mark of its processes."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _CLUSTER],
+        env={**os.environ, MARK: mark, "RAY_AUTH_MODE": "disabled"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        yield next(line.split()[1] for line in process.stdout if line.startswith("cluster ")), mark
+        process.communicate(timeout=60)  # the end of its stdin is its sign to go
+    finally:
+        for pid, _ in marked(mark):
+            kill(pid)
+        process.wait()

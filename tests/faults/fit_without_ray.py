@@ -27,10 +27,11 @@ from tests.unit.training.fitting_models import stream_of
 __all__ = ["check_images", "fitted_without_ray"]
 
 
-def fitted_without_ray(arguments: list[str], features_folder: Path) -> Path:
+def fitted_without_ray(arguments: list[str], features_folder: Path, saved: bytes | None = None) -> Path:
     """Return the output, beside the features, of a fit whose features are all in the features folder.
 
-    arguments: LABELS, OUTPUT_BUNDLE of the fit on Ray, and its flags. Images are decoded in this process."""
+    arguments: LABELS, OUTPUT_BUNDLE of the fit on Ray, and its flags. saved: a checkpoint to go on from. Images are
+    decoded in this process."""
     config = parse(FitConfig, [*arguments, "--features", str(features_folder)])
     plan = plan_fit(config, open_output(config), str(features_folder.parent / "facts"))
     projector = plan.start.projector
@@ -39,7 +40,9 @@ def fitted_without_ray(arguments: list[str], features_folder: Path) -> Path:
     else:
         assert not len(plan.features.missing), "every image is there"
     features = gather(plan.features, 0 if projector.reads_patches else projector.num_features)
-    output = FitOutput(str(features_folder.parent / "alone"))
+    output = FitOutput(str(features_folder.parent / ("continued" if saved else "alone")))
+    if saved:
+        output.write("checkpoint.pt", saved)
     save_initial_bundle(config, output.initial_bundle_url)
     tokens = tokenize_examples(features, llama_of(plan), plan.start.template, config.training, output)
     pixels = _pixels(plan, features) if projector.reads_patches else {}

@@ -189,3 +189,8 @@ def assert_only_parts(output: Path) -> None:
     for part in [*output.glob("captions/**/*"), *output.glob("failures/**/*")]:
         if not part.name.startswith((".", "_")):
             pd.read_parquet(part)
+
+
+def parent(pid: int) -> int:
+    """The raylet that started a worker."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

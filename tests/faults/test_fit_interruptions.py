@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,13 +60,15 @@ def environment() -> dict[str, str]:
 class Fit:
     """A running fit, which says on `log` what happens to it."""
 
-    def __init__(self, command: list[str], output: Path, features: Path, *, workers: int = 1) -> None:
+    def __init__(
+        self, command: list[str], output: Path, features: Path, *, workers: int | str = 1, **variables: str
+    ) -> None:
         whole = [*command[:5], str(output), *command[5:], "--features", str(features), "--workers", str(workers)]
         self.output, self.log, self.mark = output, output.with_suffix(".log"), uuid.uuid4().hex
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 whole,
-                env={**environment(), MARK: self.mark},
+                env={**environment(), MARK: self.mark, **variables},
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 start_new_session=True,
@@ -80,21 +83,28 @@ class Fit:
             return 0
 
     def wait_for_step(self, step: int) -> None:
+        self.wait_for(f"step {step}", lambda: self.step >= step)
+
+    def wait_for(self, what: str, holds: Callable[[], bool]) -> None:
         give_up = time.monotonic() + GUARD_S
-        while self.step < step:
-            assert self.process.poll() is None, f"the job ended before step {step}: {self.log.read_text()}"
+        while not holds():
+            assert self.process.poll() is None, f"the job ended before {what}: {self.log.read_text()}"
             if time.monotonic() > give_up:
                 self.process.kill()
-                raise AssertionError(f"step {step} never came: {self.log.read_text()}")
+                raise AssertionError(f"{what} never came: {self.log.read_text()}")
             time.sleep(0.02)
+
+    def pid_of_worker(self, rank: int) -> int:
+        """Return the process of the worker that has this rank now."""
+        said = re.findall(rf"fit worker={rank} of=\d+ pid=(\d+)", self.log.read_text())
+        assert said, f"no worker of rank {rank} was found: {self.log.read_text()}"
+        name = Path(f"/proc/{said[-1]}/cmdline").read_bytes()
+        assert name.startswith(b"ray::RayTrainWorker"), f"{said[-1]} is {name!r}"
+        return int(said[-1])
 
     def kill_worker(self, rank: int) -> None:
         """Kill the process of the worker that has this rank now."""
-        said = re.findall(rf"fit worker={rank} of=\d+ pid=(\d+)", self.log.read_text())
-        assert said, f"no worker of rank {rank} was found to kill: {self.log.read_text()}"
-        name = Path(f"/proc/{said[-1]}/cmdline").read_bytes()
-        assert name.startswith(b"ray::RayTrainWorker"), f"{said[-1]} is {name!r}"
-        os.kill(int(said[-1]), signal.SIGKILL)
+        os.kill(self.pid_of_worker(rank), signal.SIGKILL)
 
     def end(self) -> None:
         try:

@@ -1,13 +1,9 @@
 """kill -9 of each process of a job at seeded random moments: the table comes out as that of an unbroken run."""
 
 import math
-import os
 import random
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -15,13 +11,13 @@ import pytest
 
 from tests.faults.running_job import (
     KINDS,
-    MARK,
     Job,
     assert_only_parts,
     assert_same,
     kill,
     marked,
     num_parts,
+    parent,
     table,
     verified,
     wait_for_parts,
@@ -74,47 +70,6 @@ def test_a_job_whose_own_ray_loses_its_raylet_or_gcs_ends_soon_with_the_reason_a
     verified(str(output))
 
 
-_CLUSTER = """
-import sys
-from ray.cluster_utils import Cluster
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-for _ in range(2):
-    cluster.add_node(num_cpus=2)
-cluster.wait_for_nodes()
-print("cluster", cluster.address, flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
-
-
-@pytest.fixture
-def cluster() -> Iterator[tuple[str, str]]:
-    """A Ray of two nodes beside its head: its address, and the mark of its processes."""
-    mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _CLUSTER],
-        env={**os.environ, MARK: mark, "RAY_AUTH_MODE": "disabled"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        yield next(line.split()[1] for line in process.stdout if line.startswith("cluster ")), mark
-        process.communicate(timeout=60)  # the end of its stdin is its sign to go
-    finally:
-        for pid, _ in marked(mark):
-            kill(pid)
-        process.wait()
-
-
-def _parent(pid: int) -> int:
-    """The raylet that started a worker."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
 def test_a_job_survives_the_death_of_the_node_that_decodes(
     start: Start, cluster: tuple[str, str], images: Path, unbroken: pd.DataFrame, tmp_path: Path
 ) -> None:
@@ -122,7 +77,7 @@ def test_a_job_survives_the_death_of_the_node_that_decodes(
     job = start(images, tmp_path / "table", "--workers", "2", RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
     wait_for_parts(job, tmp_path / "table")
     (decoder,) = (pid for pid, line in marked(mark) if KINDS["decoder"] in line)
-    assert kill(_parent(decoder)), "the node was gone before it was killed"
+    assert kill(parent(decoder)), "the node was gone before it was killed"
     assert job.summary()["read"] == len(unbroken)
     assert_same(table(tmp_path / "table"), unbroken)
     verified(str(tmp_path / "table"))

@@ -1,4 +1,4 @@
-"""A fit on patches with LoRA for real, of images in a tar: killed while Ray Data streams pixels into it, continued."""
+"""A fit on patches for real: killed while Ray Data streams pixels into it, continued; and one that loses a node."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 
 from captioner.model.bundle import describe
 from tests.faults.fit_without_ray import fitted_without_ray
-from tests.faults.running_job import wait_for_nobody
+from tests.faults.running_job import kill, parent, wait_for_nobody
 from tests.faults.test_fit_interruptions import ROOT, Fit, environment, weights
 from tests.labelled_scenes import pack_tar, write_labels
 from tests.unit.model import tiny_models
@@ -67,3 +67,46 @@ def test_a_fit_on_patches_of_a_tar_that_is_killed_ends_with_the_bits_of_one_of_f
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["captioned"], summary["failed"]) == (60, 0)
+
+
+def test_a_fit_on_patches_that_loses_a_node_goes_on_with_the_worker_and_the_decoder_of_the_other(cluster, tmp_path):
+    labels = str(write_labels(tmp_path, {"train": 48, "validation": 12}))
+    parts = tiny_models.save_clip(tmp_path / "clip"), tiny_models.save_llama(tmp_path / "llama")
+    models = ["--clip", str(parts[0]), "--llama", str(parts[1]), "--image-features", "patches", "--image-tokens", "4"]
+    steps = [
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "80",
+        "--eval-every",
+        "40",
+        "--checkpoint-every",
+        "10",
+        "--log-every",
+        "10",
+    ]
+    flags = [*models, *steps, "--num-scored-images", "4", "--max-caption-tokens", "8"]
+    script = [sys.executable, "-W", "ignore", str(ROOT / "jobs" / "fit_projector.py")]
+    joined = {"RAY_ADDRESS": cluster[0], "RAY_AUTH_MODE": "disabled"}
+    sooner = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3"}  # for which Ray Train waits for a node that is gone
+    features = tmp_path / "features"
+
+    fit = Fit([*script, labels, *flags], tmp_path / "bundle", features, workers="1:2", **joined, **sooner)
+    fit.wait_for_step(10)
+    assert kill(parent(fit.pid_of_worker(1))), "the node was gone before it was killed"
+    killed_at = fit.step
+    fit.wait_for("a group of one", lambda: "fit worker=0 of=1" in fit.log.read_text())
+    saved = (fit.output / "_run" / "checkpoint.pt").read_bytes()
+    fit.end()
+    assert killed_at < 80, "the injector came too late"
+
+    arguments = [labels, str(fit.output), *flags]
+    continued = fitted_without_ray(arguments, features, saved)
+    expected, found = weights(continued), weights(fit.output)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    alone = fitted_without_ray(arguments, features)
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (fit.output / "_run", alone / "_run")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3), "two workers, and then one, as one"

@@ -60,3 +60,14 @@ def test_decode_workers_have_cpus_beside_each_worker_that_fits(cpus, gpus, flags
     group = training_group(FitResourceConfig(**flags), Cluster(cpus=cpus, gpus=gpus), streams_pixels=True)
     assert (group.most, group.cpus, group.decoders, group.decoder_cpus) == pytest.approx(expected)
     assert group.most * (group.cpus + group.decoders * group.decoder_cpus) <= cpus + 1e-6
+
+
+def test_a_worker_reserves_its_decode_workers_so_that_a_node_that_is_left_takes_no_more_than_it_can_feed():
+    nodes = Cluster(cpus=4, gpus=0, node_cpus=(2, 2))
+    group = training_group(FitResourceConfig(workers="1:2"), nodes, streams_pixels=True)
+    assert group.scaling().resources_per_worker == {"CPU": 1.9}
+    one = training_group(FitResourceConfig(workers="1"), nodes, streams_pixels=True)
+    assert (one.cpus, one.reserved_cpus) == (1.0, 1.9), "no worker spans two nodes"
+    assert training_group(FitResourceConfig(workers="1"), nodes).reserved_cpus == 2
+    card = training_group(FitResourceConfig(), Cluster(cpus=16, gpus=1), streams_pixels=True)
+    assert card.scaling().resources_per_worker == {"CPU": 1.0, "GPU": 1.0}, "decode workers may be on other nodes"
