@@ -27,7 +27,7 @@ from captioner.errors import JobError
 from captioner.gallery.fit_page import write_fit_page
 from captioner.training.features.caption_tokens import tokenize_examples
 from captioner.training.features.examples import FeatureSet
-from captioner.training.fit.fit_plan import FitPlan, llama_of
+from captioner.training.fit.fit_plan import FitPlan
 from captioner.training.fit.fit_report import save_fitted_bundle, summarize
 from captioner.training.fit.fit_state import FitState, best_of
 from captioner.training.fit.fit_worker import FitTask
@@ -45,7 +45,7 @@ def run(plan: FitPlan) -> dict[str, Any]:
     """Run the rest of a fit and return its summary."""
     start = time.monotonic()
     plan.output.claim(plan.identity)
-    save_initial_bundle(plan.config, plan.output.initial_bundle_url, plan.model_options)
+    save_initial_bundle(plan.config, plan.output.initial_bundle_url, plan.model_options, plan.models)
     with joined_cluster() as cluster:
         group = training_group(plan.config.resources, cluster, streams_pixels=plan.start.projector.reads_patches)
         plan = plan.for_workers(has_gpus=group.gpus > 0)
@@ -62,7 +62,7 @@ def run(plan: FitPlan) -> dict[str, Any]:
 def train(plan: FitPlan, features: FeatureSet, group: TrainingGroup) -> None:
     """Run the workers until the last step; those that are lost start again from the checkpoint."""
     model, training = plan.config.model, plan.config.training
-    tokens = tokenize_examples(features, llama_of(plan), plan.start.template, training, plan.output)
+    tokens = tokenize_examples(features, plan.language, plan.start.template, training, plan.output)
     reports = start_beside_driver(FitReports)
     with TemporaryDirectory(prefix="captioner-fit-") as scratch, pixel_streams(plan, features, group) as pixels:
         task = FitTask(

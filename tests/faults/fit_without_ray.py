@@ -19,7 +19,7 @@ from captioner.training.features.feature_plan import FeaturePlan
 from captioner.training.features.kept_images import KeptImages
 from captioner.training.fit.batches import PixelStream
 from captioner.training.fit.fit_output import FitOutput
-from captioner.training.fit.fit_plan import FitPlan, llama_of, open_output, plan_fit
+from captioner.training.fit.fit_plan import FitPlan, open_output, plan_fit
 from captioner.training.fit.fit_worker import FitTask, run_fit_worker
 from captioner.training.fit.initial_bundle import save_initial_bundle
 from tests.unit.training.fitting_models import stream_of
@@ -44,7 +44,7 @@ def fitted_without_ray(arguments: list[str], features_folder: Path, saved: bytes
     if saved:
         output.write("checkpoint.pt", saved)
     save_initial_bundle(config, output.initial_bundle_url)
-    tokens = tokenize_examples(features, llama_of(plan), plan.start.template, config.training, output)
+    tokens = tokenize_examples(features, plan.language, plan.start.template, config.training, output)
     pixels = _pixels(plan, features) if projector.reads_patches else {}
     run_fit_worker(FitTask(output, features, tokens, config.training, "auto", "cpu", 1, pixels), "cpu", lambda _: None)
     return Path(output.url)

@@ -33,7 +33,7 @@ from captioner.model.bundle import describe
 from captioner.training.features.caption_tokens import tokenize_examples
 from captioner.training.features.examples import gather
 from captioner.training.fit.fit_output import FitOutput
-from captioner.training.fit.fit_plan import llama_of, open_output, plan_fit
+from captioner.training.fit.fit_plan import open_output, plan_fit
 from captioner.training.fit.fit_state import FitState
 from captioner.training.fit.fit_worker import FitTask, run_fit_worker
 from captioner.training.fit.worker_group import WorkerGroup
@@ -143,7 +143,7 @@ def test_two_workers_and_one_give_the_same_losses(fitted, command, tmp_path):
     alone = FitOutput(str(tmp_path / "alone"))
     copy_start(output, alone)
     plan = plan_of(command)
-    tokens = tokenize_examples(features, llama_of(plan), plan.start.template, config, alone)
+    tokens = tokenize_examples(features, plan.language, plan.start.template, config, alone)
     state = run_fit_worker(FitTask(alone, features, tokens, config, "auto", "cpu", 1), "cpu", lambda _row: None)
     for row, expected in zip(state.history, rows(output), strict=True):
         for name in (

@@ -18,12 +18,12 @@ from captioner.storage.urls import absolute, join, local_path, redact
 from captioner.training.features.feature_plan import FeaturePlan, plan_features
 from captioner.training.fit.fit_output import FitOutput
 from captioner.training.fit.fit_stores import model_options, options_at
-from captioner.training.fit.initial_bundle import keeps_projector, language_of, save_initial_bundle
+from captioner.training.fit.initial_bundle import InitialModels, keeps_projector, read_models, save_initial_bundle
 from captioner.training.fit.rungs import rung, settings_of
 from captioner.training.fit.schedule import examples_per_epoch, num_steps_of
 from captioner.training.labels.labels import Labels, read_labels
 
-__all__ = ["FitPlan", "llama_of", "open_output", "plan_fit"]
+__all__ = ["FitPlan", "open_output", "plan_fit"]
 
 _NOT_IN_IDENTITY = ("log_every", "checkpoint_every", "gradient_checkpointing")
 _LATER = {
@@ -45,12 +45,18 @@ class FitPlan:
     config: FitConfig
     output: FitOutput
     labels: Labels
+    models: InitialModels
     start: BundleDescription
     """The bundle with the initial weights."""
 
     features: FeaturePlan
     identity: dict[str, Any]
     """Everything that decides on the final weights; no credentials, no resources."""
+
+    @property
+    def language(self) -> LanguageSource:
+        """The language model, not loaded."""
+        return self.models.language
 
     @property
     def num_steps(self) -> int:
@@ -152,14 +158,16 @@ def plan_fit(
     """
     import torch  # here and below, not above: a wrong path is refused without it
 
+    models = read_models(config)
     with TemporaryDirectory() as folder:
-        start = save_initial_bundle(config, folder, model_options(config, output))
+        start = save_initial_bundle(config, folder, model_options(config, output), models)
     if keeps_projector(config, start):
         config = replace(config, training=replace(config.training, **settings_of(start.projector)))
     identity = _identity(config, start)
     output.refuse_other_fit(identity)  # before anything is written there
     _check_context(config, start)
-    _check_layout(config, start)
+    if config.target.save_as:
+        check_llava(start.projector, start.tower_config.model_type, models.language, start.template)
     take_lease()
     output.refuse_other_fit(identity)  # again: another fit may have begun here while this one waited for the lease
     labels = read_labels(config.labels, run_folder, output.storage_options)
@@ -171,6 +179,7 @@ def plan_fit(
         config=config,
         output=output,
         labels=labels,
+        models=models,
         start=start,
         features=_features(config, output, labels, start, run_folder, dtype),
         identity=identity,
@@ -203,11 +212,6 @@ def _features(
     )
 
 
-def llama_of(plan: FitPlan) -> LanguageSource:
-    """Return the LLaMA of a fit, not loaded."""
-    return language_of(plan.config)
-
-
 def _check_context(config: FitConfig, start: BundleDescription) -> None:
     prompt = start.num_prompt_tokens + start.num_image_tokens
     room = start.context_length - prompt
@@ -217,12 +221,6 @@ def _check_context(config: FitConfig, start: BundleDescription) -> None:
             f"--max-caption-tokens is {longest}; the LLaMA reads {start.context_length} tokens, of which prompt and"
             f" image take {prompt}: expected at most {room}"
         )
-
-
-def _check_layout(config: FitConfig, start: BundleDescription) -> None:
-    """Raise ConfigError for a layout that does not know the projector."""
-    if config.target.save_as:
-        check_llava(start.projector, start.tower_config.model_type, language_of(config), start.template)
 
 
 def _check_validation(config: FitConfig, labels: Labels) -> None:

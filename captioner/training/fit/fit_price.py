@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from captioner.model.card import CARD, CARD_FLOPS
 from captioner.model.projector_config import KINDS, ProjectorConfig
-from captioner.training.fit.fit_plan import FitPlan, llama_of
+from captioner.training.fit.fit_plan import FitPlan
 
 __all__ = ["FitWork", "fit_prices", "price_lines"]
 
@@ -119,9 +119,7 @@ def _caption_tokens(plan: FitPlan) -> float:
     captions = plan.labels.split("train")["captions"].slice(0, _SAMPLED_CAPTIONS).to_pylist()
     texts = [text for of_image in captions for text in of_image][:_SAMPLED_CAPTIONS]
     longest = plan.config.training.max_caption_tokens
-    lengths = [
-        min(len(ids) + 1, longest) for ids in llama_of(plan).tokenizer(texts, add_special_tokens=False).input_ids
-    ]
+    lengths = [min(len(ids) + 1, longest) for ids in plan.language.tokenizer(texts, add_special_tokens=False).input_ids]
     return sum(lengths) / len(lengths) if lengths else float(longest)
 
 

@@ -29,14 +29,14 @@ from captioner.training.fit.rungs import projector_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["keeps_projector", "language_of", "save_initial_bundle"]
+__all__ = ["InitialModels", "keeps_projector", "read_models", "save_initial_bundle"]
 
 _RUNG = ("projector", "image_features", "image_tokens")
 """Settings that say of which kind a new projector is."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Models:
+class InitialModels:
     """The models that a fit begins with."""
 
     clip: str = ""
@@ -59,13 +59,16 @@ def keeps_projector(config: FitConfig, start: BundleDescription | None = None) -
     return asked == "model" if asked else by_default or bool(start and start.checkpoint)
 
 
-def save_initial_bundle(config: FitConfig, folder: str, options: Mapping[str, Any] | None = None) -> BundleDescription:
+def save_initial_bundle(
+    config: FitConfig, folder: str, options: Mapping[str, Any] | None = None, models: InitialModels | None = None
+) -> BundleDescription:
     """Write the bundle with the initial weights, a function of the settings, and return its description.
 
-    Raises ConfigError for settings that do not fit the models, BundleError."""
+    models: what `read_models` returns for the config. Raises ConfigError for settings that do not fit the models,
+    BundleError."""
     import torch  # here and below, not above: a wrong path is refused without it
 
-    models = _models(config)
+    models = models or read_models(config)
     language = models.language
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
@@ -84,13 +87,8 @@ def save_initial_bundle(config: FitConfig, folder: str, options: Mapping[str, An
     )
 
 
-def language_of(config: FitConfig) -> LanguageSource:
-    """Return the language model of a fit, not loaded."""
-    return _models(config).language
-
-
-def _models(config: FitConfig) -> _Models:
-    """Return the models of the flags. Raises ConfigError for flags that are not for models of their kind."""
+def read_models(config: FitConfig) -> InitialModels:
+    """Return the models of the flags, not loaded. Raises ConfigError for flags that are for models of another kind."""
     model = config.model
     if model.clip and model.llama:
         template = model.template or _default_template(model.llama, config)
@@ -108,12 +106,12 @@ def _models(config: FitConfig) -> _Models:
         return replace(_of_parts(clip, llama, template, config), whole=found if keeps_projector(config) else None)
     _check_checkpoint(found, config)
     template = found.template.text if found.kind == "llava" else model.template or found.template.text
-    return _Models(checkpoint=checkpoint, template=template, language=found.language, whole=found)
+    return InitialModels(checkpoint=checkpoint, template=template, language=found.language, whole=found)
 
 
-def _of_parts(clip: str, llama: str, template: str, config: FitConfig) -> _Models:
+def _of_parts(clip: str, llama: str, template: str, config: FitConfig) -> InitialModels:
     language = read_language(_folder(llama, config), template=template)
-    return _Models(clip=clip, llama=llama, template=template, language=language)
+    return InitialModels(clip=clip, llama=llama, template=template, language=language)
 
 
 def _read_model(config: FitConfig) -> Parts:
@@ -145,7 +143,7 @@ def _check_checkpoint(found: Parts, config: FitConfig) -> None:
         )
 
 
-def _projector(models: _Models, config: FitConfig) -> "tuple[ProjectorConfig, nn.Module]":
+def _projector(models: InitialModels, config: FitConfig) -> "tuple[ProjectorConfig, nn.Module]":
     """Return the projector's shape and its first weights: random, or those of the model."""
     from captioner.model.projector import build_projector
 

@@ -13,7 +13,7 @@ from captioner.config import FitConfig
 from captioner.errors import BundleError, ConfigError
 from captioner.model.bundle import describe, load
 from captioner.training.fit.fit_loop import fit_projector
-from captioner.training.fit.fit_plan import llama_of, open_output, plan_fit
+from captioner.training.fit.fit_plan import open_output, plan_fit
 from captioner.training.fit.fit_report import save_fitted_bundle, save_llava
 from captioner.training.fit.initial_bundle import save_initial_bundle
 from tests.labelled_scenes import write_labels
@@ -82,7 +82,7 @@ def test_its_projector_goes_on_learning_and_the_bundle_over_it_captions(labels, 
     assert "fitted, from its weights in --model" in text
     assert ("adapter   LoRA of rank 2" in text) == bool(lora)
     assert (plan.start.template, plan.start.fingerprint == before.fingerprint) == (before.template.text, not lora)
-    assert llama_of(plan).fingerprint() == describe(str(checkpoint)).llama_fingerprint
+    assert plan.language.fingerprint() == describe(str(checkpoint)).llama_fingerprint
 
     url, state = fitted(plan)
     after = load(url, device="cpu")

@@ -18,7 +18,7 @@ from captioner.model.bundle import describe, load
 from captioner.training.features.caption_tokens import tokenize_examples
 from captioner.training.features.examples import Examples
 from captioner.training.fit.batches import TokenizedSplit
-from captioner.training.fit.fit_plan import llama_of, open_output, plan_fit
+from captioner.training.fit.fit_plan import open_output, plan_fit
 from captioner.training.fit.fit_report import closing_lines, save_fitted_bundle, summarize
 from captioner.training.fit.fit_state import FitState, best_of
 from captioner.training.fit.fit_worker import FitTask, run_fit_worker
@@ -74,9 +74,7 @@ class Fit:
         save_initial_bundle(config, output.initial_bundle_url)
         self.features = RandomFeatures(self.plan.labels)
         self.rows = []
-        tokens = tokenize_examples(
-            self.features, llama_of(self.plan), self.plan.start.template, config.training, output
-        )
+        tokens = tokenize_examples(self.features, self.plan.language, self.plan.start.template, config.training, output)
         task = FitTask(output, self.features, tokens, config.training, "auto", "auto", 1)
         self.lines = []
         self.state = run_fit_worker(task, "cpu", self.rows.append, self.lines.append)
