@@ -1,6 +1,6 @@
 """Does a fit with more image tokens describe more, where one token is not enough?
 
-    nice -n 10 python -m tests.bench.ladder WORK [--rungs "linear-1,16 averages"] [--steps 400]
+    nice -n 10 python -m tests.bench.ladder WORK [--rungs "linear-1,16 queries"] [--steps 300]
 
 A world of two to five shapes in nine places (`world`), a tower that sees patches and gist (`tower`) and a language
 model that reads one token or many (`language`) are made once in the folder WORK, without any download; each rung is
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rungs", default=",".join(RUNGS))
     parser.add_argument("--language-steps", type=int, default=1200)
     parser.add_argument("--tower-steps", type=int, default=1600)
-    parser.add_argument("--steps", type=int, default=1500, help="of each fit, of 64 captions")
+    parser.add_argument("--steps", type=int, default=600, help="of each fit, of 64 captions")
     given = parser.parse_args()
     models = make_models(given.work, given.language_steps, given.tower_steps)
     labels = given.work / "images" / "labels.jsonl"
@@ -66,7 +66,7 @@ def climb(rung: str, models: tuple[Path, Path], labels: Path, work: Path, num_st
         figures = accuracy(folder / "bundle", labels.parent / "test", truth, folder / "captions")
         known.write_text(json.dumps(asdict(figures)))
     found = Accuracy(**json.loads(known.read_text()))
-    print(f"{rung:14} captions right {found.captions:6.1%}   statements right {found.statements:6.1%}", file=sys.stderr)
+    print(f"{rung:18} captions right {found.captions:6.1%}   statements right {found.statements:6.1%}", file=sys.stderr)
     return found
 
 
@@ -75,8 +75,8 @@ def targets(found: dict[str, Accuracy]) -> dict[str, dict[str, object]]:
     ladder = [found[rung].statements for rung in RUNGS if rung in found]
     rises = [above - below for below, above in itertools.pairwise(ladder)]
     steps = {"smallest_rise": at_least(min(rises, default=0.0), 0.0)}
-    if {"linear-1", "16 averages", "64 patches"} <= set(found):
-        one, some, every = (found[rung].captions for rung in ("linear-1", "16 averages", "64 patches"))
+    if {"linear-1", "16 queries", "64 patches"} <= set(found):
+        one, some, every = (found[rung].captions for rung in ("linear-1", "16 queries", "64 patches"))
         steps["recovered_by_16"] = at_least((some - one) / (every - one), RECOVERED)
     return steps
 

@@ -11,14 +11,16 @@ from tests.bench.ladder.world import Crowd, share_of_statements
 
 JOBS = Path(__file__).parents[3] / "jobs"
 _PATCHES = ("--image-features", "patches")
+_MLP = ("--projector", "mlp")
 RUNGS = {
     "linear-1": (),
-    "mlp-1": ("--projector", "mlp"),
+    "mlp-1": _MLP,
     "8 queries": (*_PATCHES, "--projector", "query", "--image-tokens", "8"),
-    "16 averages": (*_PATCHES, "--image-tokens", "16"),
-    "64 patches": _PATCHES,
+    "16 queries": (*_PATCHES, "--projector", "query", "--image-tokens", "16"),
+    "64 patches": (*_PATCHES, *_MLP),
+    "64 patches + LoRA": (*_PATCHES, *_MLP, "--lora-rank", "8"),
 }
-"""Name -> flags of jobs/fit_projector.py, from few image tokens to many."""
+"""Name -> flags of jobs/fit_projector.py, from few image tokens to many, and last what may change the reader, too."""
 
 
 @dataclass(frozen=True)
