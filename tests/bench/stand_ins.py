@@ -39,7 +39,9 @@ class NullCaptioner:
     def monitor(self, recorder: Recorder, num_failed: Callable[[], int] = int) -> EngineMonitor:
         return EngineMonitor(recorder, num_busy=lambda: 0, idle_s=lambda: 0.0)
 
-    def caption_pixels(self, pixels: torch.Tensor, image_ids: Sequence[str]) -> list[Caption]:
+    def caption_pixels(
+        self, pixels: torch.Tensor, image_ids: Sequence[str], sizes: Sequence[tuple[int, int]] = ()
+    ) -> list[Caption]:
         return [_CAPTION] * len(pixels)
 
 
@@ -52,12 +54,14 @@ class SleepingCaptioner(NullCaptioner):
         self._seconds = float(os.environ[SECONDS_AN_IMAGE])
         self._log = Path(os.environ[LOG])
 
-    def caption_pixels(self, pixels: torch.Tensor, image_ids: Sequence[str]) -> list[Caption]:
+    def caption_pixels(
+        self, pixels: torch.Tensor, image_ids: Sequence[str], sizes: Sequence[tuple[int, int]] = ()
+    ) -> list[Caption]:
         with self._device:
             time.sleep(self._seconds * len(pixels))
             with self._log.open("a") as log:
                 print(json.dumps([time.time(), len(pixels)]), file=log)
-        return super().caption_pixels(pixels, image_ids)
+        return super().caption_pixels(pixels, image_ids, sizes)
 
 
 class NullWorker(CaptionWorker):
