@@ -14,11 +14,12 @@ import pyarrow as pa
 
 from captioner.config import ExportConfig
 from captioner.export.images import ImageSource
+from captioner.query.views import quoted
 from captioner.storage import Location, Store, open_store
 from captioner.storage.whole_files import write_whole
 from captioner.tables import CaptionTable, ColumnFamily
 
-__all__ = ["DEFAULT_TEXT", "ExportFormat", "Outcome", "Refusal", "Request", "Shard", "quoted"]
+__all__ = ["DEFAULT_TEXT", "ExportFormat", "Outcome", "Refusal", "Request", "Shard"]
 
 T = TypeVar("T")
 DEFAULT_TEXT = "{caption}"
@@ -66,11 +67,6 @@ class Request:
         own = {"text": self.text} if self.config.text != DEFAULT_TEXT else {}
         several = {"captions": self.texts} if self.config.captions == "all" else {}
         return {**{name: quoted(name) for name in self.columns}, **own, **several}
-
-
-def quoted(column: str) -> str:
-    """Return the name of a column as SQL."""
-    return '"' + column.replace('"', '""') + '"'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import JobError
-from captioner.export.request import ExportFormat, Refusal, Request, quoted
-from captioner.query.views import Connection, select, stream
+from captioner.export.request import ExportFormat, Refusal, Request
+from captioner.query.views import Connection, quoted, select, stream
 from captioner.tables.keys import KeySet
 
 __all__ = ["NewRows", "columns_of", "cut", "find_new", "read_rows", "selection_sql"]

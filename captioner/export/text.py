@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Iterable, Mapping
 
 from captioner.errors import ConfigError
-from captioner.export.request import quoted
+from captioner.query.views import quoted
 
 __all__ = ["one_a_line", "text_sql", "texts_sql"]
 

@@ -76,8 +76,7 @@ class PromptText:
         """Return the prompt for an image with these values of its columns, piece by piece.
 
         None, NaN and blank texts are no values; spaces around a value are left out; a list is its values with commas
-        between. No segment but that of the
-        image is empty."""
+        between. No segment but that of the image is empty."""
         texts = {name: _as_text(values.get(name)) for name in self.columns}
         wanted = [piece for piece in self.pieces if piece.condition is None or texts[piece.condition]]
         segments = [_segment(piece, texts) for piece in wanted]

@@ -35,7 +35,7 @@ from captioner.storage.urls import name, redact
 from captioner.tables import CaptionTable, ColumnFamily
 from captioner.tables.column_family import all_answers
 
-__all__ = ["UNANSWERED", "VIEWS", "Connection", "ask", "read_rows", "select", "stream"]
+__all__ = ["UNANSWERED", "VIEWS", "Connection", "ask", "quoted", "read_rows", "select", "stream"]
 
 T = TypeVar("T")
 Connection = duckdb.DuckDBPyConnection
@@ -211,7 +211,7 @@ class _Views:
         columns += [name for name in own if name not in columns]
         joins = (f"LEFT JOIN {_ADDED}.{one.prompt} AS {one.prompt}_parts USING (key)" for one in added)
         places = {field.name: f"{one.prompt}_parts" for one in added for field in one.answers}
-        chosen = (f"{places.get(name, 'captions')}.{_quoted(name)}" for name in columns)
+        chosen = (f"{places.get(name, 'captions')}.{quoted(name)}" for name in columns)
         self.connection.execute(
             f"CREATE VIEW captions AS SELECT {', '.join(chosen)} FROM {_CAPTIONS} AS captions {' '.join(joins)}"
         )
@@ -240,7 +240,7 @@ class _Views:
 
     def _create_of_parts(self, view: str, folder: str, schema: pa.Schema) -> None:
         """Create a view of the columns of `schema`, null in parts that are older than the column, and of their own."""
-        empty = f"{_EMPTY}.{_quoted(view)}"
+        empty = f"{_EMPTY}.{quoted(view)}"
         own = [part for part in self.parts if part.startswith(f"{folder}/")]
         kinds = [self._columns(f"FROM read_parquet({_list([f'{_ROOT}/{part}'])})") for part in _one_a_run(own)]
         is_uniform = all(kind == kinds[0] for kind in kinds)  # if not, DuckDB reads the footers of all parts
@@ -254,8 +254,8 @@ class _Views:
     def _with_all_columns(self, empty: str, found: Mapping[str, str], parts: str) -> str:
         """Return SQL of the parts with the columns of the table `empty`, and their own before the last one."""
         fixed = self._columns(f"FROM {empty}")
-        known = [_quoted(column) if column in found else f"NULL::{kind} AS {column}" for column, kind in fixed.items()]
-        own = [_quoted(column) for column in found if column not in fixed]
+        known = [quoted(column) if column in found else f"NULL::{kind} AS {column}" for column, kind in fixed.items()]
+        own = [quoted(column) for column in found if column not in fixed]
         return f"(SELECT {', '.join([*known[:-1], *own, known[-1]])} FROM {parts})"
 
     def _columns(self, sql: str) -> dict[str, str]:
@@ -283,8 +283,9 @@ def _list(paths: Sequence[str]) -> str:
     return "[" + ", ".join("'" + path.replace("'", "''") + "'" for path in paths) + "]"
 
 
-def _quoted(column: str) -> str:
-    return '"' + column.replace('"', '""') + '"'
+def quoted(name: str) -> str:
+    """Return the name of a column or a view as SQL."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 # What went wrong

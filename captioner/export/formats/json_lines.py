@@ -8,8 +8,9 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.export.request import ExportFormat, Request, Shard, quoted
+from captioner.export.request import ExportFormat, Request, Shard
 from captioner.query.output import finite
+from captioner.query.views import quoted
 
 __all__ = ["JSONL", "json_sql", "strict_json"]
 
