@@ -1,6 +1,7 @@
 // Moving about by keyboard, and the large view.
 
 let enlarged = null;
+let silence = null; // the timer that takes back what was said of a copy
 
 function setCurrent(card) {
   if (current) current.frame.tabIndex = -1;
@@ -78,6 +79,12 @@ function open(card) {
   byId("large-about").focus({ preventScroll: true }); // on a phone it is below the image
 }
 
+// At once, not at the event "close", which comes after the next key: the browser itself goes back to where it was opened.
+function leave() {
+  byId("large").close();
+  enlarged.frame.focus();
+}
+
 function enlarge(card) {
   enlarged = card;
   byId("large-image").replaceChildren(makeImage(card, false));
@@ -99,7 +106,8 @@ async function copy(text, what) {
   const isDone = await toClipboard(text);
   const told = byId(byId("large").open ? "copied" : "said");
   told.value = isDone ? `${what} copied` : "This browser lets no page copy; select it instead";
-  setTimeout(() => (told.value = ""), 3000);
+  clearTimeout(silence);
+  silence = setTimeout(() => (told.value = ""), 3000);
 }
 
 async function toClipboard(text) {
@@ -121,8 +129,4 @@ byId("copy-id").addEventListener("click", () => copy(enlarged.id, "Id"));
 byId("copy-path").addEventListener("click", () => copy(enlarged.path, "Path"));
 byId("before").addEventListener("click", () => move(-1));
 byId("after").addEventListener("click", () => move(1));
-byId("close").addEventListener("click", () => byId("large").close());
-byId("large").addEventListener("close", () => {
-  if (document.activeElement !== byId("find")) enlarged.frame.focus(); // the browser goes back to where it was opened
-});
-byId("large-image").addEventListener("click", () => byId("large").close());
+for (const [what, leaves] of [["close", "click"], ["large-image", "click"], ["large", "cancel"]]) byId(what).addEventListener(leaves, leave);

@@ -206,7 +206,9 @@ def test_the_keyboard_moves_enlarges_and_comes_back(visit: Open, grid: Path) -> 
     assert "\u22120.83" in page.tab.inner_text("#large-facts")
     page.tab.keyboard.press("Escape")
     assert page.tab.locator("#large").is_hidden()
-    page.wait_until(f"{focused} === 'Enlarge in/017.jpg'")
+    assert page.tab.evaluate(focused) == "Enlarge in/017.jpg"
+    page.tab.keyboard.press("ArrowRight")
+    assert page.tab.evaluate(focused) == "Enlarge in/016.jpg"
 
 
 FOCUSED = "document.activeElement.getAttribute('aria-label')"
@@ -458,28 +460,47 @@ def test_an_address_that_asks_for_what_is_not_there_shows_everything_and_runs_no
     assert page.tab.url == grid.as_uri()
 
 
-def test_id_and_path_of_an_image_are_copied(visit: Open, photos: Path) -> None:
+@pytest.fixture
+def copying(visit: Open, photos: Path) -> Visit:
+    """A page whose first image is enlarged, that may use the clipboard, and whose clock only the test moves."""
     page = visit(photos, permissions=["clipboard-read", "clipboard-write"])
+    page.tab.clock.install(time=0)
+    page.tab.clock.pause_at(1)
     page.tab.locator(".frame").first.click()
-    for button, copied in (("#copy-id", "in/000-a_rather_long_name_of_a_file.jpg"), ("#copy-path", "/data/in/000.jpg")):
-        page.tab.click(button)
-        page.wait_until("document.getElementById('copied').value !== ''")
-        assert page.tab.evaluate("navigator.clipboard.readText()") == copied
-    assert "/data/in/000.jpg" in page.tab.inner_text("#large-facts")
-    page.tab.keyboard.press("Escape")
-    page.tab.keyboard.press("ArrowRight")
-    page.tab.keyboard.press("c")
-    page.wait_until("document.getElementById('said').value === 'Id copied'")
-    assert page.tab.evaluate("navigator.clipboard.readText()") == "in/001-a_rather_long_name_of_a_file.jpg"
+    return page
 
 
-def test_a_page_without_the_clipboard_of_a_safe_origin_copies_all_the_same(visit: Open, photos: Path) -> None:
-    page = visit(photos, permissions=["clipboard-read", "clipboard-write"])
-    page.tab.locator(".frame").first.click()
-    page.tab.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
-    page.tab.click("#copy-path")
-    page.wait_until("document.getElementById('copied').value === 'Path copied'")
-    assert page.tab.evaluate("navigator.clipboard.readText()") == "/data/in/000.jpg"
+def test_id_and_path_of_an_image_are_copied(copying: Visit) -> None:
+    for what, copied in (("Id", "in/000-a_rather_long_name_of_a_file.jpg"), ("Path", "/data/in/000.jpg")):
+        copying.tab.click(f"#copy-{what.lower()}")
+        copying.wait_until(f"document.getElementById('copied').value === '{what} copied'")
+        assert copying.tab.evaluate("navigator.clipboard.readText()") == copied
+    assert "/data/in/000.jpg" in copying.tab.inner_text("#large-facts")
+    copying.tab.keyboard.press("Escape")
+    copying.tab.keyboard.press("ArrowRight")
+    copying.tab.keyboard.press("c")
+    copying.wait_until("document.getElementById('said').value === 'Id copied'")
+    assert copying.tab.evaluate("navigator.clipboard.readText()") == "in/001-a_rather_long_name_of_a_file.jpg"
+
+
+def test_what_is_said_of_a_copy_stays_three_seconds_whatever_was_copied_before(copying: Visit) -> None:
+    said = "document.getElementById('copied').value"
+    copying.tab.click("#copy-id")
+    copying.wait_until(f"{said} === 'Id copied'")
+    copying.tab.clock.run_for(2_900)
+    copying.tab.click("#copy-path")
+    copying.wait_until(f"{said} === 'Path copied'")
+    copying.tab.clock.run_for(2_900)
+    assert copying.tab.evaluate(said) == "Path copied"
+    copying.tab.clock.run_for(200)
+    assert copying.tab.evaluate(said) == ""
+
+
+def test_a_page_without_the_clipboard_of_a_safe_origin_copies_all_the_same(copying: Visit) -> None:
+    copying.tab.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
+    copying.tab.click("#copy-path")
+    copying.wait_until("document.getElementById('copied').value === 'Path copied'")
+    assert copying.tab.evaluate("navigator.clipboard.readText()") == "/data/in/000.jpg"
 
 
 def test_chips_on_the_cards_are_words(visit: Open, photos: Path) -> None:
