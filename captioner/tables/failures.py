@@ -75,7 +75,8 @@ class FailedAttempts:
         distinct = others.group_by(["key", "attempt"]).aggregate([])
         keys, attempts = distinct.column("key").to_numpy(), distinct.column("attempt").to_numpy()
         num_shared = sum(
-            int(self._contains(attempt, keys[attempts == attempt]).sum()) for attempt in range(1, _MOST_TRIES + 1)
+            int(self._contains(attempt, keys[attempts == attempt]).sum())
+            for attempt in {number for number, _ in self._usual}
         )
         return self._num_repeated + int(others.num_rows - distinct.num_rows) + num_shared
 
@@ -94,7 +95,8 @@ class FailedAttempts:
         others = _last(self._other_rows())
         attempts = others.column("attempt").to_numpy()
         yield others.filter(pa.array(attempts > _MOST_TRIES))
-        for attempt in range(_MOST_TRIES, 0, -1):
+        seen = {number for number, _ in self._usual}.union(np.unique(attempts).tolist())
+        for attempt in filter(seen.__contains__, range(_MOST_TRIES, 0, -1)):
             for (number, reason), keys in sorted(self._usual.items(), key=lambda item: item[0]):
                 if number == attempt:
                     yield from (_rows(some, attempt, reason) for some in _pieces(keys))

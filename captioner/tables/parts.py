@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -166,10 +167,17 @@ def footer(metadata: dict[bytes, bytes] | None) -> Stamp:
 
 
 def read_ahead(read: Callable[[T], R], items: Iterable[T], num_threads: int = _READERS) -> Iterator[tuple[T, R]]:
-    """Yield each item and what `read` returns for it, in order; only `num_threads` results are ever held."""
+    """Yield each item and what `read` returns for it, in order; only `num_threads` results are ever held.
+
+    Without a second item no thread is started."""
+    items = iter(items)
+    first_two = list(islice(items, 2))
+    if len(first_two) < 2:
+        yield from ((item, read(item)) for item in first_two)
+        return
     with ThreadPoolExecutor(num_threads) as pool:
         waiting: deque[tuple[T, Any]] = deque()
-        for item in items:
+        for item in chain(first_two, items):
             waiting.append((item, pool.submit(read, item)))
             if len(waiting) == num_threads:
                 first, future = waiting.popleft()
