@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,22 +41,39 @@ class Crash:
     moment: Moment = "before"
     num_changes: int = 0
     is_dead: bool = False
+    halves: set[int] = field(default_factory=set)
+    """The changes that write a file of this machine: only these have a `half` that is not `before`."""
+
     _lock: Lock = field(default_factory=Lock)  # files are moved by several threads
 
-    def change(self, do: Callable[[], Any], half: Callable[[], Any] = lambda: None) -> Any:
-        """Do a change, or die at it."""
+    def change(self, do: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
+        """Do a change, or die at it. half: leaves half of the file that the change writes."""
         with self._lock:
             self.num_changes += 1
+            if half:
+                self.halves.add(self.num_changes)
             if self.is_dead:
                 raise CrashedError
             if self.num_changes != self.at:
                 return do()
             self.is_dead = True
-            if self.moment == "half":
+            if self.moment == "half" and half:
                 half()
             elif self.moment == "after":
                 do()
             raise CrashedError
+
+    def deaths(self, chance: random.Random) -> list[tuple[int, Moment]]:
+        """Return (n, moment) for each state in which a death leaves the files that this process changed.
+
+        What it leaves after one change is what it leaves before the next, so chance takes one of the two."""
+        found: list[tuple[int, Moment]] = [(1, "before")]
+        for at in range(1, self.num_changes + 1):
+            if at in self.halves:
+                found.append((at, "half"))
+            is_last = at == self.num_changes
+            found.append((at, "after") if is_last or chance.random() < 0.5 else (at + 1, "before"))
+        return found
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from captioner.export.formats.table import EXPORT_FORMATS
 from captioner.storage import open_store
 from captioner.tables import CaptionTable
 from tests.caption_tables import add_part, begin_table, caption_row, write_images
-from tests.faults.crashes import Crash, Moment, crashing
+from tests.faults.crashes import Crash, crashing
 
 NUM_IMAGES = 5
 CATALOGUES = {"iceberg", "lance"}  # whose files have times and ids of their own; their crashes are tried elsewhere
@@ -58,8 +57,7 @@ def try_crashes(table: CaptionTable, folder: Path, name: str, store: str, chance
     with crashing(None) as unbroken:
         export(table, place("unbroken"), name)
     wanted = files_of(place("unbroken"))
-    moments: tuple[Moment, ...] = ("before", "after") if store == "memory" else ("before", "half", "after")
-    points = list(product(range(1, unbroken.num_changes + 1), moments))
+    points = unbroken.deaths(chance)
     chosen = points if most >= len(points) else chance.sample(points, most)
     for number, (at, moment) in enumerate(chosen):
         with crashing(at, moment) as crash:
