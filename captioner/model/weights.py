@@ -74,12 +74,10 @@ class Weights:
         Up to 64 MiB every byte counts; beyond, of each tensor the first, middle and last 4 KiB. Any retraining changes
         those; a single number edited elsewhere in a large tensor is not noticed.
         """
-        with ThreadPoolExecutor(_READERS) as readers:
-            contents = readers.map(self._content, self.tensors.values())
-            lines = [
-                (name, tensor.dtype, tensor.shape, content)
-                for (name, tensor), content in zip(self.tensors.items(), contents, strict=True)
-            ]
+        lines = [
+            (name, tensor.dtype, tensor.shape, content)
+            for (name, tensor), content in zip(self.tensors.items(), self._contents(), strict=True)
+        ]
         return hashlib.sha256(repr(sorted(lines)).encode()).hexdigest()
 
     def check_fits(self, wanted: Shapes, of: str, *, optional: frozenset[str] = frozenset()) -> None:
@@ -119,6 +117,12 @@ class Weights:
         data = bytearray(self.folder.read(found.file, found.start, found.end))
         flat = torch.frombuffer(data, dtype=getattr(torch, _TORCH_NAMES[found.dtype])) if data else torch.empty(0)
         return flat.view(found.shape)
+
+    def _contents(self) -> list[str]:
+        if self.folder.is_local and self.size_bytes <= _WHOLE_BYTES:  # threads would take longer than the reading
+            return [self._content(tensor) for tensor in self.tensors.values()]
+        with ThreadPoolExecutor(_READERS) as readers:
+            return list(readers.map(self._content, self.tensors.values()))
 
     def _content(self, tensor: Stored) -> str:
         if self.size_bytes <= _WHOLE_BYTES:
