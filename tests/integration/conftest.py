@@ -13,7 +13,11 @@ from tests.bundles import save_tiny_bundle
 
 _HEAD = """
 import logging, sys, ray
-ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+from captioner.cluster.ray_private import LOCAL_RAY_SETTINGS, light_local_ray
+with light_local_ray():  # a third of a small job's processor time is that of processes which serve none of these
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, **LOCAL_RAY_SETTINGS
+    )
 print("address", ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
@@ -23,6 +27,7 @@ sys.stdin.read()
 def ray_address() -> Iterator[str]:
     """The address of a running cluster of two CPUs."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # a local cluster makes a token of its own, which no other process has
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # what it would report is collected in a process of its own
     head = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _HEAD],
         stdin=subprocess.PIPE,

@@ -108,25 +108,6 @@ def sums_of(summary: Mapping[str, Any]) -> tuple[int, int, int]:
     return summary["read"], summary["captioned"], summary["failed"]
 
 
-def test_a_folder_with_broken_images_gives_a_caption_or_a_reason_for_each(
-    tmp_path: Path, output: str, bundle: str
-) -> None:
-    images = with_broken(folder_of_images(tmp_path / "images"))
-    summary = caption_images(job(images, output, bundle))
-    assert sums_of(summary) == (24, 20, 4)
-    assert summary["failed_by_reason"] == dict.fromkeys(BROKEN, 1)
-    assert summary["skipped_done"] == 0
-    assert summary["tokens_per_s"] > 0
-    [record] = Path(output).glob("_run/runs/*.json")
-    assert json.loads(record.read_text())["summary"] == summary
-    failures = pd.read_parquet(f"{output}/failures")
-    assert {Path(row.image_id).stem: row.reason for row in failures.itertuples()} == {
-        f"broken-{reason}": reason for reason in BROKEN
-    }
-    assert pq.read_schema(next(Path(output).glob("captions/*.parquet"))).remove_metadata() == CAPTIONS
-    assert verify(VerifyConfig(table=output))["ok"]
-
-
 @pytest.mark.slow
 def test_a_rerun_reads_nothing_and_a_later_run_continues_where_a_limit_stopped(
     tmp_path: Path, output: str, bundle: str
@@ -174,6 +155,7 @@ def test_a_job_stops_once_more_images_failed_than_may_and_keeps_what_was_caption
     assert verify(VerifyConfig(table=output))["ok"]
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_gone_ends_the_job_before_a_row_is_written(
     s3: Bucket, tmp_path: Path, output: str, bundle: str
 ) -> None:
@@ -241,8 +223,8 @@ def test_tars_are_counted_while_they_are_read_so_that_a_rerun_knows_they_are_don
     assert verify(VerifyConfig(table=output))["read"] == 17
 
 
-def test_a_bucket_of_images_becomes_a_table_in_the_bucket(
-    s3: Bucket, bundle: str, monkeypatch: pytest.MonkeyPatch
+def test_a_bucket_with_broken_images_becomes_a_table_in_the_bucket_with_a_caption_or_a_reason_for_each(
+    s3: Bucket, bundle: str
 ) -> None:
     for seed in range(10):
         s3.put(f"photos/deep/{seed:02d}.jpg", encoded(seed=seed))
@@ -253,12 +235,22 @@ def test_a_bucket_of_images_becomes_a_table_in_the_bucket(
     summary = caption_images(config)
     assert sums_of(summary) == (15, 11, 4)
     assert summary["failed_by_reason"] == dict.fromkeys(BROKEN, 1)
+    assert summary["skipped_done"] == 0
+    assert summary["tokens_per_s"] > 0
     proof = verify(VerifyConfig(table=f"{s3.url}/captions", storage_options=s3.storage_options))
     assert (proof["ok"], proof["read"]) == (True, 15)
     found = pd.read_parquet(f"{s3.url}/captions/captions", storage_options=s3.storage_options)
     assert f"{s3.url}/photos/a name with spaces & ünïcode #1.png" in set(found["image_id"])
-    everything = b"".join(s3.fs.cat_file(path) for path in s3.fs.find(f"{s3.url}/captions/_run"))
-    assert s3.storage_options["secret"].encode() not in everything
+    failures = pd.read_parquet(f"{s3.url}/captions/failures", storage_options=s3.storage_options)
+    assert {Path(row.image_id).stem: row.reason for row in failures.itertuples()} == {
+        f"broken-{reason}": reason for reason in BROKEN
+    }
+    parts = s3.fs.glob(f"{s3.url}/captions/captions/*.parquet")
+    assert pq.read_schema(s3.fs.open(parts[0])).remove_metadata() == CAPTIONS
+    written = {path: s3.fs.cat_file(path) for path in s3.fs.find(f"{s3.url}/captions/_run")}
+    [record] = [json.loads(data) for path, data in written.items() if "/_run/runs/" in path and path.endswith(".json")]
+    assert record["summary"] == summary
+    assert s3.storage_options["secret"].encode() not in b"".join(written.values())
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, output: str, bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
