@@ -28,7 +28,6 @@ _STYLE: Any = {  # a mapping of literal names, which differ by version
     "axes.spines.top": False,
     "axes.titlecolor": _INK,
     "axes.titlelocation": "left",
-    "figure.constrained_layout.use": True,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "grid.alpha": 0.3,
@@ -53,11 +52,14 @@ def curves_svg(history: Sequence[Row], title: str = "") -> str:
     panels = {name: _finite(history, labels) for name, labels in _PANELS.items()}
     panels = {name: lines for name, lines in panels.items() if lines}
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7.6, 0.6 + 2.6 * len(panels)))
+        width, height = 7.6, 0.6 + 2.6 * len(panels)
+        figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
-        figure.suptitle(title, fontweight="bold")
+        figure.suptitle(title, y=1 - 0.1 / height, fontweight="bold")
         if panels:
-            all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+            # margins in inches: a layout that measures every text draws all twice, in 0.17 s in place of 0.07
+            edges = {"left": 0.75 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.65 / height}
+            all_axes = figure.subplots(len(panels), sharex=True, squeeze=False, gridspec_kw=edges)[:, 0]
             for axes, (name, lines) in zip(all_axes, panels.items(), strict=True):
                 _draw(axes, name, lines)
             all_axes[-1].set_xlabel("step")

@@ -27,6 +27,7 @@ class RunFolderWriter:
     clock: Callable[[], float] = monotonic
     _written_at: float = -math.inf
     _num_written: int = 0
+    _num_drawn: int = -1
 
     @property
     def listener(self) -> Listener:
@@ -55,4 +56,7 @@ class RunFolderWriter:
         self._written_at, self._num_written = self.clock(), len(state.history)
 
     def _write_curves(self, state: FitState) -> None:
+        if len(state.history) == self._num_drawn:
+            return
+        self._num_drawn = len(state.history)
         self.output.write("curves.svg", curves_svg(state.history, f"Fit of {self.output.name}").encode())

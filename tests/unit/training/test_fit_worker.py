@@ -145,6 +145,18 @@ def test_the_curves_are_written_after_each_evaluation():
     assert folder_after(rows, seconds=0.1).written == ["metrics.jsonl", "curves.svg"]
 
 
+def test_a_checkpoint_draws_the_curves_unless_they_have_all_its_rows():
+    folder, state = Folder(), FitState()
+    state.to_bytes = lambda fit: b"state"
+    writer = RunFolderWriter(folder, lambda row: None, clock=lambda: 0.0)
+    for row in ({"step": 1.0, "loss": 3.0}, {"step": 2.0, "loss": 2.0, "val_loss": 2.5}):
+        state.history.append(row)
+        writer.write_row(state)
+        writer.write_checkpoint(state, None)
+    first = ["metrics.jsonl", "metrics.jsonl", "curves.svg", "checkpoint.pt"]
+    assert folder.written == [*first, "curves.svg", "metrics.jsonl", "checkpoint.pt"]
+
+
 def test_validation_images_are_a_random_sample_that_stays_the_same():
     examples = Examples([str(n) for n in range(50)], np.arange(50)[:, None], [[str(n)] for n in range(50)])
     few, all_of_them = examples.sample(9), examples.sample(100)
