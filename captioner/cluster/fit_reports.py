@@ -4,7 +4,7 @@ An actor of it runs on the driver's node. A class of plain methods, tested as on
 """
 
 from captioner.cluster.worker_errors import WorkerError
-from captioner.training.fit.fit_state import Row
+from captioner.training.fit.row import Row
 
 __all__ = ["FitReports"]
 

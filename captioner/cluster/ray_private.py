@@ -30,8 +30,8 @@ __all__ = [
     "drop_unread_tasks",
     "has_autoscaler",
     "light_local_ray",
+    "light_trainer",
     "quiet_core",
-    "without_cleaner",
 ]
 
 log = logging.getLogger("captioner")
@@ -70,15 +70,18 @@ def drop_unread_tasks(rows: ray.data.Dataset, stop: StopRequest) -> None:
     rows.context.custom_execution_callback_classes = [DropUnreadTasks]
 
 
-def without_cleaner(trainer: Any) -> Any:
-    """Return a class of Ray Train trainers without the actor that frees their workers should their controller die.
+def light_trainer(trainer: Any) -> Any:
+    """Return a class of Ray Train trainers without two actors: one that frees their workers should their controller
+    die, and one that shares out datasets, of which a fit has none.
 
-    Waits for: a setting of RunConfig. On a cluster without a dashboard that actor cannot ask whether the controller
-    lives, and warns once a second; the end of the job frees the workers anyway."""
+    Waits for: settings of RunConfig. On a cluster without a dashboard the first cannot ask whether the controller
+    lives, and warns once a second; the end of the job frees the workers anyway. The second is a Python process more
+    each time that the workers are started."""
+    unwanted = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
 
     def callbacks(self: Any) -> list[Any]:
         made = trainer._create_default_callbacks(self)
-        return [callback for callback in made if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        return [callback for callback in made if type(callback).__name__ not in unwanted]
 
     return type(trainer.__name__, (trainer,), {"_create_default_callbacks": callbacks})
 

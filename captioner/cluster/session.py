@@ -44,6 +44,12 @@ MODEL_STAGE = "model"
 OFF_MODEL_SELECTOR = {STAGE_LABEL: f"!{MODEL_STAGE}"}
 """Label selector of tasks that read, decode or write: any node but those for the model."""
 
+_LOCAL_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the cores of decoders and of other programs
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor, which asks whether a node of a cluster is to be taken away
+}
+"""What the processes of a local Ray find in their environment, unless the user has set it otherwise."""
+
 _TARGET_BLOCK_BYTES = 32 << 20  # 200 pixel arrays at 224 px: work starts at once, memory stays flat
 _DATA_SETTINGS: Mapping[str, Any] = {
     "target_max_block_size": _TARGET_BLOCK_BYTES,
@@ -70,6 +76,7 @@ def joined_cluster() -> Iterator[Cluster]:
         for setting in (_log_levels(), _environment(), _warning_filters()):
             held.enter_context(setting)
         if not address:
+            os.environ.update(_LOCAL_ENVIRONMENT | os.environ)
             held.enter_context(light_local_ray())
         _start_ray(address)
         held.callback(ray.shutdown)

@@ -16,13 +16,13 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from captioner.captioning.resources import CORES_PER_DECODER, DECODER_CPUS, DECODERS_PER_WORKER, Cluster
-from captioner.cluster.ray_private import without_cleaner
+from captioner.cluster.ray_private import light_trainer
 from captioner.cluster.supervision import report_to
 from captioner.cluster.worker_errors import WorkerError, reporting_errors
 from captioner.config import FitResourceConfig, worker_range
 from captioner.errors import CaptionerError, ResourceError
-from captioner.training.fit.fit_state import Row
 from captioner.training.fit.fit_worker import FitTask, run_fit_worker
+from captioner.training.fit.row import Row
 
 __all__ = ["TRAIN", "TrainingGroup", "training_group"]
 
@@ -71,9 +71,10 @@ class TrainingGroup:
     def trainer(self, task: FitTask, reports: Any, max_failures: int, scratch: str) -> TorchTrainer:
         """Return what runs the task to its end. scratch: a folder for Ray's own notes, which are not needed later."""
         shares_card = 0 < self.gpus < 1  # NCCL cannot have two workers on one card
-        trainer: TorchTrainer = without_cleaner(TorchTrainer)(
+        shared = ray.put(task)  # Ray's controller opens what it is given, and needs no torch
+        trainer: TorchTrainer = light_trainer(TorchTrainer)(
             fit_worker,
-            train_loop_config={"task": task, "reports": reports},
+            train_loop_config={"task": shared, "reports": reports},
             torch_config=TorchConfig(backend="gloo") if shares_card else None,
             scaling_config=self.scaling(),
             run_config=TRAIN.RunConfig(
@@ -141,7 +142,7 @@ def fit_worker(config: dict[str, Any]) -> None:
     reports.add_start.remote(worker, _description())
     with reporting_errors(report_to(reports, worker)):
         try:
-            run_fit_worker(config["task"], str(get_device()), on_row, on_start)
+            run_fit_worker(ray.get(config["task"]), str(get_device()), on_row, on_start)
         except CaptionerError as error:
             if not _is_shared(WorkerError.of(error), reports):
                 raise

@@ -1,10 +1,13 @@
 """A job leaves the process that runs it as it was."""
 
+import os
 from pathlib import Path
 
 import pytest
+import ray
 
 from captioner.cluster.caption_pipeline import caption_images
+from captioner.cluster.session import joined_cluster
 from captioner.config import CaptionJobConfig, DecodingConfig, ModelConfig
 from tests.process_state import process_state
 from tests.sample_images import encoded
@@ -31,3 +34,15 @@ def test_a_job_leaves_the_process_as_it_was(
     before = process_state()
     caption_images(config)
     assert process_state() == before
+
+
+@pytest.mark.slow
+def test_threads_of_a_local_ray_wait_without_spinning_unless_the_user_has_it_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    with joined_cluster():
+        found = ray.get(ray.remote(lambda: dict(os.environ)).remote())
+    assert found["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert found["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "1"

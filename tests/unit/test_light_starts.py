@@ -62,6 +62,14 @@ def test_a_process_that_decodes_images_brings_no_pandas_and_no_store(tmp_path: P
     assert not (HEAVY | {"pandas", "aiohttp", "botocore"}) & modules_after(script, [])
 
 
+def test_an_actor_that_takes_reports_brings_no_torch(tmp_path: Path) -> None:
+    """Each is a process; one on a class beside torch started four seconds later."""
+    (script := tmp_path / "actors.py").write_text(
+        "import captioner.cluster.fit_reports, captioner.cluster.worker_registry, captioner.cluster.recorder"
+    )
+    assert not {"torch", "transformers"} & modules_after(script, [])
+
+
 def modules_after(script: Path, arguments: list[str]) -> set[str]:
     """Return the names of the modules that a job has imported when it exits."""
     code = (

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from captioner.training.fit.fit_state import Row
+from captioner.training.fit.row import Row
 
 __all__ = ["curves_svg"]
 

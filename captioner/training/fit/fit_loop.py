@@ -19,9 +19,10 @@ from captioner.config import TrainingConfig
 from captioner.errors import JobError, OutputError
 from captioner.model.caption_model import CaptionModel
 from captioner.training.fit.batches import IntArray, PixelStream, TokenizedSplit, epoch_batches, share
-from captioner.training.fit.fit_state import Best, FitState, Row
+from captioner.training.fit.fit_state import Best, FitState
 from captioner.training.fit.projector import ProjectorFit, StepResult
 from captioner.training.fit.random_crops import random_boxes
+from captioner.training.fit.row import Row
 from captioner.training.fit.schedule import MIN_INTERVAL, Schedule, num_steps_of, steps_per_epoch
 from captioner.training.fit.validation import Validation
 from captioner.training.fit.worker_group import WorkerGroup

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from captioner.errors import JobError
 from captioner.training.fit.projector import ProjectorFit
+from captioner.training.fit.row import Row
 
 __all__ = ["Best", "FitState", "best_of"]
-
-Row = dict[str, float]
 
 
 @dataclass

@@ -18,8 +18,9 @@ from captioner.training.features.examples import Examples, FeatureSet
 from captioner.training.fit.batches import Images, PixelStream
 from captioner.training.fit.fit_loop import Listener, fit_projector
 from captioner.training.fit.fit_output import FitOutput
-from captioner.training.fit.fit_state import FitState, Row
+from captioner.training.fit.fit_state import FitState
 from captioner.training.fit.projector import describe_trained
+from captioner.training.fit.row import Row
 from captioner.training.fit.run_folder import RunFolderWriter
 from captioner.training.fit.validation import Validation
 from captioner.training.fit.worker_group import WorkerGroup

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from captioner.training.fit.fit_state import Row
+from captioner.training.fit.row import Row
 
 __all__ = ["FitProgress"]
 

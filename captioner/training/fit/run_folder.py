@@ -9,8 +9,9 @@ from time import monotonic
 from captioner.training.fit.curves import curves_svg
 from captioner.training.fit.fit_loop import Listener
 from captioner.training.fit.fit_output import FitOutput
-from captioner.training.fit.fit_state import FitState, Row
+from captioner.training.fit.fit_state import FitState
 from captioner.training.fit.projector import ProjectorFit
+from captioner.training.fit.row import Row
 
 __all__ = ["RunFolderWriter"]
 

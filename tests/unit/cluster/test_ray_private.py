@@ -3,12 +3,14 @@
 import ast
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import ray._private.node
 import ray._private.worker
 from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
+from ray.train.torch import TorchTrainer
 
 import captioner
 from captioner.cluster import ray_private
@@ -123,6 +125,15 @@ def test_a_ray_without_one_of_them_is_started_as_it_is(
     with ray_private.light_local_ray():
         assert ray._private.node.Node.start_monitor is not ray_private._nothing
     assert "local_ray=plain" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data copies its own deprecated settings
+def test_a_fit_is_started_without_actors_that_serve_no_fit() -> None:
+    def callbacks(trainer: Any) -> set[str]:
+        return {type(callback).__name__ for callback in trainer(print)._create_default_callbacks()}
+
+    left_out = callbacks(TorchTrainer) - callbacks(ray_private.light_trainer(TorchTrainer))
+    assert left_out == {"PlacementGroupCleanerCallback", "DatasetsCallback"}, "Ray has other names: find them"
 
 
 def test_the_core_of_ray_prints_no_errors_of_ray_data_but_what_else_comes_is_printed(
