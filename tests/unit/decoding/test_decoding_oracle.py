@@ -31,7 +31,7 @@ def test_greedy_captions_are_those_of_transformers(shared_len, prefix_len, kv_he
     llama = tiny_llama(num_key_value_heads=kv_heads)
     images = random_prefixes(llama, 100, prefix_len)
     shared = random_prefixes(llama, 1, shared_len, seed=2)[0]
-    ours = captions(llama, images, DecodingConfig(max_new_tokens=24), shared_prefix=shared)
+    ours = captions(llama, images, DecodingConfig(max_new_tokens=24), shared_prefix=shared, slots=25)
     theirs = transformers_captions(llama, images, shared_prefix=shared, max_new_tokens=24, do_sample=False)
     assert token_ids(ours) == theirs
     assert len({len(generation.best.token_ids) for generation in ours}) > 10, "captions of many lengths"
@@ -55,19 +55,12 @@ def test_greedy_captions_of_llama_3_geometry_are_those_of_transformers():
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     }
-    llama = tiny_llama(
-        vocab_size=128256,
-        hidden_size=256,
-        intermediate_size=896,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        rope_parameters=rope,
-        initializer_range=0.1,
-    )
+    llama = tiny_llama(vocab_size=128256, intermediate_size=224, rope_parameters=rope)
     images = random_prefixes(llama, 24, 1)
     shared = random_prefixes(llama, 1, 9, seed=2)[0]
     ends = range(0, 128256, 16)
-    ours = captions(llama, images, DecodingConfig(max_new_tokens=24), shared_prefix=shared, eos_token_ids=ends)
+    decoding = DecodingConfig(max_new_tokens=24)
+    ours = captions(llama, images, decoding, shared_prefix=shared, eos_token_ids=ends, slots=12)
     theirs = transformers_captions(
         llama, images, shared_prefix=shared, eos_token_ids=ends, max_new_tokens=24, do_sample=False
     )
@@ -79,7 +72,7 @@ def test_greedy_captions_with_changed_logits_are_those_of_transformers(options):
     llama = tiny_llama()
     images = random_prefixes(llama, 100, 1)
     shared = random_prefixes(llama, 1, 3, seed=2)[0]
-    ours = captions(llama, images, DecodingConfig(max_new_tokens=24, **options), shared_prefix=shared)
+    ours = captions(llama, images, DecodingConfig(max_new_tokens=24, **options), shared_prefix=shared, slots=25)
     theirs = transformers_captions(llama, images, shared_prefix=shared, max_new_tokens=24, do_sample=False, **options)
     plain = transformers_captions(llama, images, shared_prefix=shared, max_new_tokens=24, do_sample=False)
     prefixes = [torch.cat([shared, image]) for image in images]
@@ -102,30 +95,29 @@ def test_beam_captions_are_those_of_transformers(eos, options):
     llama = tiny_llama()
     images = random_prefixes(llama, 15, 1)
     shared = random_prefixes(llama, 1, 3, seed=2)[0]
-    ours = captions(
-        llama, images, DecodingConfig(max_new_tokens=20, **options), shared_prefix=shared, eos_token_ids=eos
+    decoding = DecodingConfig(max_new_tokens=20, **options)
+    ours = captions(llama, images, decoding, shared_prefix=shared, eos_token_ids=eos, slots=16)
+    theirs = transformers_captions(
+        llama,
+        images,
+        shared_prefix=shared,
+        eos_token_ids=eos or (10**6,),
+        max_new_tokens=20,
+        do_sample=False,
+        **named_by_transformers(options),
     )
-    theirs = [
-        transformers_captions(
-            llama,
-            [image],
-            shared_prefix=shared,
-            eos_token_ids=eos or (10**6,),
-            max_new_tokens=20,
-            do_sample=False,
-            num_return_sequences=options.get("num_captions", 1),
-            **{name: value for name, value in options.items() if name != "num_captions"},
-        )[0]
-        for image in images
-    ]
     assert token_ids(ours) == theirs
+
+
+def named_by_transformers(options):
+    return {"num_return_sequences" if name == "num_captions" else name: value for name, value in options.items()}
 
 
 def test_beam_captions_of_long_prefixes_are_those_of_transformers():
     llama = tiny_llama()
     images = random_prefixes(llama, 30, 7)
     shared = random_prefixes(llama, 1, 3, seed=2)[0]
-    ours = captions(llama, images, DecodingConfig(max_new_tokens=20, num_beams=3), shared_prefix=shared)
+    ours = captions(llama, images, DecodingConfig(max_new_tokens=20, num_beams=3), shared_prefix=shared, slots=24)
     theirs = transformers_captions(llama, images, shared_prefix=shared, max_new_tokens=20, do_sample=False, num_beams=3)
     assert token_ids(ours) == theirs
 
@@ -183,19 +175,27 @@ def long_llama():
     return tiny_llama(max_position_embeddings=1024)
 
 
-def one_by_one(llama, images, shared, **options):
-    return [transformers_captions(llama, [image], shared_prefix=shared, **options)[0] for image in images]
+@pytest.fixture(scope="module", params=[0, 5])
+def mixed(request, long_llama):
+    """Images, and the tokens that are read before each."""
+    images = [random_prefixes(long_llama, 1, length, seed=10 + i)[0] for i, length in enumerate(MIXED)]
+    return images, random_prefixes(long_llama, 1, request.param, seed=2)[0]
+
+
+@pytest.fixture(
+    scope="module", params=[{}, {"num_beams": 3, "num_captions": 2}, {"num_beams": 2, "repetition_penalty": 1.4}]
+)
+def of_mixed(request, long_llama, mixed):
+    """Options, and the captions that transformers gives each image alone with them."""
+    images, shared = mixed
+    options = {"max_new_tokens": 16, "do_sample": False, **named_by_transformers(request.param)}
+    alone = [transformers_captions(long_llama, [image], shared_prefix=shared, **options) for image in images]
+    return request.param, [captions for [captions] in alone]
 
 
 @pytest.mark.parametrize("slots", [3, 8])
-@pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3, "num_captions": 2}, {"num_beams": 2, "repetition_penalty": 1.4}]
-)
-@pytest.mark.parametrize("shared_len", [0, 5])
-def test_captions_of_prefixes_of_mixed_lengths_are_those_of_transformers(long_llama, shared_len, options, slots):
-    images = [random_prefixes(long_llama, 1, length, seed=10 + i)[0] for i, length in enumerate(MIXED)]
-    shared = random_prefixes(long_llama, 1, shared_len, seed=2)[0]
+def test_captions_of_prefixes_of_mixed_lengths_are_those_of_transformers(long_llama, mixed, of_mixed, slots):
+    images, shared = mixed
+    options, theirs = of_mixed
     ours = captions(long_llama, images, DecodingConfig(max_new_tokens=16, **options), shared_prefix=shared, slots=slots)
-    renamed = {"num_return_sequences" if name == "num_captions" else name: value for name, value in options.items()}
-    theirs = one_by_one(long_llama, images, shared, max_new_tokens=16, do_sample=False, **renamed)
     assert token_ids(ours) == theirs
