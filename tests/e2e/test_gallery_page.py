@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Error, FloatRect, Locator, sync_playwright
+from playwright.sync_api import Browser, Error, FloatRect, Locator, ViewportSize, sync_playwright
 from playwright.sync_api import Page as Tab
 
 from captioner.config import GalleryConfig
@@ -29,6 +29,7 @@ _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
+_WINDOW = ViewportSize(width=1280, height=900)
 _SUBJECTS = ("a brown dog", "two red cars", "an old bridge", "a tall woman")
 
 
@@ -89,28 +90,53 @@ def bottom(found: Locator) -> float:
     return box(found)["y"] + box(found)["height"]
 
 
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Open]:
-    """Opens pages; at the end none of them may have complained, or asked for anything."""
-    visits = []
+@pytest.fixture(scope="module")
+def blank_visits() -> list[Visit]:
+    """Visits that ended: a tab of its own for each test takes Chromium longer than the test."""
+    return []
 
-    def open_page(path: Path, fragment: str = "", **context: Any) -> Visit:
-        tab = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context}).new_page()
-        found = Visit(tab)
-        visits.append(found)
-        tab.on("console", lambda message: found.complaints.append(message.text))
-        tab.on("pageerror", lambda error: found.complaints.append(str(error)))
-        tab.on("dialog", lambda dialog: found.complaints.append(dialog.message))
-        tab.on("request", lambda request: found.requests.append(request.url))
-        tab.on("response", lambda response: found.answers.append(response.url))
-        tab.goto(path.as_uri() + (f"#{fragment}" if fragment else ""))
+
+@pytest.fixture
+def visit(browser: Browser, blank_visits: list[Visit]) -> Iterator[Open]:
+    """Opens pages; at the end none of them may have complained, or asked for anything."""
+    visits: list[tuple[Visit, bool]] = []
+
+    def open_page(path: Path, fragment: str = "", viewport: ViewportSize = _WINDOW, **context: Any) -> Visit:
+        found = blank_visits.pop() if blank_visits and not context else new_visit(browser, **context)
+        visits.append((found, bool(context)))
+        found.tab.set_viewport_size(viewport)
+        found.tab.goto(path.as_uri() + (f"#{fragment}" if fragment else ""))
         return found
 
     yield open_page
-    for found in visits:
-        found.tab.context.close()
-        assert found.complaints == []
-        assert [url for url in found.requests if not url.startswith(("file:", "data:"))] == []
+    for found, has_own_context in visits:
+        complaints, requests = list(found.complaints), list(found.requests)
+        if has_own_context:
+            found.tab.context.close()
+        else:
+            blank_visits.append(blank(found))
+        assert complaints == []
+        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+
+
+def new_visit(browser: Browser, **context: Any) -> Visit:
+    tab = browser.new_context(**context).new_page()
+    found = Visit(tab)
+    tab.on("console", lambda message: found.complaints.append(message.text))
+    tab.on("pageerror", lambda error: found.complaints.append(str(error)))
+    tab.on("dialog", lambda dialog: found.complaints.append(dialog.message))
+    tab.on("request", lambda request: found.requests.append(request.url))
+    tab.on("response", lambda response: found.answers.append(response.url))
+    return found
+
+
+def blank(visit: Visit) -> Visit:
+    """The tab as if it were new."""
+    visit.tab.goto("about:blank")
+    visit.tab.mouse.move(0, 0)
+    for heard in (visit.complaints, visit.requests, visit.answers):
+        heard.clear()
+    return visit
 
 
 def thumbnail(seed: int = 0) -> Thumbnail:
