@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from captioner.config import FitConfig
+from captioner.model.light_imports import import_transformers
 from captioner.storage.faults import output_errors
 from captioner.terminal import say
 from captioner.training.fit.fit_output import FitOutput
@@ -29,6 +30,7 @@ def fit_projector(config: FitConfig) -> Mapping[str, Any]:
         check_labels(config.labels)
         take_lease = (lambda: None) if config.dry_run else lambda: held.enter_context(output.take_lease())
         plan = plan_fit(config, output, run_folder, take_lease)
+        import_transformers()
         from captioner.training.fit.fit_price import fit_prices, price_lines
         from captioner.training.fit.fit_report import (
             closing_lines,

@@ -27,6 +27,7 @@ from captioner.cluster.watching import watching
 from captioner.cluster.worker_errors import WorkerError, reporting_errors
 from captioner.cluster.worker_registry import WorkerRegistry
 from captioner.errors import CaptionerError
+from captioner.model.light_imports import import_transformers
 
 __all__ = [
     "RETRIES",
@@ -53,7 +54,8 @@ def supervised(worker: type | str) -> type:
     """Return a class of the same name, made with a `registry` beside the worker's own arguments.
 
     It tells the registry its starts and its errors, and raises JobError after too many deaths of its process in a row.
-    worker: a class, or its name as `package.module:Name`, which is imported where the worker runs and not here.
+    worker: a class, or the name of one with a model as `package.module:Name`, which is imported where the worker runs
+    and not here.
     """
     name = worker.rpartition(":")[2] if isinstance(worker, str) else worker.__name__
 
@@ -75,6 +77,7 @@ def _class_of(worker: type | str) -> type:
     if isinstance(worker, type):
         return worker
     module, _, name = worker.partition(":")
+    import_transformers()
     found: type = getattr(importlib.import_module(module), name)
     return found
 

@@ -23,6 +23,7 @@ from captioner.evaluation.gates import Gate
 from captioner.evaluation.metrics import FloatArray, IntArray, clip_scores, ref_clip_scores
 from captioner.images import Decoded, Decoder, Preprocessing
 from captioner.machine import num_cpus
+from captioner.model.light_imports import import_transformers
 from captioner.schema import Reject
 from captioner.storage import Location
 from captioner.storage.urls import redact
@@ -107,6 +108,7 @@ class ClipScorer:
         return {"clip": redact(self.model.clip), "images_unread": dict(self.unread)} if self.model else {}
 
     def _reader(self) -> "_Reader":
+        import_transformers()
         from captioner.model.bundle import load_clip_space, load_joint_space
 
         assert self.model is not None

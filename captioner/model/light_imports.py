@@ -1,0 +1,79 @@
+"""How a process of a job imports transformers: without torch's compiler and its sharded tensors.
+
+No captioner uses these two, yet transformers imports both for a few marks on its functions and for the kinds of its
+annotations: with sympy 870 modules, and a fourth of the time that a worker takes until it can load a model. While it is
+imported here it finds a stand-in for the compiler, which it does not promise to bear, and a torch as it is built for a
+single process, which it does. A test goes red at a release that bears them no longer; until it is mended transformers
+is imported as it comes.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+__all__ = ["import_transformers"]
+
+log = logging.getLogger("captioner")
+
+_HEAVY = ("transformers.models.clip.modeling_clip", "transformers.models.llama.modeling_llama")
+"""What every captioner needs; these import all that is heavy."""
+
+
+def import_transformers() -> None:
+    """Import the parts of transformers that every captioner needs, where they have not been imported.
+
+    Whatever asks for the compiler or for sharded tensors later gets the real ones."""
+    if any(name in sys.modules for name in (*_STAND_INS, *_HEAVY)):
+        return
+    try:
+        with _stand_ins():
+            for name in _HEAVY:
+                importlib.import_module(name)
+    except (ImportError, AttributeError, TypeError) as error:
+        log.warning("transformers=as_it_comes reason=%s", error)
+
+
+class _Compiler(ModuleType):
+    """Stands in for `torch._dynamo`: its marks leave a function as it is."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []  # a package
+
+    @staticmethod
+    def disable(function: Any = None, *_: Any, **__: Any) -> Any:
+        """Return the function, or what returns it."""
+        return function or (lambda marked: marked)
+
+    allow_in_graph = assume_constant_result = disable
+
+
+class _Vmap(ModuleType):
+    """Stands in for the module of `torch._dynamo` that masks are made with; what is called is the real one."""
+
+    @staticmethod
+    def TransformGetItemToIndex() -> Any:  # noqa: N802
+        """Return what the real one makes."""
+        return importlib.import_module(_VMAP).TransformGetItemToIndex()
+
+
+_VMAP = "torch._dynamo._trace_wrapped_higher_order_op"
+_STAND_INS: dict[str, type[ModuleType]] = {"torch._dynamo": _Compiler, _VMAP: _Vmap}
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Let what is imported in the block find stand-ins, and a torch that was built for one process."""
+    distributed = importlib.import_module("torch.distributed")
+    sys.modules.update({name: kind(name) for name, kind in _STAND_INS.items()})
+    try:
+        with patch.object(distributed, "is_available", lambda: False):
+            yield
+    finally:
+        for name in _STAND_INS:
+            del sys.modules[name]
