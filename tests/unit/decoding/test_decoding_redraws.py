@@ -43,17 +43,27 @@ def always(_):
     return True
 
 
+@pytest.fixture(scope="module", params=[130, 40], ids=["stored once", "short"])
+def longest(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def without_redraws(llama, longest):
+    """What is written greedily, as the first draw and as four draws."""
+    plain, sizes = requests(llama, longest=longest), SIZES | {"max_prefix_len": longest}
+    four = engine_of(llama, replace(DRAWN, num_captions=4), **sizes | {"slots": 8})
+    engines = engine_of(llama, GREEDY, **sizes), engine_of(llama, DRAWN, **sizes), four
+    return [written(engine, plain) for engine in engines]
+
+
 @pytest.mark.parametrize("is_recorded", [False, True])
-@pytest.mark.parametrize("longest", [130, 40], ids=["stored once", "short"])
-def test_redraws_of_a_greedy_caption_are_the_draws_of_further_captions(llama, longest, is_recorded):
-    sizes = SIZES | {"max_prefix_len": longest}
+def test_redraws_of_a_greedy_caption_are_the_draws_of_further_captions(llama, longest, without_redraws, is_recorded):
     recorder = OperationRecorder() if is_recorded else None
+    sizes = SIZES | {"max_prefix_len": longest, "recorder": recorder}
     asked = requests(llama, longest=longest, redraw=Redraw(is_wanted=always, most=3, decoding=1))
-    found = written(engine_of(llama, GREEDY, decodings=[GREEDY, DRAWN], **sizes, recorder=recorder), asked)
-    plain = requests(llama, longest=longest)
-    greedy = written(engine_of(llama, GREEDY, **sizes), plain)
-    four = written(engine_of(llama, replace(DRAWN, num_captions=4), **sizes | {"slots": 8}), plain)
-    first = written(engine_of(llama, DRAWN, **sizes), plain)
+    found = written(engine_of(llama, GREEDY, decodings=[GREEDY, DRAWN], **sizes), asked)
+    greedy, first, four = without_redraws
     for image in found:
         for fork in range(2):
             (of_greedy,), (of_first,) = greedy[image][fork], first[image][fork]
