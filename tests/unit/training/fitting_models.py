@@ -1,6 +1,6 @@
 """A model, features and captions to fit on, at toy size, at random."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from captioner.model.folder import Folder
 from captioner.model.language.table import read_language
 from captioner.model.projector import ProjectorConfig, build_projector
 from captioner.training.fit.batches import IntArray, PixelStream, TokenizedSplit
-from captioner.training.fit.projector import end_token_id
+from captioner.training.fit.fit_loop import Listener
+from captioner.training.fit.fit_state import FitState
+from captioner.training.fit.projector import ProjectorFit, end_token_id
 from captioner.training.fit.validation import Validation
 from tests.unit.model import tiny_models
 
@@ -109,3 +111,42 @@ def validation(model: CaptionModel, num_scored: int = 0) -> Validation:
 def config(**changes: object) -> TrainingConfig:
     settings = TrainingConfig(batch_size=8, epochs=2, learning_rate=1e-2, log_every=3, num_scored_images=0)
     return replace(settings, **changes)  # type: ignore[arg-type]
+
+
+class FitEndedError(Exception):
+    """A test has ended a fit."""
+
+
+class Stop:
+    """Ends a fit at the checkpoint of a step, which it keeps."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.saved = step, b""
+        self.state = FitState()
+
+    @property
+    def listener(self) -> Listener:
+        return Listener(on_checkpoint=self._on_checkpoint)
+
+    def _on_checkpoint(self, state: FitState, fit: ProjectorFit) -> None:
+        if state.step == self.step:
+            self.saved, self.state = state.to_bytes(fit), state
+            raise FitEndedError
+
+
+def interrupted(
+    fit: Callable[[bytes | None, Listener | None], FitState], steps: Iterable[int], listener: Listener | None = None
+) -> FitState:
+    """The end of a fit that was ended after each of these steps, and went on from its checkpoint each time.
+
+    fit: goes on from the bytes of a state to the end. listener: of the last part."""
+    saved = None
+    for step in steps:
+        stop = Stop(step)
+        try:
+            fit(saved, stop.listener)
+        except FitEndedError:
+            saved = stop.saved
+        else:
+            raise AssertionError(f"no checkpoint of step {step}")
+    return fit(saved, listener)

@@ -335,36 +335,32 @@ def test_a_worker_with_few_tokens_weighs_no_more_than_they_do(folder):
 
 
 @pytest.mark.parametrize("checkpoint_after_s", [180.0, 0.0], ids=["by steps", "by time"])
-def test_a_fit_resumed_from_any_checkpoint_ends_with_the_same_bits(folder, checkpoint_after_s):
+def test_a_fit_that_is_interrupted_at_any_checkpoint_ends_with_the_same_bits(folder, checkpoint_after_s):
     config = toys.config(eval_every=11, checkpoint_every=4, num_scored_images=3, max_caption_tokens=6)
-    kept, final = {}, {}
 
-    def fit(saved=None):
+    def fit(saved=None, listener=None):
         model = toys.fresh(folder)
-
-        def keep(state, fit):
-            kept.setdefault(state.step, state.to_bytes(fit))
-            final[state.step] = fit.weights()
-
         return fit_projector(
             model,
             toys.train_split(model),
             toys.validation(model, 3),
             config,
             saved=saved,
-            listener=Listener(on_checkpoint=keep),
+            listener=listener,
             checkpoint_after_s=checkpoint_after_s,
         )
 
-    unbroken = fit()
-    expected = final[unbroken.step]
-    assert len(kept) > 4
-    for saved in list(kept.values()):
-        resumed = fit(saved)
-        assert all(torch.equal(expected[name], weight) for name, weight in final[resumed.step].items())
-        assert rows_without_time(resumed) == rows_without_time(unbroken)
-        assert resumed.best.step == unbroken.best.step
-        assert torch.equal(resumed.best.weights["weight"], unbroken.best.weights["weight"])
+    weights = {}
+    listener = Listener(on_checkpoint=lambda state, fit: weights.update({state.step: fit.weights()}))
+    unbroken = fit(listener=listener)
+    *steps, last = sorted(weights)
+    assert len(steps) > 3
+    expected = weights.pop(last)
+    resumed = toys.interrupted(fit, steps, listener)
+    assert all(torch.equal(expected[name], weight) for name, weight in weights[last].items())
+    assert rows_without_time(resumed) == rows_without_time(unbroken)
+    assert resumed.best.step == unbroken.best.step
+    assert torch.equal(resumed.best.weights["weight"], unbroken.best.weights["weight"])
 
 
 def checkpoints_of(folder, *, min_interval=250, checkpoint_after_s=180.0, **changes):

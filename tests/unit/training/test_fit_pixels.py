@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from captioner.training.fit.batches import IGNORED
-from captioner.training.fit.fit_loop import Listener, fit_projector
+from captioner.training.fit.fit_loop import fit_projector
 from captioner.training.fit.projector import ProjectorFit
 from captioner.training.fit.validation import Validation
 from captioner.training.fit.worker_group import WorkerGroup
@@ -41,9 +41,9 @@ def validation_of(model):
     return Validation(toys.replace(examples.examples, images=images), examples.references)
 
 
-def fitted(folder, *, group=None, saved=None, asked=None, **changes):
-    """The last state of a fit, and the bytes of each checkpoint."""
-    model, states = toys.fresh(folder), []
+def fitted(folder, *, group=None, saved=None, asked=None, listener=None, **changes):
+    """The last state of a fit."""
+    model = toys.fresh(folder)
 
     def stream(batches):
         for batch in batches:
@@ -52,7 +52,7 @@ def fitted(folder, *, group=None, saved=None, asked=None, **changes):
             yield PIXELS[batch]
 
     settings = {"image_features": "patches", "max_caption_tokens": 8, "num_scored_images": 3, "checkpoint_every": 1}
-    state = fit_projector(
+    return fit_projector(
         model,
         examples_of(model),
         validation_of(model),
@@ -60,49 +60,58 @@ def fitted(folder, *, group=None, saved=None, asked=None, **changes):
         group=group,
         pixels=stream,
         saved=saved,
-        listener=Listener(on_checkpoint=lambda state, fit: states.append(state.to_bytes(fit))),
+        listener=listener,
     )
-    return state, states
 
 
-def test_a_fit_resumed_at_any_step_ends_with_the_bits_of_an_unbroken_one(folder):
-    whole, states = fitted(folder, eval_every=3)
-    assert len(states) == whole.step > 5
+def interrupted(folder, steps, **changes):
+    return toys.interrupted(lambda saved, listener: fitted(folder, saved=saved, listener=listener, **changes), steps)
+
+
+def stopped(folder, step):
+    stop = toys.Stop(step)
+    with pytest.raises(toys.FitEndedError):
+        fitted(folder, listener=stop.listener)
+    return stop
+
+
+def test_a_fit_that_is_interrupted_at_any_step_ends_with_the_bits_of_an_unbroken_one(folder):
+    whole = fitted(folder, eval_every=3)
+    assert whole.step > 15
     losses = [row["loss"] for row in whole.history]
     assert losses[-1] < losses[0]
-    for saved in states[1:-1:2]:
-        resumed, _ = fitted(folder, saved=saved, eval_every=3)
-        assert rows_without_time(resumed) == rows_without_time(whole)
-        assert all(torch.equal(weight, resumed.best.weights[name]) for name, weight in whole.best.weights.items())
+    resumed = interrupted(folder, [1, 3, 5, 10, 12, 14], eval_every=3)
+    assert rows_without_time(resumed) == rows_without_time(whole)
+    assert all(torch.equal(weight, resumed.best.weights[name]) for name, weight in whole.best.weights.items())
 
 
-def test_a_fit_on_crops_resumed_in_any_epoch_ends_with_the_bits_of_an_unbroken_one(folder):
+def test_a_fit_on_crops_that_is_interrupted_in_any_epoch_ends_with_the_bits_of_an_unbroken_one(folder):
     crops = {"min_crop_area": 0.3}
-    whole, states = fitted(folder, **crops)
-    for saved in states[2::5]:
-        resumed, _ = fitted(folder, saved=saved, **crops)
-        assert rows_without_time(resumed) == rows_without_time(whole)
-    uncropped, _ = fitted(folder)
+    whole = fitted(folder, **crops)
+    assert 8 < whole.step // 2 < 13, "in the first epoch, at its end, and in the second"
+    resumed = interrupted(folder, [3, whole.step // 2, 13], **crops)
+    assert rows_without_time(resumed) == rows_without_time(whole)
+    uncropped = stopped(folder, 3).state
     assert rows_without_time(uncropped)[0] != rows_without_time(whole)[0]
 
 
 def test_a_resumed_fit_asks_for_the_images_that_are_left_and_no_others(folder):
     whole, rest = [], []
-    _, states = fitted(folder, asked=whole)
-    fitted(folder, asked=rest, saved=states[3])
+    state = fitted(folder, asked=whole)
+    fitted(folder, asked=rest, saved=stopped(folder, 4).saved)
     assert rest == whole[4:]
-    assert len(whole) == len(states)
+    assert len(whole) == state.step
 
 
 @pytest.mark.parametrize(("size", "num_parts", "area"), [(2, 1, 1.0), (2, 3, 0.3)])
 def test_workers_and_parts_change_no_loss_beyond_the_last_bits(folder, size, num_parts, area):
-    alone, _ = fitted(folder, batch_size=7, min_crop_area=area)
+    alone = fitted(folder, batch_size=7, min_crop_area=area)
     place, barrier = [None] * size, threading.Barrier(size)
 
     def worker(rank):
         group = ThreadGroup(rank, size, place, barrier)
         settings = {"batch_size": 7, "gradient_accumulation_steps": num_parts, "min_crop_area": area}
-        return fitted(folder, group=group, **settings)[0]
+        return fitted(folder, group=group, **settings)
 
     with ThreadPoolExecutor(size) as threads:
         for state in threads.map(worker, range(size)):
@@ -114,7 +123,7 @@ def test_workers_and_parts_change_no_loss_beyond_the_last_bits(folder, size, num
 
 
 def test_each_row_says_how_long_its_steps_waited_for_pixels(folder):
-    rows = fitted(folder, max_steps=4, log_every=2)[0].history
+    rows = fitted(folder, max_steps=4, log_every=2).history
     assert all(row["wait_seconds"] > 0 for row in rows)
 
 
