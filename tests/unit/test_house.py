@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import captioner
-from captioner import errors
+from captioner import config, errors
 
 PACKAGE = Path(captioner.__file__).parent
 ROOMS = [
@@ -107,6 +107,10 @@ def test_only_the_cluster_room_imports_ray() -> None:
 
 def test_no_file_has_a_name_that_says_nothing() -> None:
     assert not [path for path in modules() if path.stem in BANNED_NAMES]
+
+
+def test_each_name_that_config_exports_is_found_where_it_says() -> None:
+    assert all(hasattr(config, name) for name in config.__all__)
 
 
 def test_every_room_says_what_it_is_and_what_it_does_not_know() -> None:

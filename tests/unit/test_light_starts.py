@@ -50,7 +50,7 @@ def test_a_job_that_reads_a_table_brings_neither_torch_nor_ray(tmp_path: Path, s
     assert not HEAVY & modules_after(JOBS / f"{script}.py", [url, *more])
 
 
-def test_a_process_that_decodes_images_brings_no_pandas_and_no_store(tmp_path: Path) -> None:
+def test_a_process_that_decodes_images_brings_no_pandas_no_store_and_no_flags(tmp_path: Path) -> None:
     """Each worker starts some, and pandas alone took half of a start."""
     (script := tmp_path / "decode.py").write_text(
         "import io\nfrom captioner.config import ImageConfig\n"
@@ -59,7 +59,7 @@ def test_a_process_that_decodes_images_brings_no_pandas_and_no_store(tmp_path: P
         "for kind in ('JPEG', 'PNG'):\n"
         "    assert isinstance(decode(encoded(kind), Preprocessing(), ImageConfig()), Decoded)"
     )
-    assert not (HEAVY | {"pandas", "aiohttp", "botocore"}) & modules_after(script, [])
+    assert not (HEAVY | {"pandas", "aiohttp", "botocore", "tyro"}) & modules_after(script, [])
 
 
 def test_an_actor_that_takes_reports_brings_no_torch(tmp_path: Path) -> None:
