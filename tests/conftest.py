@@ -21,6 +21,7 @@ from tests import hypothesis_profiles
 hypothesis_profiles.load_profile()
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each core has a pytest of its own already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of Ray's workers, which may have more
 _MEMORY = "/dev/shm"
 if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)  # each fsync, which makes parts durable, is 5 ms on a disk

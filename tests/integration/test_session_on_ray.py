@@ -41,6 +41,7 @@ def test_threads_of_a_local_ray_wait_without_spinning_unless_the_user_has_it_oth
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     with joined_cluster():
         found = ray.get(ray.remote(lambda: dict(os.environ)).remote())
