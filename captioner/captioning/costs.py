@@ -86,9 +86,9 @@ def load_costs(store: Store, output: Place) -> Costs | None:
 
     They are for comparison only, so that a finished job must not fail over them."""
     try:
-        if store.info(_file(output)) is None:
+        if (data := store.read_or_none(_file(output))) is None:
             return None
-        costs = Costs(**parse_json(store.read_bytes(_file(output))))
+        costs = Costs(**parse_json(data))
         if all(_is_well(field.type, getattr(costs, field.name)) for field in fields(costs)):
             return costs
         reason = "a value of another type"

@@ -120,10 +120,10 @@ class ExportRecord:
 
     def read(self) -> dict[str, Any] | None:
         """Return what `_export.json` holds; None where there is none."""
-        if self.store.info(self._file) is None:
+        if (data := self.store.read_or_none(self._file)) is None:
             return None
         try:
-            return parse_object(self.store.read_bytes(self._file))
+            return parse_object(data)
         except ValueError as error:
             raise OutputError(
                 f"{self._file} is damaged: {error}; expected the JSON that an export wrote. Restore it, or choose"

@@ -161,10 +161,10 @@ def load_frozen(run_folder: Place) -> Frozen | None:
     """
     store = open_store(run_folder)
     file = as_location(run_folder) / _FILE
-    if store.info(file) is None:
+    if (data := store.read_or_none(file)) is None:
         return None
     try:
-        opened = open_parquet_file(store.read_bytes(file))
+        opened = open_parquet_file(data)
         table = opened.read([name for name in _SCHEMA.names if name in opened.schema_arrow.names])
         described = parse_object(table.schema.metadata[_KEY])
         if "num_further" not in table.schema.names:

@@ -181,6 +181,12 @@ class Store:
         """Return the bytes at `place`. Raises StoreError."""
         return bytes(self.retried(lambda: self.fs.cat_file(self.path(place))))
 
+    def read_or_none(self, place: Place) -> bytes | None:
+        """Return the bytes at `place`, None where there is no file: one request, where `info` takes up to four.
+
+        Raises StoreError."""
+        return self._or_none(lambda: self.read_bytes(place))
+
     def read_range(self, place: Place, start: int, stop: int) -> bytes:
         """Return bytes `start` to `stop` of the file at `place`. Raises StoreError."""
         return bytes(self.retried(lambda: self._exactly(place, start, stop)))
@@ -219,7 +225,7 @@ class Store:
         """
         is_ours = self.retried(lambda: self._create_once(place, data))
         # An earlier try may have succeeded though its answer was lost.
-        return is_ours or self._or_none(lambda: self.read_bytes(place)) == data
+        return is_ours or self.read_or_none(place) == data
 
     def _create_once(self, place: Place, data: bytes) -> bool:
         try:
@@ -237,7 +243,7 @@ class Store:
         if self.scheme == "file":
             return self.create(place, data)
         try:
-            if (there := self._or_none(lambda: self.read_bytes(place))) is not None:
+            if (there := self.read_or_none(place)) is not None:
                 return there == data
         except StoreError as error:
             if error.fault.reason != RejectReason.FORBIDDEN:  # which S3 says of a missing name, too
@@ -245,7 +251,7 @@ class Store:
         try:
             if self.create(place, data):
                 return True
-            is_free = self._or_none(lambda: self.read_bytes(place)) is None
+            is_free = self.read_or_none(place) is None
         except StoreError as error:
             if error.fault.is_transient or error.fault.reason == RejectReason.FORBIDDEN:
                 raise

@@ -103,10 +103,10 @@ class CaptionTable:
         return self.location / COLUMNS / name / "prompt.json"
 
     def _object(self, file: Location, writer: str) -> dict[str, Any] | None:
-        if self.store.info(file) is None:
+        if (data := self.store.read_or_none(file)) is None:
             return None
         try:
-            return parse_object(self.store.read_bytes(file))
+            return parse_object(data)
         except ValueError as error:
             raise OutputError(
                 f"{file} is damaged: {error}; expected the JSON that {writer} wrote. Restore it, or choose another"

@@ -65,8 +65,7 @@ class FitOutput:
 
     def read(self, name: str) -> bytes | None:
         """Return a file of the run folder, None where there is none. Raises StoreError."""
-        url = join(self.run_folder, name)
-        return self._store.read_bytes(url) if self._store.info(url) is not None else None
+        return self._store.read_or_none(join(self.run_folder, name))
 
     def write(self, name: str, data: bytes) -> None:
         """Make a file of the run folder hold exactly this. Raises StoreError."""
