@@ -217,7 +217,7 @@ class _Views:
         )
 
     def _create_unanswered(self) -> None:
-        self._create_table(f"{_EMPTY}.unanswered", UNANSWERED.empty_table())
+        self._create_empty(f"{_EMPTY}.unanswered", UNANSWERED)
         selects = [f"FROM {_EMPTY}.unanswered"]
         for family in self.families[1:]:
             failures = f"{_UNANSWERED}.{family.prompt}"
@@ -247,7 +247,7 @@ class _Views:
         parts = f"read_parquet({_list([f'{_ROOT}/{part}' for part in own])}, union_by_name = {not is_uniform})"
         found = {column: kind for columns in kinds for column, kind in columns.items()}
         if [column for column in found if column in schema.names] != schema.names:
-            self._create_table(empty, schema.empty_table())
+            self._create_empty(empty, schema)
             parts = self._with_all_columns(empty, found, parts) if own else empty
         self.connection.execute(f"CREATE VIEW {view} AS FROM {parts}")
 
@@ -260,6 +260,10 @@ class _Views:
 
     def _columns(self, sql: str) -> dict[str, str]:
         return {column: kind for column, kind, *_ in self.connection.execute(f"DESCRIBE {sql}").fetchall()}
+
+    def _create_empty(self, table: str, schema: pa.Schema) -> None:
+        """Create a table without rows. `schema.empty_table` imports pandas, which takes half of a query's start."""
+        self._create_table(table, pa.Table.from_batches([], schema))
 
     def _create_table(self, table: str, rows: pa.Table) -> None:
         self.connection.register("rows_of_arrow", rows)

@@ -107,6 +107,8 @@ def diagnose(error: BaseException) -> Fault:
     """Return the fault that an exception of any store means for the row or unit that was read."""
     if isinstance(error, StoreError):
         return error.fault
+    if _is_missing_on_disk(error):
+        return Fault(RejectReason.MISSING, _detail(error))
     import aiohttp
 
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError | TimeoutError):
@@ -124,6 +126,12 @@ def diagnose(error: BaseException) -> Fault:
         fault = _by_status(status, detail, _retry_after_s(error))
         return replace(fault, is_bucket_missing=code == "NoSuchBucket")
     return _by_type(error, detail)
+
+
+def _is_missing_on_disk(error: BaseException) -> bool:
+    """Return whether the system itself says that there is no such file: often, and no reason to import a client."""
+    is_missing = type(error) in (FileNotFoundError, NotADirectoryError)
+    return is_missing and getattr(error, "errno", None) is not None and error.__cause__ is None
 
 
 def is_taken(error: BaseException) -> bool:
