@@ -19,8 +19,12 @@ def test_the_notebook_stands_without_outputs() -> None:
     assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
 
 
-def test_the_cells_without_ray_run(tmp_path: Path) -> None:
-    out = executed(CELLS[:-1], tmp_path)
+def test_the_cells_without_ray_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(CELLS[:-1]), {})
+    out = capsys.readouterr().out.splitlines()
     assert out[0] == "the image shows a small red triangle below a large blue square on a black background"  # 3 beams
     assert out[-1].startswith("not_an_image - ")
 
