@@ -1,5 +1,6 @@
 """Duplicate rows, torn parts, steps that a crash cuts short: each row is there once in the end, and at no time gone."""
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ class KilledError(BaseException):
 
 @contextmanager
 def made(calls: list[tuple[str, list[int], dict[int, str], int]]) -> Iterator[CaptionTable]:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")) as folder:  # in memory: see conftest
         table = CaptionTable(f"{folder}/out")
         table.claim(IDENTITY)
         for run_id in (*RUNS, REPAIRER):
@@ -64,13 +65,14 @@ def made(calls: list[tuple[str, list[int], dict[int, str], int]]) -> Iterator[Ca
 
 def rows(table: CaptionTable) -> tuple[Counter[int], Counter[tuple[int, int]]]:
     """How often a reader of the two folders sees each caption and each failed attempt."""
+    columns = {"captions": ["key", "caption"], "failures": ["key", "attempt"]}
     found: dict[str, list[dict[str, Any]]] = {
         folder: [
             row
             for part in Path(table.location.local_path, folder).glob("*.parquet")
-            for row in pq.read_table(part).to_pylist()
+            for row in pq.ParquetFile(part).read(wanted, use_threads=False).to_pylist()
         ]
-        for folder in ("captions", "failures")
+        for folder, wanted in columns.items()
     }
     assert all(row["caption"] == f"caption {row['key']}" for row in found["captions"])
     return (
