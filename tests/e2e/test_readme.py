@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ README = (ROOT / "README.md").read_text()
 PROSE = "".join(page.read_text() for page in PAGES)
 MAX_LINES = 150
 NUM_IMAGES = len(list(demo.images_path().iterdir()))
+Run = Callable[..., dict[str, object]]
 
 
 class Done(NamedTuple):
@@ -48,6 +51,27 @@ def run_job(script: str, *arguments: str, folder: Path) -> Done:
     )
     assert done.returncode == 0, done.stderr
     return Done(done.stderr, json.loads(done.stdout.splitlines()[-1]), [f"./{path.name}" for path in folder.iterdir()])
+
+
+@pytest.fixture
+def run_here(
+    first_run: Done, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """Runs a job of this repository in the folder of the first run, in this process; returns its summary."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.chdir(folder)
+
+    def run(script: str, *arguments: str) -> dict[str, object]:
+        monkeypatch.setattr("sys.argv", [str(ROOT / "jobs" / script), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        out, err = capsys.readouterr()
+        assert ended.value.code == 0, err
+        return dict(json.loads(out.splitlines()[-1]))
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +130,8 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
-def test_the_table_of_the_first_run_is_proven_whole(first_run: Done, folder: Path) -> None:
-    assert run_job("verify.py", "captions-demo", folder=folder).summary["ok"]
+def test_the_table_of_the_first_run_is_proven_whole(run_here: Run) -> None:
+    assert run_here("verify.py", "captions-demo")["ok"]
 
 
 @pytest.mark.parametrize(
@@ -129,18 +153,18 @@ def test_the_table_of_the_first_run_is_proven_whole(first_run: Done, folder: Pat
     ids=["summary", "SQL", "review"],
 )
 def test_the_table_of_the_first_run_is_summarised_queried_and_reviewed(
-    first_run: Done, folder: Path, arguments: list[str], name: str, expected: int
+    run_here: Run, arguments: list[str], name: str, expected: int
 ) -> None:
-    assert run_job("query.py", *arguments, folder=folder).summary[name] == expected
+    assert run_here("query.py", *arguments)[name] == expected
 
 
-def test_the_captions_of_the_first_run_are_measured_against_the_demo_references(first_run: Done, folder: Path) -> None:
-    summary = run_job("evaluate.py", "--min-cider", "3", folder=folder).summary
+def test_the_captions_of_the_first_run_are_measured_against_the_demo_references(run_here: Run) -> None:
+    summary = run_here("evaluate.py", "--min-cider", "3")
     assert (summary["images"], summary["matched_by"]) == (NUM_IMAGES, "name")
 
 
-def test_the_captions_of_the_first_run_become_a_page_with_every_image(first_run: Done, folder: Path) -> None:
-    summary = run_job("gallery.py", folder=folder).summary
+def test_the_captions_of_the_first_run_become_a_page_with_every_image(run_here: Run, folder: Path) -> None:
+    summary = run_here("gallery.py")
     assert summary["pictures"] == NUM_IMAGES
     assert (folder / "captions-demo.html").stat().st_size == summary["size_bytes"]
 
@@ -153,10 +177,8 @@ def test_the_captions_of_the_first_run_become_a_page_with_every_image(first_run:
     ],
     ids=["query", "compare"],
 )
-def test_a_page_of_chosen_or_compared_captions_has_every_image_too(
-    first_run: Done, folder: Path, flags: list[str]
-) -> None:
-    summary = run_job("gallery.py", "captions-demo", "page.html", *flags, folder=folder).summary
+def test_a_page_of_chosen_or_compared_captions_has_every_image_too(run_here: Run, flags: list[str]) -> None:
+    summary = run_here("gallery.py", "captions-demo", "page.html", *flags)
     assert summary["pictures"] == NUM_IMAGES
 
 
