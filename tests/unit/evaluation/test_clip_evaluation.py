@@ -58,9 +58,9 @@ def scored(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return caption(images, tmp_path_factory.mktemp("scored") / "out", clip_score=True)
 
 
-@pytest.fixture
-def unscored(images: Path, tmp_path: Path) -> str:
-    return caption(images, tmp_path / "unscored", clip_score=False)
+@pytest.fixture(scope="module")
+def unscored(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return caption(images, tmp_path_factory.mktemp("unscored") / "out", clip_score=False)
 
 
 def summary_of(captions: str, **settings: Any) -> Mapping[str, Any]:

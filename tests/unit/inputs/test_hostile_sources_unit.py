@@ -105,7 +105,7 @@ def test_names_that_no_file_can_have_are_one_reject(parts: Callable[[], list[byt
 
 def test_a_pax_header_is_read_in_one_pass_and_what_it_says_of_sparse_files_is_not_held() -> None:
     """As a bomb, 400 KB of such headers took 6.7 s of a CPU each, and 483 MB."""
-    records = [record(b"GNU.sparse.%d" % number, b"x") for number in range(40_000)]
+    records = [record(b"GNU.sparse.%d" % number, b"x") for number in range(10_000)]
     headers = pax(*records)
     tracemalloc.start()
     rows = rows_of(read_tar(headers * 4 + member("0.jpg", JPEG) + END))
