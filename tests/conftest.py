@@ -138,6 +138,15 @@ def running_s3_server() -> Iterator[S3Server]:
         process.stdout.close()
 
 
+@pytest.fixture(scope="module")
+def kept_decode_children() -> Iterator[None]:
+    """The tests of a file share decode children; see `tests.decode_children`."""
+    from tests.decode_children import kept_decode_children  # here, not above: most tests decode nothing
+
+    with kept_decode_children():
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """That server, for all tests of a run."""

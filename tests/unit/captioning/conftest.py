@@ -1,4 +1,4 @@
-"""A tiny bundle and its captioner, made once for each file of tests."""
+"""A tiny bundle, its captioner and the processes that decode, made once for each file of tests."""
 
 from collections.abc import Iterator
 
@@ -9,6 +9,11 @@ from captioner.config import DecodingConfig
 from tests.bundles import save_tiny_bundle
 
 DECODING = DecodingConfig(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def children(kept_decode_children: None) -> None:
+    """No test of this room is about the processes that decode."""
 
 
 @pytest.fixture(scope="module")
