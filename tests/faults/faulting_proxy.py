@@ -107,6 +107,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits for the receipt of its headers, which comes 40 ms later
     server: _Server
 
     def _answer(self) -> None:
