@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.bundles import save_tiny_bundle
+from tests.faults.job_without_ray import captioned_without_ray
 from tests.faults.running_job import MARK, Job, flags, kill, marked, table
 from tests.http_server import SlowStore, serving
 from tests.sample_images import BROKEN, encoded
@@ -71,13 +72,23 @@ def start(bundle: str, store: SlowStore) -> Iterator[Callable[..., Job]]:
         job.kill_everything()
 
 
+@pytest.fixture
+def finish(bundle: str, store: SlowStore) -> Callable[..., dict[str, Any]]:
+    """Do without Ray what is left of a job, whose store then answers at once; return the summary."""
+
+    def caption(input_path: Any, output: Any, *more: str) -> dict[str, Any]:
+        store.latency_s = 0
+        store.hold_after(math.inf)
+        return captioned_without_ray([str(input_path), str(output), *flags(bundle, *more)])
+
+    return caption
+
+
 @pytest.fixture(scope="session")
-def unbroken(images: Path, bundle: str, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+def unbroken(images: Path, bundle: str, store: SlowStore, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     """The table of a run that nothing interrupted."""
-    output = tmp_path_factory.mktemp("unbroken")
-    summary = Job([str(images), str(output), *flags(bundle)]).summary()
-    assert summary["read"] == NUM_IMAGES
-    return table(output)
+    output, store.latency_s = tmp_path_factory.mktemp("unbroken"), 0
+    return unbroken_run(images, bundle, output, NUM_IMAGES)
 
 
 def packed_images() -> list[bytes]:
@@ -120,9 +131,9 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return pack(tmp_path_factory.mktemp("packed"), request.param)
 
 
-def unbroken_run(images: Path, bundle: str, output: Path) -> pd.DataFrame:
-    summary = Job([str(images), str(output), *flags(bundle)]).summary()
-    assert summary["read"] == NUM_PACKED
+def unbroken_run(images: Path, bundle: str, output: Path, num_images: int = NUM_PACKED) -> pd.DataFrame:
+    """Caption images without Ray, and return their table."""
+    assert captioned_without_ray([str(images), str(output), *flags(bundle)])["read"] == num_images
     return table(output)
 
 

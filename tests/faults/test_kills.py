@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -27,6 +28,7 @@ from tests.http_server import SlowStore
 pytestmark = pytest.mark.slow
 
 Start = Callable[..., Job]
+Finish = Callable[..., dict[str, Any]]
 
 
 def test_a_job_survives_the_death_of_any_of_its_workers(
@@ -46,7 +48,7 @@ def test_a_job_survives_the_death_of_any_of_its_workers(
 
 
 def test_a_job_whose_own_ray_loses_its_raylet_or_gcs_ends_soon_with_the_reason_and_a_rerun_does_the_rest(
-    start: Start, images: Path, store: SlowStore, unbroken: pd.DataFrame, tmp_path: Path
+    start: Start, finish: Finish, images: Path, store: SlowStore, unbroken: pd.DataFrame, tmp_path: Path
 ) -> None:
     output = tmp_path / "table"
     for kind in ("raylet", "gcs"):
@@ -62,8 +64,7 @@ def test_a_job_whose_own_ray_loses_its_raylet_or_gcs_ends_soon_with_the_reason_a
         assert last.startswith(f"error: the {kind}"), log
         assert last.endswith("The same command continues")
         assert_only_parts(output)
-    store.hold_after(math.inf)
-    summary = start(images, output).summary()
+    summary = finish(images, output)
     assert summary["skipped_done"] > 0
     assert summary["read"] > 0, "the injector came too late to do anything"
     assert_same(table(output), unbroken)

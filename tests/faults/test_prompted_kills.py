@@ -1,6 +1,5 @@
 """A job of five prompts, and one that adds a sixth, killed and run again: each column is that of an unbroken run."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from tests.faults.running_job import Job, assert_same, num_parts, table, verifie
 from tests.http_server import SlowStore
 
 pytestmark = pytest.mark.slow
+
+Finish = Callable[..., dict[str, Any]]
 
 NUM = 800
 PROMPTS = """
@@ -55,20 +56,18 @@ def _told(details: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_job_of_five_prompts_that_is_killed_and_run_again_ends_with_the_unbroken_table(
-    start: Callable[..., Job], captioned: tuple[Path, str], store: SlowStore, tmp_path: Path
+    start: Callable[..., Job], finish: Finish, captioned: tuple[Path, str], store: SlowStore, tmp_path: Path
 ) -> None:
     images, prompts = captioned
     asked = ("--prompts", prompts, "--rows-per-part", "64")
-    unbroken = start(images, tmp_path / "unbroken", *asked).summary()
-    assert unbroken["read"] == NUM
+    assert finish(images, tmp_path / "unbroken", *asked)["read"] == NUM
     output = tmp_path / "table"
     store.hold_after(600)  # more than the two blocks of 256 that one decoder fetches at once: one is whole
     killed = start(images, output, *asked)
     wait_for_parts(killed, output)
     killed.kill_everything()
     assert num_parts(output) > 0
-    store.hold_after(math.inf)
-    summary = start(images, output, *asked).summary()
+    summary = finish(images, output, *asked)
     assert summary["skipped_done"] > 0
     assert summary["read"] > 0, "the injector came too late to do anything"
     assert set(summary["prompts"]) == {"caption", "tags", "again", "drawn", "is_photo"}
@@ -82,23 +81,22 @@ def test_a_job_of_five_prompts_that_is_killed_and_run_again_ends_with_the_unbrok
 
 
 def test_a_sixth_prompt_whose_job_is_killed_and_run_again_ends_with_the_table_of_all_six(
-    start: Callable[..., Job], captioned: tuple[Path, str], store: SlowStore, tmp_path: Path
+    start: Callable[..., Job], finish: Finish, captioned: tuple[Path, str], store: SlowStore, tmp_path: Path
 ) -> None:
     images, five = captioned
     six = str(tmp_path / "six.yaml")
     Path(six).write_text(PROMPTS + SIXTH)
-    output, rows_per_part = tmp_path / "table", ("--rows-per-part", "64")
-    start(images, tmp_path / "unbroken", "--prompts", six, *rows_per_part).summary()
-    start(images, output, "--prompts", five, *rows_per_part).summary()
+    output = tmp_path / "table"
+    finish(images, tmp_path / "unbroken", "--prompts", six)
+    finish(images, output, "--prompts", five)
     before = {path: path.read_bytes() for path in output.glob("captions/*")}
     store.hold_after(verified(str(output))["captioned"] - 1)  # all that is left but one, so that some block is whole
-    killed = start(images, output, "--prompts", six, *rows_per_part)
+    killed = start(images, output, "--prompts", six, "--rows-per-part", "64")
     wait_for_parts(killed, output, folder="columns/long/answers")
     killed.kill_everything()
-    store.hold_after(math.inf)
     left = Job([str(output)], script="verify.py").end()
     assert left[0] == 1, "the injector came too late to do anything"
-    summary = start(images, output, "--prompts", six, *rows_per_part).summary()
+    summary = finish(images, output, "--prompts", six)
     assert 0 < summary["read"] < NUM
     assert set(summary["prompts"]) == {"long"}
     found = verified(str(output))

@@ -92,8 +92,15 @@ def test_a_file_written_through_faults_is_whole_or_absent(s3: Bucket, proxy: Fau
     assert len(written) >= 5
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_job_behind_a_failing_store_ends_after_a_rerun_with_the_unbroken_table(
-    start: Start, store: SlowStore, s3: Bucket, proxy: FaultingProxy, unbroken: pd.DataFrame
+    start: Start,
+    finish: Callable[..., dict[str, Any]],
+    store: SlowStore,
+    s3: Bucket,
+    proxy: FaultingProxy,
+    unbroken: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bad weather all the time; midway the credentials are lost for a while to read, then to write until the rerun."""
     names = [Path(uri).name for uri in unbroken["image_id"][:NUM_IMAGES]]
@@ -120,13 +127,15 @@ def test_a_job_behind_a_failing_store_ends_after_a_rerun_with_the_unbroken_table
     assert "secret-of-the-test" not in log
 
     proxy.weather = bad
-    second = start(listed, f"{s3.url}/table", *more, **environment).summary()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    second = finish(listed, f"{s3.url}/table", *more)
     if second["failed_by_reason"].get("fetch_failed"):  # the weather, too, may take an image for a while
         proxy.weather = []
-        start(listed, f"{s3.url}/table", *more, **environment).summary()
+        finish(listed, f"{s3.url}/table", *more)
     assert set(proxy.injected) == set(KINDS), f"the injector did not do everything: {proxy.injected}"
     assert_same(_comparable(table(f"{s3.url}/table", s3.storage_options)), _comparable(unbroken[:NUM_IMAGES]))
-    verified(f"{s3.url}/table", environment=s3.environment)
+    verified(f"{s3.url}/table")
 
 
 def _wait_for(job: Job, is_there: Callable[[], bool]) -> None:

@@ -4,10 +4,12 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from tests.faults.job_without_ray import captioned_without_ray
 from tests.faults.running_job import Job, assert_same, flags, num_parts, table, verified, wait_for_parts
 from tests.http_server import SlowStore, serving
 from tests.unit.model.tiled_llavas import SIZES, photographs, save_llava_next
@@ -38,26 +40,26 @@ def test_a_job_in_tiles_that_is_killed_and_run_again_has_the_unbroken_table(shap
     listed.write_text("".join(f"{shapes.url(f'{number:05d}.png')}\n" for number in range(NUM_IMAGES)))
     settings = [*flags(model), "--rows-per-part", str(ROWS_PER_PART), "--cpu-workers", "1", "--workers", "1"]
 
-    def job(output: Path) -> Job:
-        return Job([str(listed), str(output), *settings])
+    def finish(output: Path) -> dict[str, Any]:
+        return captioned_without_ray([str(listed), str(output), *settings])
 
-    assert job(tmp_path / "unbroken").summary()["read"] == NUM_IMAGES
+    assert finish(tmp_path / "unbroken")["read"] == NUM_IMAGES
     unbroken, output = table(tmp_path / "unbroken"), tmp_path / "killed"
     shapes.hold_after(600)  # more than the two blocks of 256 that one decoder fetches at once: one is whole
-    killed = job(output)
+    job = Job([str(listed), str(output), *settings])
     try:
-        wait_for_parts(killed, output)
-        killed.kill("captioner")
-        assert killed.kill_everything() > 1
-        assert 0 < len(pd.read_parquet(output / "captions")) < NUM_IMAGES, "the injector came too late to do anything"
-        shapes.hold_after(math.inf)
-        again = job(output)
-        killed = again
-        again.kill("captioner")
-        summary = again.summary()
+        wait_for_parts(job, output)
+        first = job.kill("captioner")
+        shapes.hold_after(NUM_IMAGES - 600 - 1)
+        while job.wait_for("captioner") == first:
+            pass
+        wait_for_parts(job, output, 1 + num_parts(output))
+        assert job.kill_everything() > 1
     finally:
-        killed.kill_everything()
-    assert summary["skipped_done"] > 0
+        job.kill_everything()
+        shapes.hold_after(math.inf)
+    assert 0 < len(pd.read_parquet(output / "captions")) < NUM_IMAGES, "the injector came too late to do anything"
+    assert finish(output)["skipped_done"] > 0
     assert_same(table(output), unbroken)
     assert num_parts(output) > 1
     assert unbroken["caption"].nunique() > 5, "the images make a difference"

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -42,7 +43,12 @@ os.fsync = fsync
 
 
 def test_a_second_driver_is_refused_and_a_writer_that_wakes_too_late_adds_nothing(
-    start: Callable[..., Job], store: SlowStore, images: Path, unbroken: pd.DataFrame, tmp_path: Path
+    start: Callable[..., Job],
+    finish: Callable[..., dict[str, Any]],
+    store: SlowStore,
+    images: Path,
+    unbroken: pd.DataFrame,
+    tmp_path: Path,
 ) -> None:
     output, faults = tmp_path / "table", tmp_path / "faults"
     faults.mkdir()
@@ -61,7 +67,7 @@ def test_a_second_driver_is_refused_and_a_writer_that_wakes_too_late_adds_nothin
         time.sleep(0.02)
     [half_written] = output.glob("captions/.part-*")
     first.kill_driver()
-    assert start(images, output).summary()["skipped_done"] > 0  # the crash left nothing that must be waited for
+    assert finish(images, output)["skipped_done"] > 0  # the crash left nothing that must be waited for
     assert half_written.exists(), "the writer did not sleep"
     (faults / "woken").touch()
     give_up = time.monotonic() + GUARD_S
