@@ -5,7 +5,7 @@ torch, so that its process starts at once.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow as pa
 from captioner.captioning.witnesses import Witnesses
 from captioner.config import CaptionJobConfig
 from captioner.images import Decoded, Decoder, Preprocessing
+from captioner.images.reader import Pixels
 from captioner.inputs import Fetcher, OutageDetector
 from captioner.schema import Reject, build_table, decoded_schema
 from captioner.storage.stop_file import StopFile
@@ -71,11 +72,12 @@ class DecodeWorker:
         """
         if self._stop and self._stop.exists():
             rows = rows.slice(0, 0)
-        outcomes, sizes = self._outcomes(rows)
+        pixels = _PixelColumn(self._schema.field("pixels").type, rows.num_rows)
+        outcomes, sizes = self._outcomes(rows, pixels)
         made = {
             "reason": [_if_reject(outcome, "reason") for outcome in outcomes],
             "detail": [_if_reject(outcome, "detail") for outcome in outcomes],
-            "pixels": _pixel_array(outcomes, self._schema.field("pixels").type),
+            "pixels": pixels.array(outcomes),
             "width": [_if_decoded(outcome, "width") for outcome in outcomes],
             "height": [_if_decoded(outcome, "height") for outcome in outcomes],
             "size_bytes": sizes,
@@ -84,14 +86,15 @@ class DecodeWorker:
         table = build_table(self._schema, rows, made)
         return table if self._keeps_pixels else table.drop_columns("pixels")
 
-    def _outcomes(self, rows: pa.Table) -> tuple[list[Decoded | Reject], list[int | None]]:
+    def _outcomes(self, rows: pa.Table, pixels: "_PixelColumn") -> tuple[list[Decoded | Reject], list[int | None]]:
         """Return each image decoded or rejected, and its size in bytes where it was fetched."""
         found: dict[int, Decoded | Reject] = {}
         sizes: dict[int, int] = {}
         for arrivals in self._source.stream_rows(rows):
             images = {index: source for index, source in arrivals if not isinstance(source, Reject)}
             found.update((index, source) for index, source in arrivals if isinstance(source, Reject))
-            found.update(zip(images, self._decoder.decode_batch(list(images.values())), strict=True))
+            decoded = self._decoder.decode_batch(list(images.values()), pixels.places(images))
+            found.update(zip(images, decoded, strict=True))
             sizes.update((index, len(data)) for index, data in images.items())
         self._report_slow(rows, found)
         indices = range(rows.num_rows)
@@ -121,17 +124,27 @@ def _if_decoded(outcome: Decoded | Reject, name: str) -> int | None:
     return getattr(outcome, name) if isinstance(outcome, Decoded) else None
 
 
-def _pixel_array(outcomes: Sequence[Decoded | Reject], kind: pa.DataType) -> pa.Array:
-    """Return fixed-size binary of uint8[3, S, S] each, or lists of it, null where there is none."""
-    if pa.types.is_list(kind):
-        return _tile_array(outcomes, kind)
-    pixels = np.zeros((len(outcomes), kind.byte_width), np.uint8)
-    for row, outcome in enumerate(outcomes):
-        if isinstance(outcome, Decoded):
-            pixels[row] = outcome.pixels.reshape(-1)
-    is_image = np.array([isinstance(outcome, Decoded) for outcome in outcomes], bool)
-    validity = pa.py_buffer(np.packbits(is_image, bitorder="little").tobytes())
-    return pa.Array.from_buffers(kind, len(outcomes), [validity, pa.py_buffer(pixels)])
+class _PixelColumn:
+    """The pixels of a block: fixed-size binary of uint8[3, S, S] each, or lists of it, null where there are none.
+
+    Squares are decoded into it: each copy of them would cost more than fetching the image does."""
+
+    def __init__(self, kind: pa.DataType, num_rows: int) -> None:
+        self._kind = kind
+        self._rows = None if pa.types.is_list(kind) else np.empty((num_rows, kind.byte_width), np.uint8)
+
+    def places(self, indices: Iterable[int]) -> list[Pixels] | None:
+        """Return where the pixels of these rows belong; None for tiles, which are as many as their image wants."""
+        return None if self._rows is None else [self._rows[index] for index in indices]
+
+    def array(self, outcomes: Sequence[Decoded | Reject]) -> pa.Array:
+        """Return the column. outcomes: of all rows; squares were decoded into their places."""
+        if self._rows is None:
+            return _tile_array(outcomes, self._kind)
+        is_image = np.array([isinstance(outcome, Decoded) for outcome in outcomes], bool)
+        self._rows[~is_image] = 0
+        validity = pa.py_buffer(np.packbits(is_image, bitorder="little").tobytes())
+        return pa.Array.from_buffers(self._kind, len(outcomes), [validity, pa.py_buffer(self._rows)])
 
 
 def _tile_array(outcomes: Sequence[Decoded | Reject], kind: pa.ListType) -> pa.Array:

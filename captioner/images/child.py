@@ -89,27 +89,32 @@ class Child:
         self._task = decode_one, preprocessing, config
         self._running: _Running | None = None
 
-    def decode(self, images: Sequence[Bytes]) -> list[Decoded | Reject]:
-        """Return pixels or a reject of each image. Raises JobError if the child cannot start at all."""
+    def decode(self, images: Sequence[Bytes], places: Sequence[Pixels] | None = None) -> list[Decoded | Reject]:
+        """Return pixels or a reject of each image. places: as in `Decoder.decode_batch`.
+
+        Raises JobError if the child cannot start at all."""
         outcomes: list[Decoded | Reject] = []
         while len(outcomes) < len(images):
-            rest = images[len(outcomes) :]
-            found = self._ask(rest)
+            done = len(outcomes)
+            rest, into = images[done:], places and places[done:]
+            found = self._ask(rest, into)
             if isinstance(found, _Death):  # the answers to earlier images died with it
-                found = [*self.decode(rest[: found.image_index]), self._retried(rest[found.image_index], found.status)]
+                at = found.image_index
+                retried = self._retried(rest[at], into and into[at : at + 1], found.status)
+                found = [*self.decode(rest[:at], into and into[:at]), retried]
             outcomes += found
         return outcomes
 
-    def _retried(self, data: Bytes, status: int) -> Decoded | Reject:
+    def _retried(self, data: Bytes, place: Sequence[Pixels] | None, status: int) -> Decoded | Reject:
         """Return the outcome of an image that ended the child."""
         if status == -signal.SIGALRM:
             limit = f"--decode-timeout-s is {self._task[2].decode_timeout_s:g}"
             return Reject(RejectReason.DECODE_TIMEOUT, f"not decoded in time; {limit}")
-        again = self._ask([data])  # the image ends it twice; a machine short of memory may end it once
+        again = self._ask([data], place)  # the image ends it twice; a machine short of memory may end it once
         if not isinstance(again, _Death):
             return again[0]
         if again.status == -signal.SIGALRM:
-            return self._retried(data, again.status)
+            return self._retried(data, place, again.status)
         if again.status == -signal.SIGKILL:
             detail = "its decoder was killed twice (SIGKILL), as happens on a machine that is short of memory"
             return Reject(RejectReason.OUT_OF_MEMORY, detail)
@@ -125,7 +130,7 @@ class Child:
             running.process.kill()
             running.process.wait()
 
-    def _ask(self, images: Sequence[Bytes]) -> list[Decoded | Reject] | _Death:
+    def _ask(self, images: Sequence[Bytes], places: Sequence[Pixels] | None) -> list[Decoded | Reject] | _Death:
         """Return the outcomes, or the end of the child before it answered."""
         running = self._running or self._start()
         try:
@@ -140,7 +145,7 @@ class Child:
             raise
         if num_bytes > _MAX_KEPT_BYTES:
             os.ftruncate(running.input_buffer.fileno(), _MAX_KEPT_BYTES)
-        arrays = _read_pixels(running.output_buffer, [answer for answer in answers if isinstance(answer, _Answer)])
+        arrays = _read_pixels(running.output_buffer, answers, places)
         return [
             answer
             if isinstance(answer, Reject)
@@ -239,15 +244,20 @@ def _write(input_buffer: BinaryIO, images: Sequence[Bytes]) -> int:
     return num_bytes
 
 
-def _read_pixels(output_buffer: BinaryIO, answers: Sequence[_Answer]) -> Iterator[Pixels]:
-    """Yield the pixels of each image, as views of one array."""
-    sizes = [math.prod(answer.shape) for answer in answers]
-    pixels = np.empty(sum(sizes), np.uint8)
-    os.preadv(output_buffer.fileno(), [pixels.data], _HEADER_BYTES)
-    ends = itertools.accumulate(sizes)
-    yield from (
-        pixels[end - size : end].reshape(answer.shape) for answer, size, end in zip(answers, sizes, ends, strict=True)
-    )
+def _read_pixels(
+    output_buffer: BinaryIO, answers: Sequence[_Answer | Reject], places: Sequence[Pixels] | None
+) -> Iterator[Pixels]:
+    """Yield the pixels of each image that was decoded: of its place, or else of one new array."""
+    decoded = [(index, answer) for index, answer in enumerate(answers) if isinstance(answer, _Answer)]
+    ends = list(itertools.accumulate(math.prod(answer.shape) for _, answer in decoded))
+    if places is None:
+        whole = np.empty(ends[-1] if ends else 0, np.uint8)
+        arrays = np.split(whole, ends[:-1])
+        os.preadv(output_buffer.fileno(), [whole.data], _HEADER_BYTES)
+    else:
+        arrays = [places[index] for index, _ in decoded]
+        os.preadv(output_buffer.fileno(), [array.data for array in arrays], _HEADER_BYTES)
+    yield from (array.reshape(answer.shape) for array, (_, answer) in zip(arrays, decoded, strict=True))
 
 
 def _memory_file() -> BinaryIO:

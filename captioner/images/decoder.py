@@ -20,13 +20,16 @@ from PIL import Image
 from captioner.config import ImageConfig
 from captioner.images.child import Child, Decode
 from captioner.images.preprocessing import Preprocessing
-from captioner.images.reader import Bytes, Decoded, decode, decode_image, refuse_by_size
+from captioner.images.reader import Bytes, Decoded, Pixels, decode, decode_image, refuse_by_size
 from captioner.schema import Reject
 
 __all__ = ["Decoder"]
 
 _GROUP_IMAGES, _GROUP_BYTES = 64, 4 << 20  # of one message to a child: one for each image costs more
 _GROUP_PIXEL_BYTES = 64 << 20  # that the answer to a message may take
+
+_Group = tuple[list[Bytes], Sequence[Pixels] | None]
+"""Images of one message, and the places of their pixels."""
 
 
 class Decoder:
@@ -66,8 +69,11 @@ class Decoder:
         data = _unloaded_file(image)
         return decode_image(image, self.preprocessing, self.config) if data is None else self.decode(data)
 
-    def decode_batch(self, images: Sequence[Bytes]) -> list[Decoded | Reject]:
-        """Return `decode` of each image, in their order, on all the child processes."""
+    def decode_batch(self, images: Sequence[Bytes], places: Sequence[Pixels] | None = None) -> list[Decoded | Reject]:
+        """Return `decode` of each image, in their order, on all the child processes.
+
+        places: of each image uint8[3 * S * S], contiguous, whose bytes its pixels become, if it is decoded. Without
+        them the pixels of many images may share one new array."""
         refused = {
             index: refusal for index, data in enumerate(images) if (refusal := refuse_by_size(data, self.config))
         }
@@ -75,22 +81,21 @@ class Decoder:
         most = min(_GROUP_IMAGES, max(1, _GROUP_PIXEL_BYTES // self.preprocessing.max_bytes))
         groups = list(_groups(images, wanted, min(most, -(-len(wanted) // len(self._children)))))
         outcomes: dict[int, Decoded | Reject] = dict(refused)
-        for group, found in zip(
-            groups, self._decode_groups([[images[i] for i in group] for group in groups]), strict=True
-        ):
+        tasks = [([images[i] for i in group], places and [places[i] for i in group]) for group in groups]
+        for group, found in zip(groups, self._decode_groups(tasks), strict=True):
             outcomes.update(zip(group, found, strict=True))
         return [outcomes[index] for index in range(len(images))]
 
-    def _decode_groups(self, groups: list[list[Bytes]]) -> list[list[Decoded | Reject]]:
+    def _decode_groups(self, groups: list[_Group]) -> list[list[Decoded | Reject]]:
         if len(self._children) == 1 or len(groups) <= 1:
             return [self._decode_group(group) for group in groups]
         with ThreadPoolExecutor(len(self._children)) as threads:
             return list(threads.map(self._decode_group, groups))
 
-    def _decode_group(self, group: list[Bytes]) -> list[Decoded | Reject]:
+    def _decode_group(self, group: _Group) -> list[Decoded | Reject]:
         child = self._idle.get()
         try:
-            return child.decode(group)
+            return child.decode(*group)
         finally:
             self._idle.put(child)
 

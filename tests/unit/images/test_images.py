@@ -584,6 +584,25 @@ def test_an_image_whose_decoder_is_killed_is_out_of_memory_and_no_other_image_is
         assert same(outcome, decode(data, CLIP, CONFIG))
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_pixels_come_into_their_places_whatever_becomes_of_other_images(num_processes: int) -> None:
+    files = [saved(scene(64, 48, seed=seed)) for seed in range(4)]
+    batch = [files[0], b"", b"c", files[1], b"x", files[2], b"c", files[3]]
+    block = np.full((len(batch), 3 * 224 * 224), 7, np.uint8)
+    with Decoder(CLIP, CONFIG, num_processes=num_processes, decode_one=crash_on_c) as decoder:
+        outcomes = decoder.decode_batch(batch, list(block))
+    for data, outcome, place in zip(batch, outcomes, block, strict=True):
+        if data not in files:
+            assert isinstance(outcome, Reject)
+            assert (place == 7).all(), "no image was decoded here"
+            continue
+        assert isinstance(outcome, Decoded)
+        assert np.shares_memory(outcome.pixels, place)
+        alone = decode(data, CLIP, CONFIG)
+        assert isinstance(alone, Decoded)
+        assert (place == alone.pixels.reshape(-1)).all()
+
+
 def test_an_image_that_asks_for_too_much_memory_is_refused_and_its_process_lives_on() -> None:
     with Decoder(CLIP, CONFIG, decode_one=greedy_on_g) as decoder:
         greedy, good = decoder.decode_batch([b"g", saved(scene(64, 48))])
