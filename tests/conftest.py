@@ -3,15 +3,18 @@
 import atexit
 import gc
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -136,6 +139,29 @@ def running_s3_server() -> Iterator[S3Server]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+JobHere = Callable[..., "subprocess.CompletedProcess[str]"]
+"""Runs a script of jobs/ with its arguments in the process of the test."""
+
+
+@pytest.fixture
+def job_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[JobHere]:
+    """A job as a person starts it, but for the second that a process of its own takes to import what it needs."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        words = [str(Path(__file__).parents[1] / "jobs" / script), *arguments]
+        monkeypatch.setattr("sys.argv", words)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(words[0], run_name="__main__")
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(words, ended.value.code, *capfd.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import runpy
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from captioner.config import FitConfig
 from captioner.query.views import VIEWS
 from captioner.schema import CAPTIONS, FAILURES, TRANSIENT_REASONS, RejectReason
 from captioner.tables import lease
+from tests.conftest import JobHere
 from tests.pages import GUIDE, PAGES, ROOT, shell_blocks
 from tests.sample_images import encoded
 
@@ -54,24 +53,16 @@ def run_job(script: str, *arguments: str, folder: Path) -> Done:
 
 
 @pytest.fixture
-def run_here(
-    first_run: Done, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
+def run_here(first_run: Done, folder: Path, job_here: JobHere, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a job of this repository in the folder of the first run, in this process; returns its summary."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(folder)
 
     def run(script: str, *arguments: str) -> dict[str, object]:
-        monkeypatch.setattr("sys.argv", [str(ROOT / "jobs" / script), *arguments])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        out, err = capsys.readouterr()
-        assert ended.value.code == 0, err
-        return dict(json.loads(out.splitlines()[-1]))
+        done = job_here(script, *arguments)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture(scope="module")

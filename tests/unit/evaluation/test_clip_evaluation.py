@@ -27,6 +27,7 @@ from tests.bundles import save_tiny_bundle
 from tests.unit.model.tiny_models import save_siglip
 
 NUM_IMAGES = 8
+pytestmark = pytest.mark.usefixtures("kept_decode_children")
 
 
 @pytest.fixture(scope="module")

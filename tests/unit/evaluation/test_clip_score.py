@@ -28,6 +28,7 @@ from tests.sample_images import encoded
 DRAWS = DecodingConfig(max_new_tokens=24, do_sample=True, temperature=2.5, num_captions=6)
 SCORED = ScoringConfig(clip_score=True)
 RERANKED = ScoringConfig(rerank="clip-score")
+pytestmark = pytest.mark.usefixtures("kept_decode_children")
 
 
 def demo_images(count: int) -> list[Path]:

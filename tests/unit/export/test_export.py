@@ -1,10 +1,9 @@
 """What an export holds to, whatever its format: new rows alone, whole files, nothing that is not ours."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,10 +18,9 @@ from captioner.storage import LocalStore, Place
 from captioner.tables import CaptionTable
 from captioner.tables.verification import verify
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
-from tests.conftest import Bucket
+from tests.conftest import Bucket, JobHere
 from tests.unit.export.conftest import Export, files_of
 
-ROOT = Path(__file__).parents[3]
 FILES = sorted(name for name, form in EXPORT_FORMATS.items() if not form.needs)  # libraries name the others
 TEXTS = [name for name in FILES if not EXPORT_FORMATS[name].reads_images]
 
@@ -257,13 +255,10 @@ def test_a_format_is_one_entry_that_another_package_can_add(
     assert files_of(tmp_path / "out") == {"0.shout": b"A CAT!\nTHE END!\n"}
 
 
-def test_the_command_prints_a_summary_and_refuses_with_2(table: CaptionTable, tmp_path: Path) -> None:
-    def job(*arguments: str) -> subprocess.CompletedProcess[str]:
-        script = [sys.executable, "-W", "error", str(ROOT / "jobs" / "export.py"), str(table.location)]
-        return subprocess.run(
-            [*script, *arguments], capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
-        )
-
+def test_the_command_prints_a_summary_and_refuses_with_2(
+    table: CaptionTable, tmp_path: Path, job_here: JobHere
+) -> None:
+    job = partial(job_here, "export.py", str(table.location))
     done = job(str(tmp_path / "out"), "--format", "coco")
     assert json.loads(done.stdout.splitlines()[-1])["rows"] == 4, done.stderr
     refused = job(str(tmp_path / "out"), "--format", "nope")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,13 @@ import pytest
 
 from captioner.config import GalleryConfig
 from captioner.gallery.gallery_job import gallery
-from captioner.images import Decoder, thumbnails
 from captioner.tables import CaptionTable
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
 
 
-class LastingDecoder(Decoder):
-    def close(self) -> None:
-        """Live on for the next page: to start a child process takes longer than a page."""
-
-
-_decoder = cache(LastingDecoder)
-
-
-@pytest.fixture(autouse=True)
-def one_decoder_for_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thumbnails, "Decoder", _decoder)
+@pytest.fixture(autouse=True, scope="module")
+def children(kept_decode_children: None) -> None:
+    """Pages of a file share the processes that decode."""
 
 
 def data_of(page: Path) -> dict[str, Any]:

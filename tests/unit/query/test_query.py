@@ -18,15 +18,10 @@ from captioner.query import query
 from captioner.tables import CaptionTable
 from captioner.terminal import visible_lines
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row
-from tests.conftest import Bucket
+from tests.conftest import Bucket, JobHere
 from tests.sample_images import encoded
 
 ROOT = Path(__file__).parents[3]
-
-
-def run(full: CaptionTable, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(ROOT / "jobs" / "query.py"), str(full.location), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})
 
 
 def test_without_sql_the_table_is_summarised_and_the_last_line_is_json(
@@ -69,10 +64,10 @@ def test_one_very_long_caption_leaves_the_bins_of_the_others_as_they_are(table: 
     assert sum(one["captions"] for one in bins) == 1_000
 
 
-def test_scores_that_are_no_numbers_leave_the_summary_strict_json(table: CaptionTable) -> None:
+def test_scores_that_are_no_numbers_leave_the_summary_strict_json(table: CaptionTable, job_here: JobHere) -> None:
     scores = [-0.5, float("nan"), float("-inf")]
     add_part(table, [caption_row(key, str(key), "x", mean_logprob=score) for key, score in enumerate(scores)])
-    done = run(table)
+    done = job_here("query.py", str(table.location))
     summary = json.loads(done.stdout.splitlines()[-1], parse_constant=pytest.fail)
     assert summary["mean_logprob"] == -0.5
     assert [row["mean_logprob"] for row in summary["lowest"]["mean_logprob"]] == [None, -0.5]
@@ -135,13 +130,17 @@ def test_images_that_need_other_options_come_on_a_page_of_doubtful_captions(s3: 
 
 
 def test_rows_go_to_stdout_and_nothing_else_does(full: CaptionTable) -> None:
-    done = run(full, "SELECT image_id, caption FROM captions ORDER BY key", "--format", "csv")
+    sql = "SELECT image_id, caption FROM captions ORDER BY key"
+    command = [sys.executable, "-W", "error", str(ROOT / "jobs" / "query.py"), str(full.location), sql]
+    done = subprocess.run(
+        [*command, "--format", "csv"], capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ['"image_id","caption"', '"a","a dog"', '"b","a cat"', '"d","a dog"']
 
 
-def test_wrong_sql_exits_with_2_and_one_message(full: CaptionTable) -> None:
-    done = run(full, "SELECT nope FROM captions")
+def test_wrong_sql_exits_with_2_and_one_message(full: CaptionTable, job_here: JobHere) -> None:
+    done = job_here("query.py", str(full.location), "SELECT nope FROM captions")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith('error: Binder Error: Referenced column "nope" not found')
 
