@@ -4,7 +4,7 @@ fp32 on a CPU, tiny random weights that the classes have saved. Ours come from a
 one from the same pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +79,16 @@ class Theirs:
     def _num_tokens(self, inputs: dict[str, Tensor]) -> int:
         return len(self.tiled.features(inputs)) if self.tiled else self.ours.num_image_tokens
 
-    def texts(self, image: Image.Image, **options: Any) -> list[str]:
-        """Return what `generate` writes, best first."""
+    def texts(self, image: Image.Image, copies: int = 1, **options: Any) -> list[str]:
+        """Return what `generate` writes of so many copies of an image, the best of each first."""
         inputs, template = self._inputs(image), self.ours.template
         ids = torch.tensor(
-            [[*template.prefix_ids, *[self.image_token] * self._num_tokens(inputs), *template.suffix_ids]]
+            [[*template.prefix_ids, *[self.image_token] * self._num_tokens(inputs), *template.suffix_ids]] * copies
         )
         out: Any = self.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            **inputs,
+            **{name: value.repeat(copies, *[1] * (value.ndim - 1)) for name, value in inputs.items()},
             max_new_tokens=LENGTH,
             do_sample=False,
             eos_token_id=END,
@@ -130,16 +130,16 @@ def test_beams_are_those_of_transformers(folder: Path, theirs: Theirs) -> None:
 
 
 class Drawn(LogitsProcessor):
-    """Leaves of transformers' scores the one token that our rule of drawing takes."""
+    """Leaves of transformers' scores the one token of each row that our rule of drawing takes."""
 
-    def __init__(self, seed: int, decoding: DecodingConfig) -> None:
-        self.seed, self.decoding, self.step = seed, decoding, 0
+    def __init__(self, seeds: Sequence[int], decoding: DecodingConfig) -> None:
+        self.seeds, self.decoding, self.step = torch.tensor(seeds), decoding, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniforms = uniform(torch.tensor([self.seed]), torch.tensor([self.step]))
-        token, _ = sample(scores.float(), uniforms, self.decoding, looks_at_all=True)
+        uniforms = uniform(self.seeds, torch.full_like(self.seeds, self.step))
+        tokens, _ = sample(scores.float(), uniforms, self.decoding, looks_at_all=True)
         self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 20, "temperature": 1.3}, {"top_p": 0.9}], ids=["top-k", "top-p"])
@@ -149,7 +149,7 @@ def test_draws_are_those_from_the_scores_of_transformers(folder: Path, theirs: T
     found = ours(folder, images, do_sample=True, num_captions=2, seed=5, **options)
     for index, (image, caption) in enumerate(zip(images, found, strict=True)):
         seeds = [candidate_seed(image_seed(5, str(index)), number) for number in range(2)]
-        expected = [theirs.texts(image, logits_processor=[Drawn(seed, decoding)])[0] for seed in seeds]
+        expected = theirs.texts(image, copies=2, logits_processor=[Drawn(seeds, decoding)])
         assert sorted(one.caption for one in caption.candidates) == sorted(expected)
     assert len({one.caption for caption in found for one in caption.candidates}) > len(images), "draws differ"
 
