@@ -7,6 +7,7 @@ Knows plain values in nested mappings, and not where they are kept.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from captioner.config import DecodingConfig
@@ -23,8 +24,12 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 def flatten(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return each setting under its dotted name: {"model": {"name": "demo"}} is {"model.name": "demo"}."""
     settings = dict(_settings(identity, ""))
-    defaults = _settings(json.loads(to_json(asdict(DecodingConfig()))), "decoding.") if "decoding" in identity else ()
-    return settings | {name: value for name, value in defaults if name not in settings}
+    return {**(_decoding_defaults() if "decoding" in identity else {}), **settings}
+
+
+@cache
+def _decoding_defaults() -> dict[str, Any]:
+    return dict(_settings(json.loads(to_json(asdict(DecodingConfig()))), "decoding."))
 
 
 def _settings(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
