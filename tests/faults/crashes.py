@@ -17,7 +17,7 @@ from captioner.storage import local_store
 from captioner.storage.local_store import LocalStore
 from captioner.tables import lease_file
 
-__all__ = ["Crash", "CrashedError", "Moment", "crashing"]
+__all__ = ["Crash", "CrashedError", "Moment", "crashing", "empty_memory"]
 
 Moment = Literal["before", "half", "after"]
 """Where in a change the process dies; `half`: a file is there with half of its bytes."""
@@ -89,6 +89,13 @@ def crashing(at: int | None, moment: Moment = "before") -> Iterator[Crash]:
             yield crash
         except CrashedError:
             assert crash.is_dead
+
+
+def empty_memory(folder: Path) -> None:
+    """Remove what is below memory://FOLDER: each listing of the memory looks at every file in it."""
+    store = MemoryFileSystem()
+    if store.exists(str(folder)):
+        store.rm(str(folder), recursive=True)
 
 
 def _patch_disk(patch: pytest.MonkeyPatch, crash: Crash) -> None:

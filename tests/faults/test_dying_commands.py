@@ -33,7 +33,7 @@ from captioner.tables import CaptionTable, Stamp, deduplicate_late_parts, findin
 from captioner.tables.verification import verify
 from tests.caption_tables import caption_row, failure_row
 from tests.faults.conftest import tar_of
-from tests.faults.crashes import Moment, crashing
+from tests.faults.crashes import Moment, crashing, empty_memory
 from tests.sample_images import encoded
 
 PER_TAR = 4
@@ -269,6 +269,7 @@ def try_crashes(
         except BaseException as error:
             error.add_note(f"{command} on {place}, dead {moment} change {at}, then {', '.join(order)}")
             raise
+    empty_memory(folder)
     return len(chosen)
 
 

@@ -16,7 +16,7 @@ from captioner.export.formats.table import EXPORT_FORMATS
 from captioner.storage import open_store
 from captioner.tables import CaptionTable
 from tests.caption_tables import add_part, begin_table, caption_row, write_images
-from tests.faults.crashes import Crash, crashing
+from tests.faults.crashes import Crash, crashing, empty_memory
 
 NUM_IMAGES = 5
 CATALOGUES = {"iceberg", "lance"}  # whose files have times and ids of their own; their crashes are tried elsewhere
@@ -67,6 +67,7 @@ def try_crashes(table: CaptionTable, folder: Path, name: str, store: str, chance
             export(table, place(str(number)), name)
             assert export(table, place(str(number)), name)["rows"] == 0
         assert files_of(place(str(number))) == wanted, f"dead {moment} change {at}"
+        empty_memory(folder / f"{name}-{number}")
     return len(chosen)
 
 
