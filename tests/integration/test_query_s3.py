@@ -29,6 +29,7 @@ from tests.pages import GUIDE
 from tests.sample_images import encoded
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("kept_decode_children")
 
 
 @pytest.fixture
