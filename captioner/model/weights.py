@@ -119,10 +119,20 @@ class Weights:
         return flat.view(found.shape)
 
     def _contents(self) -> list[str]:
-        if self.folder.is_local and self.size_bytes <= _WHOLE_BYTES:  # threads would take longer than the reading
-            return [self._content(tensor) for tensor in self.tensors.values()]
-        with ThreadPoolExecutor(_READERS) as readers:
-            return list(readers.map(self._content, self.tensors.values()))
+        spans: dict[str, tuple[int, int]] = {}
+        for tensor in self.tensors.values():
+            start, end = spans.get(tensor.file, (tensor.start, tensor.end))
+            spans[tensor.file] = min(start, tensor.start), max(end, tensor.end)
+        if max(self.size_bytes, sum(end - start for start, end in spans.values())) > _WHOLE_BYTES:
+            with ThreadPoolExecutor(_READERS) as readers:
+                return list(readers.map(self._content, self.tensors.values()))
+        # an adapter has hundreds of tensors, each of which would be a request
+        whole = {file: memoryview(self.folder.read(file, *span)) for file, span in spans.items()}
+        return [
+            hashlib.sha256(whole[tensor.file][tensor.start - origin : tensor.end - origin]).hexdigest()
+            for tensor in self.tensors.values()
+            for origin in [spans[tensor.file][0]]
+        ]
 
     def _content(self, tensor: Stored) -> str:
         if self.size_bytes <= _WHOLE_BYTES:

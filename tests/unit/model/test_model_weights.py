@@ -39,6 +39,29 @@ def test_one_changed_number_changes_the_fingerprint_of_a_small_model(tmp_path: P
     assert weights(before).fingerprint() != weights(save(tmp_path / "b", x=changed)).fingerprint()
 
 
+def test_the_tensors_of_a_small_model_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = weights(save_llama(tmp_path / "many", max_shard_size="50KB"))
+    reads: list[str] = []
+    read = Folder.read
+
+    def counted(folder: Folder, name: str, *span: int) -> bytes:
+        reads.append(name)
+        return read(folder, name, *span)
+
+    monkeypatch.setattr(Folder, "read", counted)
+    found.fingerprint()
+    assert sorted(reads) == sorted({tensor.file for tensor in found.tensors.values()})
+
+
+def test_tensors_far_apart_in_one_file_have_the_fingerprint_of_the_same_ones_together(tmp_path: Path):
+    first, last = torch.full((3,), 1.0), torch.full((5,), 2.0)
+    apart = weights(save(tmp_path / "a", a=first, b=torch.zeros(17 << 20), c=last))
+    assert (
+        apart.select({"a": "a", "c": "c"}.get).fingerprint()
+        == weights(save(tmp_path / "b", a=first, c=last)).fingerprint()
+    )
+
+
 def test_of_a_large_model_each_tensor_is_sampled(tmp_path: Path):
     x, y = torch.zeros(3000, 3000), torch.zeros(3000, 3000)
     before = weights(save(tmp_path / "a", x=x, y=y)).fingerprint()
