@@ -184,8 +184,13 @@ class Store:
     def read_or_none(self, place: Place) -> bytes | None:
         """Return the bytes at `place`, None where there is no file: one request, where `info` takes up to four.
 
-        Raises StoreError."""
-        return self._or_none(lambda: self.read_bytes(place))
+        Raises StoreError, also for a bucket that does not exist."""
+        try:
+            return self.read_bytes(place)
+        except StoreError as error:
+            if error.fault.reason == RejectReason.MISSING and not error.fault.is_bucket_missing:
+                return None
+            raise
 
     def read_range(self, place: Place, start: int, stop: int) -> bytes:
         """Return bytes `start` to `stop` of the file at `place`. Raises StoreError."""

@@ -180,6 +180,9 @@ def test_an_upload_is_whole_or_absent(s3):
     store.remove(url)
     store.remove(url)
     assert store.info(url) is None
+    assert store.read_or_none(url) is None
+    with pytest.raises(StoreError, match="bucket does not exist"):
+        store.read_or_none("s3://no-such-bucket-at-all/x")
 
 
 def test_a_listing_shows_the_folder_as_it_is_now(s3):

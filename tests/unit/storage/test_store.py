@@ -29,7 +29,26 @@ def test_what_is_written_is_read_back(folder):
     store.remove(f"{folder}/a/b.bin")
     store.remove(f"{folder}/a/b.bin")
     assert store.info(f"{folder}/a/b.bin") is None
+    assert store.read_or_none(f"{folder}/a/b.bin") is None
     assert store.names(f"{folder}/nowhere") == []
+
+
+def test_a_file_that_may_be_missing_is_asked_for_no_more_often_than_any_other(monkeypatch):
+    monkeypatch.setattr("captioner.storage.fsspec_store.pause_s", lambda *_: 0)
+    store, asked = open_store(f"memory://{uuid.uuid4().hex}"), []
+
+    def drop(path):
+        asked.append(path)
+        raise ConnectionResetError("dropped")
+
+    monkeypatch.setattr(store.fs, "cat_file", drop)
+    nums_asked = []
+    for read in (store.read_bytes, store.read_or_none):
+        asked.clear()
+        with pytest.raises(StoreError, match="dropped"):
+            read("memory://x")
+        nums_asked.append(len(asked))
+    assert nums_asked[0] == nums_asked[1] > 1
 
 
 def _ignores_the_condition(store, place, data):
