@@ -112,7 +112,6 @@ export_table(ExportConfig(table=sys.argv[1], output=sys.argv[2], format=sys.argv
 """
 NUM_FILES = 8
 KILLED_AT = 9  # renames and links: some files are there, and some are not
-NEVER = 0
 
 
 @pytest.mark.slow
@@ -122,13 +121,18 @@ def test_an_export_that_is_killed_ends_as_an_unbroken_one(name: str, tmp_path: P
     table, _ = begin_table(str(tmp_path / "table"), str(images))
     add_part(table, [caption_row(number, f"{number:03d}.jpg", f"caption {number}") for number in range(NUM_FILES)])
 
-    def run(output: str, killed_at: int) -> int:
-        arguments = [str(tmp_path / "table"), str(tmp_path / output), name, str(killed_at)]
-        return subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False).returncode
+    def run(output: str) -> None:
+        export_table(ExportConfig(table=str(tmp_path / "table"), output=output, format=name, rows_per_file=1))
 
-    assert run("unbroken", NEVER) == 0
-    assert run("killed", KILLED_AT) == -signal.SIGKILL
+    unbroken, output = str(tmp_path / "unbroken"), str(tmp_path / "killed")
+    run(unbroken)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "table"), output, name, str(KILLED_AT)],
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
     num_written = len(list((tmp_path / "killed" / "_export" / "shards").glob("*.json")))
     assert 0 < num_written < NUM_FILES
-    assert run("killed", NEVER) == 0
-    assert files_of(str(tmp_path / "killed")) == files_of(str(tmp_path / "unbroken"))
+    run(output)
+    assert files_of(output) == files_of(unbroken)
