@@ -107,7 +107,7 @@ async function copy(text, what) {
   const told = byId(byId("large").open ? "copied" : "said");
   told.value = isDone ? `${what} copied` : "This browser lets no page copy; select it instead";
   clearTimeout(silence);
-  silence = setTimeout(() => (told.value = ""), 3000);
+  silence = setTimeout(() => (byId("copied").value = byId("said").value = ""), 3000);
 }
 
 async function toClipboard(text) {

@@ -522,6 +522,17 @@ def test_what_is_said_of_a_copy_stays_three_seconds_whatever_was_copied_before(c
     assert copying.tab.evaluate(said) == ""
 
 
+def test_what_is_said_of_a_copy_on_the_page_goes_though_another_follows_in_the_large_view(copying: Visit) -> None:
+    copying.tab.keyboard.press("Escape")
+    copying.tab.keyboard.press("c")
+    copying.wait_until("document.getElementById('said').value === 'Id copied'")
+    copying.tab.keyboard.press("Enter")
+    copying.tab.click("#copy-path")
+    copying.wait_until("document.getElementById('copied').value === 'Path copied'")
+    copying.tab.clock.run_for(3_100)
+    assert copying.tab.evaluate("document.getElementById('said').value") == ""
+
+
 def test_a_page_without_the_clipboard_of_a_safe_origin_copies_all_the_same(copying: Visit) -> None:
     copying.tab.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
     copying.tab.click("#copy-path")
