@@ -188,8 +188,8 @@ def test_each_row_is_drawn_about_as_often_as_any_other(tmp_path: Path) -> None:
         counts[rows.draw(200, seed).column("key").to_numpy()] += 1
     by_part = counts.reshape(40, 50).sum(axis=1)
     assert counts.sum() == 15 * 200
-    assert by_part.min() > 25  # of 75 expected; a part that were never chosen would have none
-    assert by_part.max() < 150
+    assert by_part.min() > 37  # of 75 expected; a part that were never chosen would have none
+    assert by_part.max() < 130
 
 
 def test_images_come_out_of_tars_and_parquet_and_only_the_wanted_rows_are_kept(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 from captioner.config import ImageConfig
@@ -33,6 +34,16 @@ def killed_on_k(data: bytes, preprocessing: Preprocessing, config: ImageConfig) 
     """End as the kernel ends a process when the machine has no memory left."""
     if data == b"k":
         os.kill(os.getpid(), signal.SIGKILL)
+    return decode(data, preprocessing, config)
+
+
+def killed_once(data: bytes, preprocessing: Preprocessing, config: ImageConfig) -> Decoded | Reject:
+    """End so at an image behind `once:PATH|`, unless that file is there, and make it."""
+    if data.startswith(b"once:"):
+        marker, _, data = data.removeprefix(b"once:").partition(b"|")
+        if not (file := Path(os.fsdecode(marker))).exists():
+            file.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
     return decode(data, preprocessing, config)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hostile_decoders import crash_on_c, greedy_on_g, hang_always, hang_on_h, killed_on_k
+from hostile_decoders import crash_on_c, greedy_on_g, hang_always, hang_on_h, killed_on_k, killed_once
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -598,6 +598,19 @@ def test_pixels_come_into_their_places_whatever_becomes_of_other_images(num_proc
             continue
         assert isinstance(outcome, Decoded)
         assert np.shares_memory(outcome.pixels, place)
+        alone = decode(data, CLIP, CONFIG)
+        assert isinstance(alone, Decoded)
+        assert (place == alone.pixels.reshape(-1)).all()
+
+
+def test_pixels_of_an_image_whose_decoder_was_killed_once_come_into_its_place(tmp_path: Path) -> None:
+    files = [saved(scene(64, 48, seed=seed)) for seed in range(3)]
+    block = np.zeros((len(files), 3 * 224 * 224), np.uint8)
+    with Decoder(CLIP, CONFIG, decode_one=killed_once) as decoder:
+        marked = b"once:%s|%s" % (bytes(tmp_path / "killed"), files[1])
+        decoder.decode_batch([files[0], marked, files[2]], list(block))
+        assert decoder.num_killed == 1
+    for data, place in zip(files, block, strict=True):
         alone = decode(data, CLIP, CONFIG)
         assert isinstance(alone, Decoded)
         assert (place == alone.pixels.reshape(-1)).all()
