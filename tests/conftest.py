@@ -22,7 +22,6 @@ import pytest
 
 from tests import hypothesis_profiles
 
-gc.disable()  # until all is imported: what is imported is no garbage, and to look through it takes a sixth of the time
 hypothesis_profiles.load_profile()
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each core has a pytest of its own already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,6 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(_SLOW_TIMEOUT_S))
 
 
+def pytest_configure() -> None:
+    """Collect no garbage until all is imported: nothing of it is garbage, and looking takes a sixth of the time."""
+    gc.disable()
+    atexit.register(_end_without_a_report)
+
+
 def pytest_collection_finish() -> None:
     """Keep what was imported out of each later garbage collection, which torch and transformers make 0.3 s long."""
     gc.collect()
@@ -63,7 +68,6 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@atexit.register
 def _end_without_a_report() -> None:
     """Say no more: what was frozen is never freed, and DuckDB's binding would report each of its objects as leaked."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
