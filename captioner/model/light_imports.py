@@ -27,7 +27,8 @@ _HEAVY = ("transformers.models.clip.modeling_clip", "transformers.models.llama.m
 def import_transformers() -> None:
     """Import the parts of transformers that every captioner needs, where they have not been imported.
 
-    Whatever asks for the compiler or for sharded tensors later gets the real ones."""
+    Whatever else asks for the compiler or for sharded tensors later gets the real ones. transformers itself shards no
+    model in this process any more: it asks once whether torch can."""
     if any(name in sys.modules for name in (*_STAND_INS, *_HEAVY)):
         return
     try:
