@@ -185,6 +185,19 @@ def test_an_upload_is_whole_or_absent(s3):
         store.read_or_none("s3://no-such-bucket-at-all/x")
 
 
+def test_a_file_that_may_be_missing_is_looked_up_and_read_by_one_request(s3, monkeypatch):
+    store = open_store(s3.url, s3.storage_options)
+    there, call, asked = s3.put("there", b"x"), store.fs._call_s3, []
+
+    def counted(method, *args, **kwargs):
+        asked.append(method)
+        return call(method, *args, **kwargs)
+
+    monkeypatch.setattr(store.fs, "_call_s3", counted)
+    assert (store.read_or_none(there), store.read_or_none(f"{s3.url}/not-there")) == (b"x", None)
+    assert asked == ["get_object"] * 2
+
+
 def test_a_listing_shows_the_folder_as_it_is_now(s3):
     store = open_store(s3.url, s3.storage_options)
     s3.put("out/a", b"")
