@@ -1,10 +1,10 @@
 """How a process of a job imports transformers: without torch's compiler and its sharded tensors.
 
-No captioner uses these two, yet transformers imports both for a few marks on its functions and for the kinds of its
-annotations: with sympy 870 modules, and a fourth of the time that a worker takes until it can load a model. While it is
-imported here it finds a stand-in for the compiler, which it does not promise to bear, and a torch as it is built for a
-single process, which it does. A test goes red at a release that bears them no longer; until it is mended transformers
-is imported as it comes.
+No captioner uses these two. transformers imports both all the same, for marks on some of its functions and for types in
+annotations: 870 modules with sympy, and a fourth of the time until a worker can load a model. During the import a
+stand-in takes the place of the compiler, which transformers does not promise to support, and torch says that it has no
+`torch.distributed`, which transformers does. A test fails at a release that does not work so; there transformers is
+imported as it comes.
 """
 
 import importlib
