@@ -92,3 +92,7 @@ def __getattr__(name: str) -> Any:
             found = globals()[name] = getattr(importlib.import_module(f"captioner.config.{home}"), name)
             return found
     raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
