@@ -23,9 +23,6 @@ import pytest
 from tests import hypothesis_profiles
 
 hypothesis_profiles.load_profile()
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each core has a pytest of its own already
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of Ray's workers, which may have more
 _MEMORY = "/dev/shm"
 if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)  # each fsync, which makes parts durable, is 5 ms on a disk
@@ -56,9 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Collect no garbage until all is imported: nothing of it is garbage, and looking takes a sixth of the time."""
+    """Before anything is imported: a thread for torch, whose sums then have the same last bits on any number of cores,
+    and no look for garbage until all is there, which takes a sixth of the time and finds none."""
     gc.disable()
     atexit.register(_end_without_a_report)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of Ray's workers, which may have more
 
 
 def pytest_collection_finish() -> None:
