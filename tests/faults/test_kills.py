@@ -72,13 +72,15 @@ def test_a_job_whose_own_ray_loses_its_raylet_or_gcs_ends_soon_with_the_reason_a
 
 
 def test_a_job_survives_the_death_of_the_node_that_decodes(
-    start: Start, cluster: tuple[str, str], images: Path, unbroken: pd.DataFrame, tmp_path: Path
+    start: Start, cluster: tuple[str, str], images: Path, store: SlowStore, unbroken: pd.DataFrame, tmp_path: Path
 ) -> None:
     address, mark = cluster
+    store.hold_after(600)  # more than the two blocks of 256 that one decoder fetches at once: one is whole
     job = start(images, tmp_path / "table", "--workers", "2", RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
     wait_for_parts(job, tmp_path / "table")
     (decoder,) = (pid for pid, line in marked(mark) if KINDS["decoder"] in line)
     assert kill(parent(decoder)), "the node was gone before it was killed"
+    store.hold_after(math.inf)
     assert job.summary()["read"] == len(unbroken)
     assert_same(table(tmp_path / "table"), unbroken)
     verified(str(tmp_path / "table"))
