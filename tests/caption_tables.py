@@ -9,7 +9,7 @@ import pyarrow as pa
 from captioner.config import InputConfig
 from captioner.inputs import freeze
 from captioner.inputs.units import Frozen
-from captioner.schema import captioned_schema, row_key
+from captioner.schema import ASKED, captioned_schema, row_key
 from captioner.storage import Location
 from captioner.tables import CaptionTable, Stamp
 from tests.sample_images import encoded
@@ -61,3 +61,15 @@ def add_part(
     answers = table.answers()
     made = pa.Table.from_pylist([dict(row) for row in rows], captioned_schema(kept, answers))
     table.write(made, Stamp(run_id, table.digest), kept, table.families()[:1])
+
+
+def add_answers(table: CaptionTable, prompt: str, asked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the answers to a prompt that is added to a table, or its failures, as one part, as the sink of a job does.
+
+    asked: `Prompt.identity`. rows: as `caption_row` or `failure_row` makes them, with the answers."""
+    identity = table.identity() or {}
+    table.claim({**identity, "prompts": identity.get("prompts", {}) | {prompt: asked}})
+    families = [family for family in table.families() if family.prompt == prompt]
+    schema = captioned_schema([ASKED], families[0].answers)
+    made = pa.Table.from_pylist([{**row, ASKED.name: [prompt]} for row in rows], schema)
+    table.write(made, Stamp(f"run-{prompt}", table.digest), (), families)

@@ -37,7 +37,7 @@ class ExportConfig:
     """Columns of `captions` that are exported, where the format has columns; by default all."""
 
     captions: Literal["best", "all"] = "best"
-    """`all`: every candidate of an image is a caption of its own, where the format holds several."""
+    """`all`: every candidate of `caption` is a caption of its own, where the format holds several."""
 
     names: Literal["tree", "beside"] = "tree"
     """Where txt puts NAME.txt: in a tree below OUT like that of the images, or beside each image.
@@ -53,7 +53,7 @@ class ExportConfig:
     """Whether webdataset and hf read the images again, or write captions alone."""
 
     prompt: str | None = None
-    """What the human says in llava's conversations. By default the prompt that the captions' run was given."""
+    """What the human says in llava's conversations. By default the prompt whose answer --text names first."""
 
     csv_safe: bool = False
     """In CSV, put `'` before a text that a spreadsheet would run as a formula: it begins with = + - @ or a tab."""

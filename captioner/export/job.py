@@ -22,7 +22,7 @@ from captioner.export.prompts import prompts_of
 from captioner.export.record import Batch, ExportRecord
 from captioner.export.request import DEFAULT_TEXT, ExportFormat, Outcome, Refusal, Request, Shard
 from captioner.export.rows import NewRows, columns_of, cut, find_new, read_rows, selection_sql
-from captioner.export.text import text_sql, texts_sql
+from captioner.export.text import named_columns, text_sql, texts_sql
 from captioner.query.views import Connection, ask, select
 from captioner.storage import Location
 from captioner.storage.faults import output_errors
@@ -218,7 +218,7 @@ def _in_terms_of(
         text=text,
         texts=texts,
         images=ImageSource(images),
-        prompts=prompts_of(table) if form.needs_prompts and config.prompt is None else {},
+        prompts=prompts_of(table, named_columns(config.text)) if form.needs_prompts and config.prompt is None else {},
         folder=str((table.identity() or {}).get("input", "")),
     )
     form.columns(request)

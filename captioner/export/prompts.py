@@ -1,7 +1,7 @@
 """The prompt that each run of a table was given, from its record: as the user gave it, else the model's template; of
-named prompts `caption`."""
+named prompts the one that the exported text answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from captioner.prompts import CAPTION, PromptText
@@ -10,12 +10,15 @@ from captioner.tables import CaptionTable
 __all__ = ["prompts_of"]
 
 
-def prompts_of(table: CaptionTable) -> dict[str, str]:
+def prompts_of(table: CaptionTable, columns: Sequence[str]) -> dict[str, str]:
     """Return run -> prompt; a run whose record does not say it, or cannot be read, or whose images were asked
-    different texts, is left out."""
+    different texts, is left out.
+
+    columns: of the exported text; the first one that is an answer says which prompt, by default `caption`."""
     named = (table.identity() or {}).get("prompts", {})
-    if CAPTION in named:
-        text = _constant_text(named[CAPTION])
+    answered = next((column for column in columns if column in {CAPTION, *named}), CAPTION)
+    if answered in named:
+        text = _constant_text(named[answered])
         return dict.fromkeys(sorted(table.run_ids()), text) if text else {}
     found = {run_id: _prompt(table.recorded(run_id)) for run_id in sorted(table.run_ids())}
     return {run_id: prompt for run_id, prompt in found.items() if prompt}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from captioner.errors import ConfigError
 from captioner.query.views import quoted
 
-__all__ = ["one_a_line", "text_sql", "texts_sql"]
+__all__ = ["named_columns", "one_a_line", "text_sql", "texts_sql"]
 
 _OF_CANDIDATE = "candidate"
 
@@ -22,8 +22,15 @@ def text_sql(template: str, kinds: Mapping[str, str]) -> str:
 
 
 def texts_sql(template: str, kinds: Mapping[str, str]) -> str:
-    """Return SQL of the texts of all candidates of a row, as a list; of a row without candidates its one text."""
+    """Return SQL of the texts of all candidates of a row, as a list; of a row without candidates its one text.
+
+    Raises ConfigError as `text_sql`, and for a template without `{caption}`, whose texts would all be the same."""
     of_row = text_sql(template, kinds)
+    if "caption" not in named_columns(template):
+        raise ConfigError(
+            f"--captions is all, and --text {template} is the same for each candidate; expected {{caption}} in it, or"
+            " --captions best"
+        )
     candidates = kinds.get("candidates", "")
 
     def value(column: str) -> str:
@@ -37,6 +44,11 @@ def texts_sql(template: str, kinds: Mapping[str, str]) -> str:
     return f"CASE WHEN len(candidates) > 0 THEN list_filter({of_each}, lambda text: text <> '') ELSE [{of_row}] END"
 
 
+def named_columns(template: str) -> list[str]:
+    """Return the columns that a template names, in its order."""
+    return [column for _, column, _, _ in _parsed(template) if column]
+
+
 def one_a_line(texts: Iterable[str]) -> bytes:
     """Return the bytes of a text file with a caption a line: line breaks within one become spaces."""
     return "".join(f"{' '.join(text.splitlines())}\n" for text in texts).encode()
@@ -44,11 +56,7 @@ def one_a_line(texts: Iterable[str]) -> bytes:
 
 def _joined(template: str, kinds: Mapping[str, str], value: Callable[[str], str]) -> str:
     pieces: list[str] = []
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(f"--text is {template}: {error}; expected columns in braces: '{{caption}}'") from error
-    for literal, column, form, conversion in parsed:
+    for literal, column, form, conversion in _parsed(template):
         pieces += [_literal(literal)] if literal else []
         if column is None:
             continue
@@ -57,6 +65,13 @@ def _joined(template: str, kinds: Mapping[str, str], value: Callable[[str], str]
             raise ConfigError(f"--text has {{{given}}}; expected columns of the table in braces: {', '.join(kinds)}")
         pieces.append(value(column))
     return f"trim({' || '.join(pieces) or _literal('')})"
+
+
+def _parsed(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"--text is {template}: {error}; expected columns in braces: '{{caption}}'") from error
 
 
 def _as_text(value: str, kind: str) -> str:

@@ -144,4 +144,4 @@ def test_what_images_were_asked_differently_is_no_prompt_of_a_conversation(
     images, prompts = str(write_images(tmp_path / "images", 1)), {"caption": {"decoding": {}, **asked}}
     table, _ = begin_table(str(tmp_path / "table"), images, identity={"prompts": prompts})
     table.record("run-1", {})
-    assert prompts_of(table) == {}
+    assert prompts_of(table, ["caption"]) == {}
