@@ -27,7 +27,7 @@ class KeptChild(Child):
             return self._running
         return super()._start()
 
-    def _ask(self, images: Sequence[Any], places: Sequence[Any] | None) -> Any:
+    def _ask(self, images: Sequence[Any], places: Any) -> Any:
         self._is_asked = True  # whoever ends it now leaves answers behind that no other may get
         found = super()._ask(images, places)
         self._is_asked = False

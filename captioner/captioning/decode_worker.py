@@ -14,7 +14,7 @@ import pyarrow as pa
 from captioner.captioning.witnesses import Witnesses
 from captioner.config import CaptionJobConfig
 from captioner.images import Decoded, Decoder, Preprocessing
-from captioner.images.reader import Pixels
+from captioner.images.pixel_blocks import PixelBlocks, Places
 from captioner.inputs import Fetcher, OutageDetector
 from captioner.schema import Reject, build_table, decoded_schema
 from captioner.storage.stop_file import StopFile
@@ -61,6 +61,7 @@ class DecodeWorker:
         self._outages = OutageDetector(
             config.input_path, lambda uri: self._source.fetch([uri])[0], witnesses.path_of, witnesses.earlier
         )
+        self._blocks = PixelBlocks()
         self._decoder = Decoder(Preprocessing.from_config(preprocessing), config.image)
         read = self._decoder.preprocessing
         self._schema = decoded_schema(read.size, kept, in_tiles=bool(read.resolutions))
@@ -72,7 +73,7 @@ class DecodeWorker:
         """
         if self._stop and self._stop.exists():
             rows = rows.slice(0, 0)
-        pixels = _PixelColumn(self._schema.field("pixels").type, rows.num_rows)
+        pixels = _PixelColumn(self._schema.field("pixels").type, rows.num_rows, self._blocks)
         outcomes, sizes = self._outcomes(rows, pixels)
         made = {
             "reason": [_if_reject(outcome, "reason") for outcome in outcomes],
@@ -129,22 +130,25 @@ class _PixelColumn:
 
     Squares are decoded into it: each copy of them would cost more than fetching the image does."""
 
-    def __init__(self, kind: pa.DataType, num_rows: int) -> None:
+    def __init__(self, kind: pa.DataType, num_rows: int, blocks: PixelBlocks) -> None:
         self._kind = kind
-        self._rows = None if pa.types.is_list(kind) else np.empty((num_rows, kind.byte_width), np.uint8)
+        self._block = None if pa.types.is_list(kind) else blocks.lend(num_rows, kind.byte_width)
 
-    def places(self, indices: Iterable[int]) -> list[Pixels] | None:
+    def places(self, indices: Iterable[int]) -> Places | None:
         """Return where the pixels of these rows belong; None for tiles, which are as many as their image wants."""
-        return None if self._rows is None else [self._rows[index] for index in indices]
+        return Places(self._block, list(indices)) if self._block else None
 
     def array(self, outcomes: Sequence[Decoded | Reject]) -> pa.Array:
         """Return the column. outcomes: of all rows; squares were decoded into their places."""
-        if self._rows is None:
+        if pa.types.is_list(self._kind):
             return _tile_array(outcomes, self._kind)
+        if not self._block:  # its lender had none left: whoever calls keeps many tables
+            each = [outcome.pixels.tobytes() if isinstance(outcome, Decoded) else None for outcome in outcomes]
+            return pa.array(each, self._kind)
         is_image = np.array([isinstance(outcome, Decoded) for outcome in outcomes], bool)
-        self._rows[~is_image] = 0
+        self._block.rows[~is_image] = 0
         validity = pa.py_buffer(np.packbits(is_image, bitorder="little").tobytes())
-        return pa.Array.from_buffers(self._kind, len(outcomes), [validity, pa.py_buffer(self._rows)])
+        return pa.Array.from_buffers(self._kind, len(outcomes), [validity, pa.py_buffer(self._block.rows)])
 
 
 def _tile_array(outcomes: Sequence[Decoded | Reject], kind: pa.ListType) -> pa.Array:

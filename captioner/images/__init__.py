@@ -13,6 +13,7 @@ torch and no Ray. Normalisation belongs on the device, so that an image is moved
     resampling.py      Pillow's resize of a part of an image, faster
     square.py          reduce, resize, crop and turn: the squares that the model reads
     reader.py          `decode`: one image, in this process
+    pixel_blocks.py    memory that child processes write pixels into
     child.py           the same in a child process, with a hard deadline and a limit on memory
     decoder.py         `Decoder`: one child process for each core to use
     thumbnails.py      small WebP files of whole images, for pages

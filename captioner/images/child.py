@@ -1,23 +1,22 @@
 """One child process that decodes images for its parent, and may die without harm.
 
-Images and pixels pass through two in-memory files that both processes have open, the input and the output buffer;
-messages are small. A kernel timer ends the child in the middle of any C function, a limit on its memory turns a bomb
-into an error, and if the machine still runs short, the kernel ends the child first. An image that ends its child is
-identified, and no other image is lost.
+Images and pixels pass through two in-memory files that both processes have open, the input and the output buffer, or
+pixels through the block that they belong in; messages are small. A kernel timer ends the child in the middle of any C
+function, a limit on its memory turns a bomb into an error, and if the machine still runs short, the kernel ends the
+child first. An image that ends its child is identified, and no other image is lost.
 """
 
-import itertools
 import math
 import os
 import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -26,6 +25,7 @@ import numpy as np
 from captioner.config import ImageConfig
 from captioner.errors import JobError
 from captioner.images.formats import readable_formats
+from captioner.images.pixel_blocks import Places, memory_file
 from captioner.images.preprocessing import Preprocessing
 from captioner.images.reader import Bytes, Decoded, Pixels
 from captioner.schema import Reject, RejectReason
@@ -60,13 +60,21 @@ class _Running(NamedTuple):
     """A child process and its channels."""
 
     process: subprocess.Popen[bytes]
-    connection: Connection  # in turns: the lengths of the images in the input buffer; an answer for each
+    connection: Connection  # in turns: what images the input buffer holds; an answer for each
     input_buffer: BinaryIO
     output_buffer: BinaryIO
 
 
+class _Message(NamedTuple):
+    """The lengths of the images in the input buffer, one after another, and where in a block their pixels go: its file
+    follows. Without a block they go into the output buffer, each behind those of the image before it."""
+
+    lengths: list[int]
+    offsets: list[int] | None
+
+
 class _Answer(NamedTuple):
-    """A decoded image, whose pixels are behind those of the image before it in the output buffer."""
+    """A decoded image, whose pixels are where the message wanted them."""
 
     shape: tuple[int, ...]
     width: int
@@ -89,23 +97,23 @@ class Child:
         self._task = decode_one, preprocessing, config
         self._running: _Running | None = None
 
-    def decode(self, images: Sequence[Bytes], places: Sequence[Pixels] | None = None) -> list[Decoded | Reject]:
+    def decode(self, images: Sequence[Bytes], places: Places | None = None) -> list[Decoded | Reject]:
         """Return pixels or a reject of each image. places: as in `Decoder.decode_batch`.
 
         Raises JobError if the child cannot start at all."""
         outcomes: list[Decoded | Reject] = []
         while len(outcomes) < len(images):
             done = len(outcomes)
-            rest, into = images[done:], places and places[done:]
+            rest, into = images[done:], places and places.of(range(done, len(images)))
             found = self._ask(rest, into)
             if isinstance(found, _Death):  # the answers to earlier images died with it
                 at = found.image_index
-                retried = self._retried(rest[at], into and into[at : at + 1], found.status)
-                found = [*self.decode(rest[:at], into and into[:at]), retried]
+                retried = self._retried(rest[at], into and into.of([at]), found.status)
+                found = [*self.decode(rest[:at], into and into.of(range(at))), retried]
             outcomes += found
         return outcomes
 
-    def _retried(self, data: Bytes, place: Sequence[Pixels] | None, status: int) -> Decoded | Reject:
+    def _retried(self, data: Bytes, place: Places | None, status: int) -> Decoded | Reject:
         """Return the outcome of an image that ended the child."""
         if status == -signal.SIGALRM:
             limit = f"--decode-timeout-s is {self._task[2].decode_timeout_s:g}"
@@ -130,12 +138,14 @@ class Child:
             running.process.kill()
             running.process.wait()
 
-    def _ask(self, images: Sequence[Bytes], places: Sequence[Pixels] | None) -> list[Decoded | Reject] | _Death:
+    def _ask(self, images: Sequence[Bytes], places: Places | None) -> list[Decoded | Reject] | _Death:
         """Return the outcomes, or the end of the child before it answered."""
         running = self._running or self._start()
         try:
             num_bytes = _write(running.input_buffer, images)
-            running.connection.send([len(data) for data in images])
+            running.connection.send(_Message([len(data) for data in images], places and places.offsets))
+            if places:
+                send_handle(running.connection, places.block.fileno, running.process.pid)
             answers: list[_Answer | Reject] = running.connection.recv()
         except (EOFError, ConnectionError):
             self.num_deaths += 1
@@ -145,12 +155,13 @@ class Child:
             raise
         if num_bytes > _MAX_KEPT_BYTES:
             os.ftruncate(running.input_buffer.fileno(), _MAX_KEPT_BYTES)
-        arrays = _read_pixels(running.output_buffer, answers, places)
+        shapes = [None if isinstance(answer, Reject) else answer.shape for answer in answers]
+        arrays = places.pixels if places else _read_pixels(running.output_buffer, shapes)
         return [
             answer
             if isinstance(answer, Reject)
-            else Decoded(next(arrays), answer.width, answer.height, answer.decode_s)
-            for answer in answers
+            else Decoded(pixels.reshape(answer.shape), answer.width, answer.height, answer.decode_s)
+            for answer, pixels in zip(answers, arrays, strict=True)
         ]
 
     def _death(self, running: _Running) -> _Death:
@@ -173,7 +184,7 @@ class Child:
 
     def _spawn(self) -> _Running:
         ours, theirs = Pipe()
-        input_buffer, output_buffer = _memory_file(), _memory_file()
+        input_buffer, output_buffer = memory_file(), memory_file()
         files = theirs.fileno(), input_buffer.fileno(), output_buffer.fileno()
         command = [sys.executable, "-c", _BOOT, *map(str, files), *sys.path]
         process = subprocess.Popen(
@@ -199,11 +210,12 @@ def serve(connection_fileno: int, input_buffer: int, output_buffer: int) -> None
         _limit_memory(_MIN_BYTES + _BYTES_A_PIXEL * config.max_image_pixels)
         connection.send(None)
         while True:
-            lengths = connection.recv()
-            ends = np.cumsum(lengths).tolist()
+            message: _Message = connection.recv()
+            target = output_buffer if message.offsets is None else recv_handle(connection)
+            ends = np.cumsum(message.lengths).tolist()
             answers: list[_Answer | Reject] = []
             written = _HEADER_BYTES
-            for index, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+            for index, (length, end) in enumerate(zip(message.lengths, ends, strict=True)):
                 os.pwrite(output_buffer, index.to_bytes(8, "little"), 0)
                 data = os.pread(input_buffer, length, end - length)
                 signal.setitimer(signal.ITIMER_REAL, config.decode_timeout_s)
@@ -212,10 +224,13 @@ def serve(connection_fileno: int, input_buffer: int, output_buffer: int) -> None
                 decode_s = time.perf_counter() - start
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 if isinstance(outcome, Decoded):
-                    written += os.pwrite(output_buffer, outcome.pixels.data, written)
+                    place = written if message.offsets is None else message.offsets[index]
+                    written += os.pwrite(target, outcome.pixels.data, place)
                     answers.append(_Answer(outcome.pixels.shape, outcome.width, outcome.height, decode_s))
                 else:
                     answers.append(outcome)
+            if target != output_buffer:
+                os.close(target)
             connection.send(answers)
 
 
@@ -244,26 +259,12 @@ def _write(input_buffer: BinaryIO, images: Sequence[Bytes]) -> int:
     return num_bytes
 
 
-def _read_pixels(
-    output_buffer: BinaryIO, answers: Sequence[_Answer | Reject], places: Sequence[Pixels] | None
-) -> Iterator[Pixels]:
-    """Yield the pixels of each image that was decoded: of its place, or else of one new array."""
-    decoded = [(index, answer) for index, answer in enumerate(answers) if isinstance(answer, _Answer)]
-    ends = list(itertools.accumulate(math.prod(answer.shape) for _, answer in decoded))
-    if places is None:
-        whole = np.empty(ends[-1] if ends else 0, np.uint8)
-        arrays = np.split(whole, ends[:-1])
-        os.preadv(output_buffer.fileno(), [whole.data], _HEADER_BYTES)
-    else:
-        arrays = [places[index] for index, _ in decoded]
-        os.preadv(output_buffer.fileno(), [array.data for array in arrays], _HEADER_BYTES)
-    yield from (array.reshape(answer.shape) for array, (_, answer) in zip(arrays, decoded, strict=True))
-
-
-def _memory_file() -> BinaryIO:
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("images"), "r+b", buffering=0)
-    return tempfile.TemporaryFile(buffering=0)
+def _read_pixels(output_buffer: BinaryIO, shapes: Sequence[tuple[int, ...] | None]) -> list[Pixels]:
+    """Return the pixels of each image, of one new array; none of one that has no shape."""
+    ends = np.cumsum([math.prod(shape) if shape else 0 for shape in shapes]).tolist()
+    whole = np.empty(ends[-1], np.uint8)
+    os.preadv(output_buffer.fileno(), [whole.data], _HEADER_BYTES)
+    return np.split(whole, ends[:-1])
 
 
 def _cause(status: int) -> str:

@@ -19,8 +19,9 @@ from PIL import Image
 
 from captioner.config import ImageConfig
 from captioner.images.child import Child, Decode
+from captioner.images.pixel_blocks import Places
 from captioner.images.preprocessing import Preprocessing
-from captioner.images.reader import Bytes, Decoded, Pixels, decode, decode_image, refuse_by_size
+from captioner.images.reader import Bytes, Decoded, decode, decode_image, refuse_by_size
 from captioner.schema import Reject
 
 __all__ = ["Decoder"]
@@ -28,7 +29,7 @@ __all__ = ["Decoder"]
 _GROUP_IMAGES, _GROUP_BYTES = 64, 4 << 20  # of one message to a child: one for each image costs more
 _GROUP_PIXEL_BYTES = 64 << 20  # that the answer to a message may take
 
-_Group = tuple[list[Bytes], Sequence[Pixels] | None]
+_Group = tuple[list[Bytes], Places | None]
 """Images of one message, and the places of their pixels."""
 
 
@@ -69,11 +70,11 @@ class Decoder:
         data = _unloaded_file(image)
         return decode_image(image, self.preprocessing, self.config) if data is None else self.decode(data)
 
-    def decode_batch(self, images: Sequence[Bytes], places: Sequence[Pixels] | None = None) -> list[Decoded | Reject]:
+    def decode_batch(self, images: Sequence[Bytes], places: Places | None = None) -> list[Decoded | Reject]:
         """Return `decode` of each image, in their order, on all the child processes.
 
-        places: of each image uint8[3 * S * S], contiguous, whose bytes its pixels become, if it is decoded. Without
-        them the pixels of many images may share one new array."""
+        places: rows of 3 * S * S bytes that the pixels of each image become, if it is decoded; their block must not be
+        lent anew meanwhile. Without places the pixels of many images may share one new array."""
         refused = {
             index: refusal for index, data in enumerate(images) if (refusal := refuse_by_size(data, self.config))
         }
@@ -81,7 +82,7 @@ class Decoder:
         most = min(_GROUP_IMAGES, max(1, _GROUP_PIXEL_BYTES // self.preprocessing.max_bytes))
         groups = list(_groups(images, wanted, min(most, -(-len(wanted) // len(self._children)))))
         outcomes: dict[int, Decoded | Reject] = dict(refused)
-        tasks = [([images[i] for i in group], places and [places[i] for i in group]) for group in groups]
+        tasks = [([images[i] for i in group], places and places.of(group)) for group in groups]
         for group, found in zip(groups, self._decode_groups(tasks), strict=True):
             outcomes.update(zip(group, found, strict=True))
         return [outcomes[index] for index in range(len(images))]

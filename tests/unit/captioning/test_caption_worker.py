@@ -17,6 +17,7 @@ from captioner.captioning.decode_worker import DecodeWorker
 from captioner.captioning.telemetry import NullRecorder
 from captioner.config import CaptionJobConfig, ImageConfig, InputConfig, ModelConfig
 from captioner.errors import JobError
+from captioner.images import Decoded, Preprocessing, decode
 from captioner.model.bundle import describe
 from captioner.prompts import Prompt, answer_fields, num_tokens, read_prompts
 from captioner.schema import captioned_schema, decoded_schema, source_schema
@@ -65,6 +66,16 @@ def test_every_row_is_decoded_or_rejected_in_its_place(tmp_path: Path, bundle: s
     assert (decoded["width"][0].as_py(), decoded["height"][0].as_py()) == (60, 50)
     assert decoded["size_bytes"][1].as_py() == len(encoded("PNG"))
     assert set(decoded.column("label").to_pylist()) == {"kept"}
+
+
+def test_every_table_that_is_kept_keeps_its_own_pixels_however_many_there_are(tmp_path: Path, bundle: str) -> None:
+    decoder = DecodeWorker(job(tmp_path, bundle), describe(bundle).preprocessing, KEPT)
+    files = [encoded("PNG", seed=seed) for seed in range(40)]
+    kept = [decoder(source([{"data": b""}, {"data": data}])) for data in files]
+    for data, table in zip(files, kept, strict=True):
+        alone = decode(data, Preprocessing.from_config(describe(bundle).preprocessing), ImageConfig())
+        assert isinstance(alone, Decoded)
+        assert table["pixels"].to_pylist() == [None, alone.pixels.tobytes()]
 
 
 def test_a_worker_logs_the_image_that_was_slow_to_decode(

@@ -22,6 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from captioner.config import ImageConfig
 from captioner.errors import BundleError, JobError
 from captioner.images import Decoded, Decoder, Preprocessing, decode, pixels_of
+from captioner.images.pixel_blocks import PixelBlocks, Places
 from captioner.schema import Reject, RejectReason
 
 CLIP = Preprocessing()
@@ -588,10 +589,12 @@ def test_an_image_whose_decoder_is_killed_is_out_of_memory_and_no_other_image_is
 def test_pixels_come_into_their_places_whatever_becomes_of_other_images(num_processes: int) -> None:
     files = [saved(scene(64, 48, seed=seed)) for seed in range(4)]
     batch = [files[0], b"", b"c", files[1], b"x", files[2], b"c", files[3]]
-    block = np.full((len(batch), 3 * 224 * 224), 7, np.uint8)
+    block = PixelBlocks().lend(len(batch), 3 * 224 * 224)
+    assert block
+    block.rows[:] = 7
     with Decoder(CLIP, CONFIG, num_processes=num_processes, decode_one=crash_on_c) as decoder:
-        outcomes = decoder.decode_batch(batch, list(block))
-    for data, outcome, place in zip(batch, outcomes, block, strict=True):
+        outcomes = decoder.decode_batch(batch, Places(block, range(len(batch))))
+    for data, outcome, place in zip(batch, outcomes, block.rows, strict=True):
         if data not in files:
             assert isinstance(outcome, Reject)
             assert (place == 7).all(), "no image was decoded here"
@@ -605,12 +608,13 @@ def test_pixels_come_into_their_places_whatever_becomes_of_other_images(num_proc
 
 def test_pixels_of_an_image_whose_decoder_was_killed_once_come_into_its_place(tmp_path: Path) -> None:
     files = [saved(scene(64, 48, seed=seed)) for seed in range(3)]
-    block = np.zeros((len(files), 3 * 224 * 224), np.uint8)
+    block = PixelBlocks().lend(len(files), 3 * 224 * 224)
+    assert block
     with Decoder(CLIP, CONFIG, decode_one=killed_once) as decoder:
         marked = b"once:%s|%s" % (bytes(tmp_path / "killed"), files[1])
-        decoder.decode_batch([files[0], marked, files[2]], list(block))
+        decoder.decode_batch([files[0], marked, files[2]], Places(block, range(len(files))))
         assert decoder.num_killed == 1
-    for data, place in zip(files, block, strict=True):
+    for data, place in zip(files, block.rows, strict=True):
         alone = decode(data, CLIP, CONFIG)
         assert isinstance(alone, Decoded)
         assert (place == alone.pixels.reshape(-1)).all()
