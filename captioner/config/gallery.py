@@ -40,6 +40,14 @@ class GalleryConfig:
     references: str | None = None
     """Reference captions to show beside them: any file that jobs/evaluate.py reads; `demo` is the embedded images."""
 
+    caption_column: str = ""
+    """The prompt whose answers are shown in place of the captions, and compared by --compare in both tables: any that
+    the table answers, also one that was added later. By default `caption`."""
+
+    reference_column: str = ""
+    """Column of --references with the texts, of a caption table the name of any prompt. By default `caption`,
+    `captions` or `text`."""
+
     storage_options: dict[str, object] = field(default_factory=dict)
     """fsspec options of the tables' store, as JSON. By default the usual environment variables."""
 
@@ -52,4 +60,11 @@ class GalleryConfig:
         check(is_page, "OUT.html", self.output, "a name that ends in .html")
         check(1 <= self.sample <= MAX_CARDS, "--sample", self.sample, f"1 to {MAX_CARDS:,}")
         check(not (self.compare and self.references), "--references", self.references, "none with --compare")
+        has_columns = self.references not in (None, "demo")
+        check(
+            has_columns or not self.reference_column,
+            "--reference-column",
+            self.reference_column,
+            "--references with it, a file or a caption table",
+        )
         check(not (self.compare and self.query), "--query", self.query, "none with --compare")

@@ -3,7 +3,6 @@
 Knows the columns of the table; reads and writes nothing. A row is a mapping from column to value, as Arrow gives it.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from captioner.gallery.cards import Card, Fact, Text
 from captioner.gallery.differences import difference
 from captioner.gallery.page_images import PageImage
-from captioner.gallery.wording import FAILED, doubt_words, finish_word
+from captioner.gallery.shown_column import answer_text
+from captioner.gallery.wording import FAILED, NO_ANSWER, doubt_words, finish_word
 from captioner.prompts import details_name
 from captioner.schema import SCORES, Reject, RejectReason
 from captioner.storage.urls import redact
@@ -27,8 +27,8 @@ _SHOWN_ELSEWHERE = {"image_id", "caption", "candidates"}
 
 def caption_card(row: Row, image: PageImage, references: Sequence[str] = (), path: str = "") -> Card:
     """Return the card of one image: its caption, or why there is none. path: where the image was read from."""
-    caption, is_failed = row.get("caption"), row.get("reason") is not None
-    texts = [] if is_failed else [Text.of("" if caption is None else str(caption)), *_answers(row)]
+    is_failed = row.get("reason") is not None
+    texts = [] if is_failed else [_text({"caption": "", **row}), *_answers(row)]
     return Card(
         image_id=_name(row),
         path=path,
@@ -43,7 +43,7 @@ def _answers(row: Row) -> Iterator[Text]:
     """Yield the answers to named prompts, each below its name."""
     for name in filter(lambda name: details_name(name) in row, row):
         if (value := row[name]) is not None and name != "caption":
-            yield Text.of(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), name)
+            yield Text.of(answer_text(value), name)
 
 
 def pair_card(rows: tuple[Row, Row], labels: tuple[str, str], image: PageImage, change: float, path: str = "") -> Card:
@@ -66,24 +66,26 @@ def pair_card(rows: tuple[Row, Row], labels: tuple[str, str], image: PageImage, 
 
 def _change(rows: tuple[Row, Row], change: float) -> list[str]:
     """Return the tag of what became of a caption; none where one of the two is missing."""
-    if any(row.get("reason") is not None for row in rows):
+    if any(row.get("caption") is None for row in rows):
         return []
     return [CHANGED if change else SAME]
 
 
 def _pair_texts(rows: tuple[Row, Row], labels: tuple[str, str]) -> list[Text]:
-    failures = [row for row in rows if row.get("reason") is not None]
-    if failures:
-        return [_plain_text(row, label) for row, label in zip(rows, labels, strict=True)]
-    found = difference(*(redact(row["caption"] or "") for row in rows))  # pieces of a URL cannot be redacted
+    if any(row.get("caption") is None for row in rows):
+        return [_text(row, label) for row, label in zip(rows, labels, strict=True)]
+    found = difference(*(redact(row["caption"]) for row in rows))  # pieces of a URL cannot be redacted
     return [Text(found.first, labels[0]), Text(found.second, labels[1])]
 
 
-def _plain_text(row: Row, label: str) -> Text:
-    if row.get("reason") is None:
-        return Text.of(row["caption"] or "", label)
-    reason = str(row["reason"]).replace("_", " ")
-    return Text([("same", f"{reason}: {row.get('detail') or ''}")], label, is_missing=True)
+def _text(row: Row, label: str = "") -> Text:
+    """Return the caption of a row, or why there is none."""
+    if row.get("reason") is not None:
+        reason = str(row["reason"]).replace("_", " ")
+        return Text([("same", f"{reason}: {row.get('detail') or ''}")], label, is_missing=True)
+    if row.get("caption") is None:
+        return Text([("same", NO_ANSWER)], label, is_missing=True)
+    return Text.of(str(row["caption"]), label)
 
 
 def _reject(row: Row) -> Reject:
@@ -101,6 +103,8 @@ def _name(row: Row) -> str:
 def _tags(row: Row) -> Iterator[str]:
     if row.get("reason") is not None:
         yield from (FAILED, str(row["reason"]))
+    elif "caption" in row and row["caption"] is None:
+        yield NO_ANSWER
     if row.get("finish_reason") is not None:
         yield finish_word(str(row["finish_reason"]))
     if row.get("is_repetitive"):

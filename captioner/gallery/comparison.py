@@ -1,4 +1,4 @@
-"""Two tables of the same images: which captions differ, and how much.
+"""Two tables of the same images: which captions, or answers to another prompt, differ, and how much.
 
 A sample of the first table is looked up in the second: by key where both have one input, which reads few parts; by
 image_id where they have not, or where a key is that of another image there.
@@ -14,7 +14,9 @@ import pyarrow as pa
 from captioner.errors import InputError
 from captioner.gallery.caption_cards import Row
 from captioner.gallery.differences import change
+from captioner.gallery.shown_column import with_texts_of
 from captioner.gallery.table_rows import TableRows
+from captioner.prompts import CAPTION
 
 __all__ = ["Comparison", "Pair", "compare"]
 
@@ -32,7 +34,7 @@ class Pair:
     def has_caption(self) -> tuple[bool, bool]:
         """Whether the image has a caption, in each table."""
         first, second = self.rows
-        return first.get("reason") is None, second.get("reason") is None
+        return first.get("caption") is not None, second.get("caption") is not None
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,15 @@ class Comparison:
     num_without_pair: int
 
 
-def compare(first: TableRows, second: TableRows, num_pairs: int, seed: int) -> Comparison:
+def compare(first: TableRows, second: TableRows, num_pairs: int, seed: int, *, column: str = CAPTION) -> Comparison:
     """Return the largest changes among a sample, `num_pairs` with those that have no caption in one table.
 
+    column: the prompt whose answers stand in place of the captions.
     Raises InputError if the tables share no image."""
     rows = first.draw(max(num_pairs, _COMPARED), seed)
     others = _others(first, second, rows)
     pairs = [
-        Pair((row, other), _change(row, other))
+        _pair(with_texts_of(column, row), with_texts_of(column, other))
         for row in rows.to_pylist()
         if (other := others.get(row["key"])) is not None
     ]
@@ -114,8 +117,8 @@ def _input(rows: TableRows) -> tuple[Any, Any]:
     return identity.get("input"), identity.get("columns")
 
 
-def _change(row: Row, other: Row) -> float:
-    is_failed = [found.get("reason") is not None for found in (row, other)]
-    if any(is_failed):
-        return 0.0 if all(is_failed) else 1.0
-    return change(row["caption"] or "", other["caption"] or "")
+def _pair(row: Row, other: Row) -> Pair:
+    before, after = row.get("caption"), other.get("caption")
+    if before is None or after is None:
+        return Pair((row, other), 0.0 if before == after else 1.0)
+    return Pair((row, other), change(before, after))

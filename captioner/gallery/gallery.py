@@ -17,8 +17,10 @@ from captioner.gallery.comparison import Comparison, compare
 from captioner.gallery.page import Page, page_html, write_page
 from captioner.gallery.page_images import thumbnails
 from captioner.gallery.references import references_of
+from captioner.gallery.shown_column import check_is_prompt, with_texts_of
 from captioner.gallery.table_rows import TableRows, ask_rows
 from captioner.gallery.wording import COMPLETE, doubt_words, model_name
+from captioner.prompts import CAPTION
 from captioner.schema import CAPTIONS, FAILURES, SCORES, Reject, RejectReason, captions_schema
 from captioner.storage import Location
 from captioner.tables import CaptionTable, open_table
@@ -42,27 +44,32 @@ def write_gallery(
     image_access: ImageAccessConfig | None = None,
     title: str = "",
     lines: Sequence[str] = (),
+    column: str = CAPTION,
     references: str | None = None,
+    reference_column: str = "",
 ) -> Mapping[str, Any]:
     """Write a page of `rows`, in their order, and return its summary.
 
     rows: any columns, `key` or `image_id` of the table among them; what else the table knows of these images is added,
     and each card shows the columns that the table does not have. `storage_options` are the table's, and those of
     `output`, `references` and the images where they are on the same kind of store. `lines` come below the title.
-    Raises InputError for a table that is none, or rows that name no image.
+    column: the prompt whose answers stand in place of the captions; reference_column: of `references`.
+    Raises InputError for a table that is none, or rows that name no image, ConfigError for a prompt that it has not.
     """
     options = storage_options or {}
     table = open_table(Location(table_url, options))
+    check_is_prompt(column, table)
     images = TableImages.of(table, image_access)
-    found = _completed(rows, table)
-    texts = references_of([_id(row) for row in found], references, options) if references and found else {}
+    found = [with_texts_of(column, row) for row in _completed(rows, table, column)]
+    named = [_id(row) for row in found]
+    texts = references_of(named, references, options, reference_column) if references and found else {}
     paths = images.paths([row["key"] for row in found if row.get("key") is not None])
     page = Page(
         title=title or _title(table),
         cards=[
             caption_card(row, _NO_IMAGE, texts.get(_id(row), ()), paths.get(row.get("key", -1), "")) for row in found
         ],
-        lines=[*lines, *_made_by(table)],
+        lines=[*_shown(column), *lines, *_made_by(table)],
         scores=[*_own(rows, table, images), *(score for score in SCORES[:2] if _has(score, found))],
         quiet_tags=[COMPLETE],
     )
@@ -77,18 +84,23 @@ def write_comparison(
     *,
     num_pairs: int,
     seed: int = 0,
+    column: str = CAPTION,
     storage_options: Mapping[str, Any] | None = None,
     image_access: ImageAccessConfig | None = None,
 ) -> Mapping[str, Any]:
     """Write a page of the largest changes from one table to another, and return a summary as `write_gallery` does.
 
-    Raises InputError for a table that is none, or two that share no image.
+    column: the prompt whose answers stand in place of the captions. Raises InputError for a table that is none, or two
+    that share no image, ConfigError for a prompt that one of them has not.
     """
     options = storage_options or {}
     tables = open_table(Location(table_url, options)), open_table(Location(other_url, options))
+    for table in tables:
+        check_is_prompt(column, table)
     images = TableImages.of(tables[0], image_access)
     comparison = ask_rows(
-        tables[0], lambda first: ask_rows(tables[1], lambda second: compare(first, second, num_pairs, seed))
+        tables[0],
+        lambda first: ask_rows(tables[1], lambda second: compare(first, second, num_pairs, seed, column=column)),
     )
     labels, keys = _labels(tables), [pair.rows[0]["key"] for pair in comparison.pairs]
     paths = images.paths(keys)
@@ -98,7 +110,7 @@ def write_comparison(
             pair_card(pair.rows, labels, _NO_IMAGE, pair.change, paths.get(key, ""))
             for pair, key in zip(comparison.pairs, keys, strict=True)
         ],
-        lines=_compared(comparison, tables, labels),
+        lines=[*_shown(column), *_compared(comparison, tables, labels, column)],
         scores=["change"],
         quiet_tags=[CHANGED, SAME, COMPLETE],
         layout="pairs",
@@ -106,16 +118,17 @@ def write_comparison(
     return _write(page, keys, images, tables[0].location.beside(output))
 
 
-def _completed(rows: pa.Table, table: CaptionTable) -> list[Row]:
-    """Return the rows with what the table has of their images; their own columns win."""
-    column = _naming(rows)
+def _completed(rows: pa.Table, table: CaptionTable, column: str) -> list[Row]:
+    """Return the rows with what the table has of their images, `column` among it; their own columns win."""
+    naming = _naming(rows)
     names = set(rows.column_names)
-    if not rows.num_rows or any(set(schema.names) <= names for schema in (CAPTIONS, FAILURES)):
+    wanted = [{*CAPTIONS.names, column}, set(FAILURES.names)]
+    if not rows.num_rows or any(needed <= names for needed in wanted):
         return list(rows.to_pylist())
-    values = rows.column(column).combine_chunks().drop_null().unique()
-    known = ask_rows(table, lambda found: _known(found, column, values))
-    by_value = {row[column]: row for row in reversed(known.to_pylist())}
-    return [{**by_value.get(row[column], {}), **row} for row in rows.to_pylist()]
+    values = rows.column(naming).combine_chunks().drop_null().unique()
+    known = ask_rows(table, lambda found: _known(found, naming, values))
+    by_value = {row[naming]: row for row in reversed(known.to_pylist())}
+    return [{**by_value.get(row[naming], {}), **row} for row in rows.to_pylist()]
 
 
 def _known(found: TableRows, column: str, values: pa.Array) -> pa.Table:
@@ -191,35 +204,43 @@ def _labels(tables: tuple[CaptionTable, CaptionTable]) -> tuple[str, str]:
     return (first, second) if first != second else (str(tables[0].location), str(tables[1].location))
 
 
+def _shown(column: str) -> list[str]:
+    return [] if column == CAPTION else [f"The texts are the answers to the prompt {column}."]
+
+
 def _made_by(table: CaptionTable) -> list[str]:
     identity = table.identity() or {}
     model, images = (identity.get("model") or {}).get("name"), identity.get("input")
     return [f"Captioned by {model_name(model)} from {images}."] if model and images else []
 
 
-def _compared(comparison: Comparison, tables: tuple[CaptionTable, CaptionTable], labels: tuple[str, str]) -> list[str]:
-    lines = [_num_changed(comparison), *_num_failed(comparison, labels)]
+def _compared(
+    comparison: Comparison, tables: tuple[CaptionTable, CaptionTable], labels: tuple[str, str], column: str
+) -> list[str]:
+    text = "a caption" if column == CAPTION else "an answer"
+    lines = [_num_changed(comparison, text), *_num_failed(comparison, labels, text)]
     if comparison.num_without_pair:
         lines.append(f"{comparison.num_without_pair:,} more are not in {labels[1]}.")
     differing = settings_that_differ(*(table.identity() or {} for table in tables))
     return lines + [_setting(*found, labels) for found in _telling(differing)]
 
 
-def _num_changed(comparison: Comparison) -> str:
+def _num_changed(comparison: Comparison, text: str) -> str:
     num_compared, num_changed = comparison.num_compared, comparison.num_changed
     if not num_compared:
-        return "No image has a caption in both tables."
-    line = f"Of {counted(num_compared, 'caption')} compared, {num_changed:,} differ ({num_changed / num_compared:.0%})"
+        return f"No image has {text} in both tables."
+    compared = counted(num_compared, text.split()[1])
+    line = f"Of {compared} compared, {num_changed:,} differ ({num_changed / num_compared:.0%})"
     num_shown = sum(all(pair.has_caption) and pair.change > 0 for pair in comparison.pairs)
     if num_shown < num_changed:
         return f"{line}; the {num_shown:,} with the largest changes are here."
     return f"{line}; the largest changes come first." if num_changed > 1 else f"{line}."
 
 
-def _num_failed(comparison: Comparison, labels: tuple[str, str]) -> list[str]:
+def _num_failed(comparison: Comparison, labels: tuple[str, str], text: str) -> list[str]:
     places = (f"in {labels[0]} alone", f"in {labels[1]} alone", "in both")
     counts = [f"{count:,} {place}" for count, place in zip(comparison.num_failed, places, strict=True) if count]
-    return [f"Without a caption: {', '.join(counts)}; these come last."] if counts else []
+    return [f"Without {text}: {', '.join(counts)}; these come last."] if counts else []
 
 
 def _telling(differing: Sequence[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:

@@ -8,6 +8,7 @@ import pyarrow as pa
 from captioner.config import GalleryConfig
 from captioner.gallery import write_comparison, write_gallery
 from captioner.gallery.table_rows import TableRows, ask_rows
+from captioner.prompts import CAPTION
 from captioner.query.views import ask, select
 from captioner.storage import Location
 from captioner.tables import open_table
@@ -16,15 +17,26 @@ __all__ = ["gallery"]
 
 
 def gallery(config: GalleryConfig) -> Mapping[str, Any]:
-    """Write the page and return its summary. Raises InputError where no table is, or tables share no image."""
-    stores: Mapping[str, Any] = {"storage_options": config.storage_options, "image_access": config.image_access}
+    """Write the page and return its summary. Raises InputError where no table is, or tables share no image,
+    ConfigError for a prompt that a table has not."""
+    shown: Mapping[str, Any] = {
+        "column": config.caption_column or CAPTION,
+        "storage_options": config.storage_options,
+        "image_access": config.image_access,
+    }
     if config.compare:
         return write_comparison(
-            config.table, config.compare, config.output, num_pairs=config.sample, seed=config.seed, **stores
+            config.table, config.compare, config.output, num_pairs=config.sample, seed=config.seed, **shown
         )
     rows, line = _query(config) if config.query else _sample(config)
     return write_gallery(
-        rows, config.output, table_url=config.table, lines=[line], references=config.references, **stores
+        rows,
+        config.output,
+        table_url=config.table,
+        lines=[line],
+        references=config.references,
+        reference_column=config.reference_column,
+        **shown,
     )
 
 

@@ -5,17 +5,25 @@ from typing import Any
 
 from captioner.errors import InputError
 from captioner.evaluation import RULES, Captions, match
-from captioner.evaluation.caption_files import CaptionRow, read_captions
+from captioner.evaluation.caption_files import CaptionRow
 from captioner.evaluation.metrics import CaptionEncoder
+from captioner.evaluation.side import Side
 from captioner.storage.urls import redact
 
 __all__ = ["references_of"]
 
+_ROWS_PER_BATCH = 8192
 
-def references_of(image_ids: Sequence[str], path: str, storage_options: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the references of each image that has some, by the rule that finds most; InputError if none has."""
+
+def references_of(
+    image_ids: Sequence[str], path: str, storage_options: Mapping[str, Any], column: str = ""
+) -> dict[str, list[str]]:
+    """Return the references of each image that has some, by the rule that finds most; InputError if none has.
+
+    column: with the texts, of a caption table any prompt; empty for the usual ones."""
     encoder = CaptionEncoder()
-    listed = list(read_captions(path, storage_options))
+    side = Side(path=path, storage_options=storage_options, column=column, flag="--reference-column")
+    listed = side.read(list, _ROWS_PER_BATCH)
     mine = Captions.read((CaptionRow(image_id, "") for image_id in image_ids), encoder)
     theirs = Captions.read(iter(listed), encoder)
     best = min((match(mine, theirs, rule) for rule in RULES), key=lambda matching: matching.num_unmatched)

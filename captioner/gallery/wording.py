@@ -8,9 +8,10 @@ import re
 from captioner.schema import FinishReason
 from captioner.storage.urls import name
 
-__all__ = ["COMPLETE", "FAILED", "doubt_words", "finish_word", "model_name"]
+__all__ = ["COMPLETE", "FAILED", "NO_ANSWER", "doubt_words", "finish_word", "model_name"]
 
 FAILED, COMPLETE = "failed", "complete"
+NO_ANSWER = "no answer"
 
 _FINISH = {str(FinishReason.STOP): COMPLETE, str(FinishReason.LENGTH): "cut off"}
 _DOUBTS = {  # as `captioner.query.review` names them in its column `why`

@@ -10,7 +10,7 @@ import pytest
 from captioner.config import GalleryConfig
 from captioner.gallery.gallery_job import gallery
 from captioner.tables import CaptionTable
-from tests.caption_tables import add_part, begin_table, caption_row, failure_row, write_images
+from tests.caption_tables import add_answers, add_part, begin_table, caption_row, failure_row, write_images
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,6 +36,14 @@ def table(tmp_path: Path, images: Path) -> CaptionTable:
     rows = [caption_row(n, f"{images}/{n:03d}.jpg", f"a picture numbered {n}") for n in range(10)]
     add_part(table, rows + [failure_row(n, f"{images}/{n:03d}.jpg", "corrupt", "JPEG: cut short") for n in (10, 11)])
     return table
+
+
+def add_moods(table: CaptionTable, images: Path, moods: dict[int, str]) -> None:
+    """Add the column of a prompt `mood` with these answers to a table."""
+    details = {name: caption_row(0, "", "")[name] for name in ("num_tokens", "finish_reason", "min_logprob")}
+    details |= {"mean_logprob": -3.0, "is_repetitive": True, "text_number": 0, "num_cut_values": 0}
+    rows = [caption_row(n, f"{images}/{n:03d}.jpg", "", mood=mood, mood_details=details) for n, mood in moods.items()]
+    add_answers(table, "mood", {"text": "What is its mood?", "decoding": {}}, rows)
 
 
 def page_of(table: CaptionTable, tmp_path: Path, **flags: Any) -> dict[str, Any]:

@@ -6,14 +6,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from captioner.errors import InputError, JobError
+from captioner.errors import ConfigError, InputError, JobError
 from captioner.gallery.comparison import compare
 from captioner.gallery.differences import change, difference, unmatched
 from captioner.gallery.table_rows import TableRows, ask_rows
 from captioner.tables import CaptionTable
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row
 from tests.sample_images import encoded
-from tests.unit.gallery.conftest import page_of
+from tests.unit.gallery.conftest import add_moods, page_of
 
 
 def other_run(table: CaptionTable, images: Path, url: str, captions: dict[int, str], input_path: str = "") -> str:
@@ -38,6 +38,32 @@ def test_the_largest_change_comes_first_with_what_differs_in_the_settings(
         "2 more are not in other.",
         "decoding.num_beams: None in captions, 4 in other.",
     ]
+
+
+def test_the_answers_to_a_prompt_that_was_added_later_are_compared_where_it_is_named(
+    table: CaptionTable, images: Path, tmp_path: Path
+) -> None:
+    other = other_run(table, images, str(tmp_path / "other"), {9: "another caption"})
+    add_moods(table, images, {0: "calm", 1: "a calm sea", 2: "gay"})
+    with pytest.raises(
+        ConfigError, match=r"--caption-column is mood; expected a prompt that \S+other answers: caption\."
+    ):
+        page_of(table, tmp_path, compare=other, caption_column="mood")
+    add_moods(CaptionTable(other), images, {0: "calm", 1: "a wild sea", 3: "dull"})
+    page = page_of(table, tmp_path, compare=other, caption_column="mood", sample=4)
+    assert page["lines"][:3] == [
+        "The texts are the answers to the prompt mood.",
+        "Of 2 answers compared, 1 differ (50%).",
+        "Without an answer: 1 in captions alone, 1 in other alone, 6 in both; these come last.",
+    ]
+    assert [card["id"].rpartition("/")[2] for card in page["cards"]] == ["001.jpg", "000.jpg", "002.jpg", "003.jpg"]
+    changed, same, *missing = page["cards"]
+    assert changed["texts"][0]["runs"] == [["same", "a "], ["removed", "calm "], ["same", "sea"]]
+    assert same["tags"] == ["same", "complete", "repetitive"]
+    assert changed["facts"]["mean_logprob, captions"] == -3.0
+    assert [text["runs"] for text in missing[0]["texts"]] == [[["same", "gay"]], [["same", "no answer"]]]
+    assert [card["failed"] for card in page["cards"]] == [False, False, True, True]
+    assert "changed" in page_of(table, tmp_path, compare=other)["cards"][0]["tags"]
 
 
 def test_tables_of_one_set_of_images_in_another_order_are_matched_by_image(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import GalleryConfig, ImageAccessConfig
-from captioner.errors import InputError
+from captioner.errors import ConfigError, InputError
 from captioner.gallery import write_gallery
 from captioner.gallery.caption_cards import caption_card
 from captioner.gallery.gallery_job import gallery
@@ -31,7 +31,7 @@ from tests.caption_tables import add_part, begin_table, caption_row, failure_row
 from tests.conftest import Bucket
 from tests.http_server import PlainFolder, serving
 from tests.sample_images import encoded
-from tests.unit.gallery.conftest import data_of, page_of
+from tests.unit.gallery.conftest import add_moods, data_of, page_of
 
 
 def test_every_row_of_a_small_table_comes_with_its_image_or_its_reason(table: CaptionTable, tmp_path: Path) -> None:
@@ -358,6 +358,38 @@ def test_references_are_below_the_captions_of_their_images(table: CaptionTable, 
     cards = page_of(table, tmp_path, references=str(tmp_path / "references.csv"))["cards"]
     told = [[(text["label"], text["runs"][0][1]) for text in card["texts"][1:]] for card in cards[:10]]
     assert told == [[], [], [], [("reference", "a first one"), ("reference", "another")], [], [], [], [], [], []]
+
+
+def test_the_answers_to_another_prompt_stand_above_the_references_in_place_of_the_captions(
+    table: CaptionTable, images: Path, tmp_path: Path
+) -> None:
+    add_moods(table, images, {3: "calm"})
+    (tmp_path / "references.csv").write_text("image_id,said\n003,quiet\n004,loud\n")
+    flags = {"references": str(tmp_path / "references.csv"), "reference_column": "said", "caption_column": "mood"}
+    for rows in ({}, {"query": "SELECT key FROM captions WHERE num_tokens > 0 ORDER BY key"}):
+        cards = page_of(table, tmp_path, **flags, **rows)["cards"]
+        assert [(text["label"], text["runs"]) for text in cards[3]["texts"]] == [
+            ("", [["same", "calm"]]),
+            ("reference", [["same", "quiet"]]),
+        ]
+        assert cards[3]["facts"]["mean_logprob"] == -3.0
+        assert [text["runs"] for text in cards[4]["texts"]] == [[["same", "no answer"]], [["same", "loud"]]]
+    own = page_of(table, tmp_path, references=str(table.location), reference_column="mood")["cards"]
+    assert [text["label"] for text in own[3]["texts"]] == ["", "mood", "reference"]
+
+
+def test_columns_that_are_not_there_are_refused(table: CaptionTable, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--caption-column is mod; expected a prompt that .* answers: caption\. To get"
+    ):
+        page_of(table, tmp_path, caption_column="mod")
+    with pytest.raises(
+        InputError, match=r"has no column mod of texts, for --reference-column; it has image_id, caption"
+    ):
+        page_of(table, tmp_path, references=str(table.location), reference_column="mod")
+    for references in (None, "demo"):
+        with pytest.raises(ConfigError, match="--reference-column is said; expected --references with it, a file or"):
+            page_of(table, tmp_path, references=references, reference_column="said")
 
 
 def test_references_of_other_images_are_refused(table: CaptionTable, tmp_path: Path) -> None:
