@@ -45,7 +45,8 @@ def read_job_prompts(config: CaptionJobConfig) -> tuple[Prompt, ...]:
     has_caption = CAPTION in [prompt.name for prompt in prompts]
     if has_caption and config.model.prompt is not None:
         raise ConfigError(
-            f"--prompt is {config.model.prompt!r}; expected none beside --prompts {config.prompts}, which has {CAPTION}"
+            f"--prompt is {config.model.prompt!r}; expected none beside --prompts {config.prompts}, which has"
+            f" {CAPTION}: each says what captions answer. Leave out --prompt, or {CAPTION} in the file"
         )
     decodings = [prompt.decoding for prompt in prompts] + ([] if has_caption else [config.decoding])
     needed = sum(max(decoding.num_beams, decoding.num_captions) for decoding in decodings)

@@ -384,8 +384,8 @@ def _refuse_named_caption(table: Location, wanted: Mapping[str, Any], found: Map
         named = wanted["prompts"][CAPTION]
         raise OutputError(
             f"{table} has captions that answer --prompt, or the model's own prompt, and --prompts has {CAPTION}:"
-            f" {named.get('text') or named.get('texts')}; expected prompts without {CAPTION}, which are answered beside"
-            f" these captions. Leave {CAPTION} out of the file and give --prompt as before, or choose another OUTPUT"
+            f" {named.get('text') or named.get('texts')}; expected prompts without it: a column answers one prompt."
+            f" Name it {CAPTION}_2, or leave it out, and give --prompt as before, or choose another OUTPUT"
         )
 
 

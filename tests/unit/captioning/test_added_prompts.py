@@ -407,8 +407,13 @@ def test_prompts_without_caption_begin_a_table_whose_captions_answer_the_prompt_
 
 def test_a_prompt_for_captions_that_answer_no_named_one_is_refused_naming_the_remedy(jobs: Jobs) -> None:
     run_job(jobs.config, "run-plain")
-    with pytest.raises(OutputError, match=r"and --prompts has caption: w1; expected prompts without caption, .* Leave"):
+    with pytest.raises(OutputError, match=r"has caption: w1; expected prompts without it: a .* Name it caption_2"):
         jobs.plan(FOUR)
+    assert [prompt.name for prompt in jobs.plan({"caption_2": FOUR["caption"]}).prompts] == ["caption_2"]
+    with pytest.raises(
+        ConfigError, match=r"--prompt is 'w1'; .* which has caption: .* Leave out --prompt, or caption in"
+    ):
+        jobs.plan(FOUR, model=replace(jobs.config.model, prompt="w1"))
 
 
 def test_an_added_prompt_may_name_only_columns_that_the_table_keeps(jobs: Jobs, tmp_path: Path) -> None:
