@@ -149,18 +149,22 @@ class Fetcher:
         queue.put(index, await self._ask(uri, read, queue))
 
     async def _fetch_files(self, files: Sequence[tuple[int, str]], queue: FetchQueue) -> None:
-        """Read several files in one thread: a thread switch for each costs more than reading a small file."""
-        async with self._slots:
-            await queue.room()
-            uris, loop = [uri for _, uri in files], asyncio.get_running_loop()
-            reading = loop.run_in_executor(self._threads, read_files, uris, self._image.max_image_bytes)
-            try:
-                found = await asyncio.wait_for(reading, self._image.fetch_timeout_s)
-            except TimeoutError:
-                found = []
-        for (index, _), data in zip(files, found, strict=False):
-            queue.put(index, data)
-        await asyncio.gather(*(self._fetch_one(index, uri, queue) for index, uri in files[len(found) :]))
+        """Read several files at a time in one thread: a thread switch for each costs more than reading a small file."""
+        while files:
+            async with self._slots:
+                await queue.room()
+                uris, loop = [uri for _, uri in files], asyncio.get_running_loop()
+                reading = loop.run_in_executor(self._threads, read_files, uris, self._image.max_image_bytes)
+                try:
+                    found = await asyncio.wait_for(reading, self._image.fetch_timeout_s)
+                except TimeoutError:
+                    found = []
+            for (index, _), data in zip(files, found, strict=False):
+                queue.put(index, data)
+            files = files[len(found) :]
+            if not found:  # the first of them cannot be read, or not in time
+                await asyncio.gather(*(self._fetch_one(index, uri, queue) for index, uri in files))
+                return
 
     async def _ask(self, uri: str, access: Access[T], queue: FetchQueue | None = None) -> T | Reject:
         if refusal := self.refusal(uri):

@@ -7,6 +7,7 @@ import struct
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -17,6 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from captioner.config import ImageConfig, InputConfig
 from captioner.inputs import Fetcher
+from captioner.inputs.readers import LocalReader
 from captioner.schema import TRANSIENT_REASONS, Reject, RejectReason
 
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
@@ -466,6 +468,31 @@ def test_local_files_that_are_no_files_are_rejects(tmp_path):
     names = ["", "pipe", "gone", "link", "secret", "secret/x"]
     outcomes = _fetch([f"{tmp_path}/{name}" for name in names] + ["/dev/zero"])
     assert [_reason(outcome) for outcome in outcomes] == ["missing"] * 4 + ["empty"] + ["missing"] * 2
+
+
+def test_files_are_read_several_at_a_time_and_alone_only_from_one_that_cannot_be_read(tmp_path, monkeypatch):
+    names = [f"{tmp_path}/{number}" for number in range(7)]
+    for number, name in enumerate(names):
+        if number != 5:
+            Path(name).write_bytes(b"%d" % number * 600_000)  # two of them are a chunk
+    alone, read = [], LocalReader.read
+
+    def counting(self, uri, max_bytes):
+        alone.append(uri)
+        return read(self, uri, max_bytes)
+
+    monkeypatch.setattr(LocalReader, "read", counting)
+    outcomes = _fetch(names, fetch_concurrency=1)
+    assert [bytes(found[:1]) for found in outcomes if not isinstance(found, Reject)] == [
+        b"0",
+        b"1",
+        b"2",
+        b"3",
+        b"4",
+        b"6",
+    ]
+    assert _reason(outcomes[5]) == "missing"
+    assert set(alone) == {names[5], names[6]}
 
 
 @pytest.mark.parametrize("pattern", ["", "*/*.jpg"])
