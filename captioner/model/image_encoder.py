@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from captioner.model.caption_model import CaptionModel
 from captioner.model.cuda_graphs import Recorder, on_device
@@ -131,10 +131,15 @@ class ImageEncoder:
 
 
 def pixel_tensor(column: pa.ChunkedArray, size: int) -> torch.Tensor:
-    """Return uint8[B, 3, size, size] from fixed-size binary without nulls, or from lists of it, one after another."""
-    array = column.combine_chunks()
+    """Return uint8[B, 3, size, size] from fixed-size binary without nulls, or from lists of it, one after another.
+
+    Of a column in one piece it shows the column's own memory, which nobody may write to."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies a single one, too
     if pa.types.is_list(array.type):
         array = array.flatten()
     width = array.type.byte_width
-    pixels = np.frombuffer(array.buffers()[1], np.uint8, count=len(array) * width, offset=array.offset * width)
-    return torch.from_numpy(pixels.reshape(-1, 3, size, size).copy())
+    shown = pa.Array.from_buffers(
+        pa.uint8(), len(array) * width, [None, array.buffers()[1]], offset=array.offset * width
+    )
+    pixels = from_dlpack(shown)
+    return pixels.view(-1, 3, size, size)

@@ -3,13 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
 from captioner.errors import ShapeError
 from captioner.model.bundle import load
 from captioner.model.caption_model import CaptionModel
-from captioner.model.image_encoder import ImageEncoder
+from captioner.model.image_encoder import ImageEncoder, pixel_tensor
 from tests.bundles import save_tiny_bundle
 from tests.unit.model.operation_recorder import OperationRecorder
 from tests.unit.model.tiny_models import edit_json
@@ -42,6 +43,16 @@ def test_the_encoding_of_an_image_does_not_depend_on_its_batch_or_earlier_ones(
         assert torch.equal(alone, together[:number])
     encoder(PIXELS[8:16])
     assert torch.equal(together, expected), "a later call must not overwrite what an earlier one returned"
+
+
+@pytest.mark.parametrize("in_lists", [False, True])
+def test_the_pixels_of_a_column_are_its_own_memory(in_lists: bool) -> None:
+    squares = pa.array([square.numpy().tobytes() for square in PIXELS[:6]], pa.binary(3 * 32 * 32))
+    column = pa.ListArray.from_arrays([0, 1, 3, 6], squares).slice(1) if in_lists else squares.slice(1)
+    pixels = pixel_tensor(pa.chunked_array([column]), 32)
+    assert torch.equal(pixels, PIXELS[1:6])
+    assert pixels.data_ptr() == squares.buffers()[1].address + 3 * 32 * 32
+    assert pixel_tensor(pa.chunked_array([column.slice(len(column))]), 32).shape == (0, 3, 32, 32)
 
 
 def test_calls_of_many_threads_get_their_own_images(encoder: ImageEncoder) -> None:
