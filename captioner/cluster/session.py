@@ -54,6 +54,7 @@ _TARGET_BLOCK_BYTES = 32 << 20  # 200 pixel arrays at 224 px: work starts at onc
 _DATA_SETTINGS: Mapping[str, Any] = {
     "target_max_block_size": _TARGET_BLOCK_BYTES,
     "enable_progress_bars": False,
+    "memory_usage_poll_interval_s": None,  # a thread for each call, for a figure that no job shows
     # Deaths in a row of workers that could not load: another one may, on another node.
     "max_consecutive_actor_init_deaths": 1,
     # A load that raised is tried again in its process: Ray would not restart that worker, and its tasks end the job.
