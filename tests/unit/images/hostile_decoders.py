@@ -1,7 +1,7 @@
 """Replacements for `decode` with the faults of C code on a pathological image; child processes import them by name."""
 
+import ctypes
 import os
-import re
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +15,7 @@ from captioner.schema import Reject
 def hang_on_h(data: bytes, preprocessing: Preprocessing, config: ImageConfig) -> Decoded | Reject:
     """Hang in C, holding the interpreter's lock, for the bytes `h`."""
     if data == b"h":
-        re.match(r"(a+)+$", "a" * 60 + "b")
+        ctypes.PyDLL(None).sleep(600)
     return decode(data, preprocessing, config)
 
 
