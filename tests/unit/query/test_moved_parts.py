@@ -87,15 +87,16 @@ def after_the_first_batch(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[
     return begun
 
 
-LARGE = 60 * 2_048
+ROWS = 512  # a part
+LARGE = 60 * ROWS
 
 
 @pytest.fixture(scope="module")
 def large_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large") / "table"
     table, _ = begin_table(str(folder), str(write_images(folder.with_name("images"), 1)))
-    for first in range(0, LARGE, 2_048):
-        add_part(table, [caption_row(key, str(key), "a dog " * 80) for key in range(first, first + 2_048)])
+    for first in range(0, LARGE, ROWS):
+        add_part(table, [caption_row(key, str(key), "a dog " * 80) for key in range(first, first + ROWS)])
     return folder
 
 
@@ -106,6 +107,7 @@ def large(large_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     A part that is open stays readable when it is moved. Each thread of DuckDB opens up to 20 parts ahead, so that
     several of them, given time, open all: it gets one."""
     monkeypatch.setattr(duckdb, "connect", functools.partial(one_thread, duckdb.connect))
+    monkeypatch.setattr(sys.modules[query.__module__], "_BATCH_ROWS", 4 * ROWS)
     return CaptionTable(str(shutil.copytree(large_once, tmp_path / "large")))
 
 
