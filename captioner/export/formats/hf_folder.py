@@ -18,7 +18,7 @@ __all__ = ["HF_FOLDER"]
 
 def _columns(request: Request) -> Mapping[str, str]:
     unless_named = () if request.config.columns else ("candidates",)
-    line = json_sql(request, without=("file_name", "text", *unless_named))
+    line = json_sql(request, without=("image", "file_name", "text", *unless_named))
     return {"image_id": "image_id", "text": request.text, "line": line}
 
 

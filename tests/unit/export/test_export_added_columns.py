@@ -11,6 +11,7 @@ import pytest
 from captioner.config import ExportConfig
 from captioner.errors import ConfigError
 from captioner.export import export_table
+from captioner.tables import CaptionTable
 from tests.caption_tables import add_answers, add_part, begin_table, caption_row, write_images
 from tests.unit.export.test_export_hf import rows_of
 from tests.unit.export.test_export_images import samples_of
@@ -28,6 +29,7 @@ SCHEMA = {
 }
 SCENE = {"text": "JSON", "decoding": {}, "constraint": json.dumps({"json_schema": SCHEMA})}
 DETAILS = {"num_tokens": 2, "finish_reason": "stop", "mean_logprob": -0.5, "min_logprob": -1.0, "is_repetitive": False}
+ASKED = {"text_number": 0, "num_cut_values": 0}
 MOODS = ["calm", 'gay, "bright"', None, "dull"]
 SCENES = [{"people": 2, "things": ["cup", "hat"]}, None, None, {"people": 0, "things": []}]
 """Image 1 has a scene that was cut, image 2 neither answer: the job that adds both was killed."""
@@ -39,13 +41,12 @@ def grown(tmp_path: Path) -> str:
     images = str(write_images(tmp_path / "images", 4))
     prompts = {"caption": {"text": "Describe it.", "decoding": {}}}
     table, _ = begin_table(str(tmp_path / "table"), images, identity={"prompts": prompts})
-    asked = {"text_number": 0, "num_cut_values": 0}
-    rows = [caption_row(at, f"{at:03d}.jpg", f"caption {at}", caption_details=asked) for at in range(4)]
+    rows = [caption_row(at, f"{at:03d}.jpg", f"caption {at}", caption_details=ASKED) for at in range(4)]
     rows[0]["candidates"] = [{**DETAILS, "caption": text} for text in ("caption 0", "another")]
     add_part(table, rows)
     table.record("run-1", {})
     for name, prompt, answers in (("mood", MOOD, MOODS), ("scene", SCENE, SCENES)):
-        said = [{**rows[at], name: answers[at], f"{name}_details": DETAILS | asked} for at in (0, 1, 3)]
+        said = [{**rows[at], name: answers[at], f"{name}_details": DETAILS | ASKED} for at in (0, 1, 3)]
         add_answers(table, name, prompt, said)
     return str(table.location)
 
@@ -88,6 +89,15 @@ def test_a_format_with_columns_has_those_that_were_added_null_where_there_is_no_
         (f"{at:03d}.jpg", MOODS[at], SCENES[at]) for at in range(4)
     ]
     assert [row["caption"] for row in found] == [f"caption {at}" for at in range(4)]
+
+
+@pytest.mark.parametrize("name", ["hf", "hf-folder"])
+def test_a_prompt_called_as_what_a_data_set_has_itself_gives_way(name: str, grown: str, tmp_path: Path) -> None:
+    said = {"image": "an answer", "image_details": DETAILS | ASKED}
+    add_answers(CaptionTable(grown), "image", MOOD, [caption_row(0, "000.jpg", "", **said)])
+    [first, *_] = rows_of(export(grown, tmp_path / "out", format=name), tmp_path / "cache")
+    assert first["image"]["path"].endswith("000000-000000000.jpg")
+    assert first["mood"] == "calm"
 
 
 def conversations_of(out: Path) -> list[str]:
