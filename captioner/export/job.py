@@ -23,6 +23,7 @@ from captioner.export.record import Batch, ExportRecord
 from captioner.export.request import DEFAULT_TEXT, ExportFormat, Outcome, Refusal, Request, Shard
 from captioner.export.rows import NewRows, columns_of, cut, find_new, read_rows, selection_sql
 from captioner.export.text import named_columns, text_sql, texts_sql
+from captioner.prompts import details_name
 from captioner.query.views import Connection, ask, select
 from captioner.storage import Location
 from captioner.storage.faults import output_errors
@@ -92,6 +93,7 @@ def export_table(config: ExportConfig, run: RunShards = write_shards) -> Mapping
         "ok": done.has_any,
         "rows": done.num_rows,
         "refused": done.refused,
+        **({"unanswered": done.unanswered} if done.unanswered else {}),
         "exports": [entry["number"] for entry in done.entries],
         **({"pushed_files": pushed} if config.push_to_hub else {}),
         "seconds": round(time.monotonic() - start, 2),
@@ -128,6 +130,14 @@ class _Done:
         return any(entry["rows"] for entry in [*self.before, *self.entries])
 
     @property
+    def unanswered(self) -> dict[str, int]:
+        """Prompt that was added later -> images in OUT that had no answer to it when they were exported."""
+        summed = Counter[str]()
+        for entry in [*self.before, *self.entries]:
+            summed.update(entry.get("unanswered", {}))
+        return dict(summed)
+
+    @property
     def refused(self) -> dict[str, int]:
         """Reason -> images that this export left out; of all exports where this one found nothing new."""
         summed = Counter({str(Refusal.NO_TEXT): self.without_text})
@@ -139,6 +149,11 @@ class _Done:
 def _lines(done: _Done, output: Location) -> list[str]:
     """Return what a person is told at the end."""
     left_out = [f"{counted(count, 'image')} left out: {reason}" for reason, count in done.refused.items()]
+    left_out += [
+        f"{counted(count, 'image')} exported without an answer to {prompt}, which these files never get: export to a"
+        f' new OUT once it is there, or from the start with --where "{prompt}_details IS NOT NULL"'
+        for prompt, count in done.unanswered.items()
+    ]
     beside = [f"{counted(num_rows, 'answer')} in {table}, by key" for table, num_rows in done.answers.items()]
     if done.num_rows or beside:
         exported = [f"{counted(done.num_rows, 'image')} exported to {output}"] if done.num_rows else []
@@ -219,17 +234,25 @@ def _in_terms_of(
         texts=texts,
         images=ImageSource(images),
         prompts=prompts_of(table, named_columns(config.text)) if form.needs_prompts and config.prompt is None else {},
+        added=_added(table, config, form),
         folder=str((table.identity() or {}).get("input", "")),
     )
     form.columns(request)
     return request
 
 
+def _added(table: CaptionTable, config: ExportConfig, form: ExportFormat) -> list[str]:
+    """Return the prompts that were added later whose answers the files hold."""
+    added = [family.prompt for family in table.families()[1:]]
+    named = {*config.columns, *named_columns(config.text)}
+    has_all = form.has_columns and not config.columns
+    return [name for name in added if has_all or named & {name, details_name(name)}]
+
+
 def _settings(request: Request, table: CaptionTable, form: ExportFormat) -> dict[str, Any]:
     """Return what decides the files of OUT: where it has all columns, those too that were added to the table later."""
     config = request.config
-    has_all = form.has_columns and not config.columns
-    added = [family.prompt for family in table.families()[1:]] if has_all else []
+    added = list(request.added) if form.has_columns and not config.columns else []
     return {
         "table": table.digest,
         "format": config.format,
@@ -297,6 +320,7 @@ def _cut_batch(
         "runs": new.runs,
         "selected": len(new.keys) + new.refused.total(),
         "refused": dict(new.refused),
+        **({"unanswered": dict(new.unanswered)} if new.unanswered else {}),
     }
     return Batch(number, new.keys, shards, facts)
 

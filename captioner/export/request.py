@@ -54,6 +54,9 @@ class Request:
     prompts: Mapping[str, str] = field(default_factory=dict)
     """Run -> the prompt that it was given."""
 
+    added: Sequence[str] = ()
+    """The prompts that were added later whose answers are exported."""
+
     folder: str = ""
     """The INPUT of the table, below which names begin where it is a folder."""
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from captioner.errors import JobError
 from captioner.export.request import ExportFormat, Refusal, Request
+from captioner.prompts import details_name
 from captioner.query.views import Connection, quoted, select, stream
 from captioner.tables.keys import KeySet
 
@@ -30,9 +31,12 @@ def columns_of(connection: Connection) -> dict[str, str]:
 
 
 def selection_sql(request: Request) -> str:
-    """Return the SELECT of the rows that --where chooses: key, run, whether there is a text, bytes of the image."""
+    """Return the SELECT of the rows that --where chooses: key, run, whether there is a text, bytes of the image.
+
+    `no_mood` of an added prompt `mood`: whether it has no answer yet."""
     where = f"WHERE ({request.config.where}\n)" if request.config.where.strip() else ""
-    return f"SELECT key, run_id, {request.text} <> '' AS has_text, size_bytes FROM captions {where}"
+    added = "".join(f", {quoted(details_name(prompt))} IS NULL AS no_{prompt}" for prompt in request.added)
+    return f"SELECT key, run_id, {request.text} <> '' AS has_text, size_bytes{added} FROM captions {where}"
 
 
 @dataclass
@@ -48,11 +52,14 @@ class NewRows:
     num_selected: int = 0
     """Rows that --where chose, new or not."""
 
+    unanswered: Counter[str] = field(default_factory=Counter)
+    """Added prompt -> rows without an answer to it."""
+
 
 def find_new(connection: Connection, request: Request, exported: KeySet) -> NewRows:
     """Return the rows of the selection that are not exported."""
     keys, sizes, runs = [np.empty(0, np.int64)], [np.empty(0, np.int64)], set[str]()
-    refused: Counter[str] = Counter()
+    refused, unanswered = Counter[str](), Counter[str]()
     num_selected = 0
     for batch in stream(connection, selection_sql(request), _WINDOW_ROWS):
         num_selected += batch.num_rows
@@ -63,9 +70,10 @@ def find_new(connection: Connection, request: Request, exported: KeySet) -> NewR
         rows = rows.filter(has_text)
         keys.append(rows.column(_KEY).to_numpy())
         sizes.append(pc.fill_null(rows.column("size_bytes"), 0).to_numpy(zero_copy_only=False))
+        unanswered.update({prompt: pc.sum(rows.column(f"no_{prompt}")).as_py() or 0 for prompt in request.added})
         runs.update(pc.unique(rows.column("run_id")).to_pylist())
     every, first = np.unique(np.concatenate(keys), return_index=True)  # a late writer's copy counts once
-    return NewRows(every, np.concatenate(sizes)[first], sorted(runs), +refused, num_selected)
+    return NewRows(every, np.concatenate(sizes)[first], sorted(runs), +refused, num_selected, +unanswered)
 
 
 def cut(new: NewRows, first_shard: int, rows_per_file: int, bytes_per_file: int | None) -> np.ndarray:

@@ -91,6 +91,28 @@ def test_a_format_with_columns_has_those_that_were_added_null_where_there_is_no_
     assert [row["caption"] for row in found] == [f"caption {at}" for at in range(4)]
 
 
+def test_images_that_were_exported_before_their_answer_are_told_by_each_export_and_where_waits_for_them(
+    grown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"table": grown, "columns": ("image_id", "mood"), "text": "{scene} {mood} {caption}"}
+    for num_rows in (4, 0):
+        found = export_table(ExportConfig(**flags, output=str(tmp_path / "early")))
+        assert (found["rows"], found["unanswered"]) == (num_rows, {"mood": 1, "scene": 1})
+        assert capsys.readouterr().err.splitlines()[1:] == [
+            f"1 image exported without an answer to {name}, which these files never get: export to a new OUT once it is"
+            f' there, or from the start with --where "{name}_details IS NOT NULL"'
+            for name in ("mood", "scene")
+        ]
+    waits = ExportConfig(table=grown, output=str(tmp_path / "late"), where="mood_details IS NOT NULL", text="{mood}")
+    found = export_table(waits)
+    assert (found["rows"], "unanswered" in found) == (3, False)
+    add_answers(
+        CaptionTable(grown), "mood", MOOD, [caption_row(2, "002.jpg", "", mood="late", mood_details=DETAILS | ASKED)]
+    )
+    found = export_table(waits)
+    assert (found["rows"], found["unanswered"]) == (1, {"scene": 1})
+
+
 @pytest.mark.parametrize("name", ["hf", "hf-folder"])
 def test_a_prompt_called_as_what_a_data_set_has_itself_gives_way(name: str, grown: str, tmp_path: Path) -> None:
     said = {"image": "an answer", "image_details": DETAILS | ASKED}
