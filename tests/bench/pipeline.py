@@ -37,7 +37,7 @@ SIDE = 224
 BATCH = 256
 NUM_PHOTOS = 24
 PROCESSES = 2
-TARGET = 0.88
+TARGET = 0.90
 
 
 def make_images(folder: Path, num_images: int) -> None:
