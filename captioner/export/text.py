@@ -1,6 +1,7 @@
 """The text of an image as SQL, from a template such as `{caption} {tags}`.
 
-A null is an empty text, a list its values with commas between. Knows SQL and nothing of files.
+A null is an empty text, a list its values with commas between, an answer with a JSON schema its JSON. Knows
+SQL and nothing of files.
 """
 
 import string
@@ -75,7 +76,10 @@ def _parsed(template: str) -> list[tuple[str, str | None, str | None, str | None
 
 
 def _as_text(value: str, kind: str) -> str:
-    as_text = f"array_to_string({value}, ', ')" if kind.endswith("[]") else f"{value}::VARCHAR"
+    if kind.endswith("[]"):
+        as_text = f"array_to_string({value}, ', ')"
+    else:
+        as_text = f"to_json({value})::VARCHAR" if kind.startswith("STRUCT(") else f"{value}::VARCHAR"
     return f"coalesce({as_text}, '')"
 
 

@@ -149,6 +149,11 @@ def test_the_text_of_an_image_may_be_an_added_answer_and_an_image_without_one_is
     assert TEXTS[name](export(grown, tmp_path / "out", format=name, text="{mood}")) == [mood for mood in MOODS if mood]
 
 
+def test_the_text_of_an_answer_with_a_schema_is_its_json(grown: str, tmp_path: Path) -> None:
+    texts = TEXTS["txt"](export(grown, tmp_path / "out", format="txt", text="{scene}"))
+    assert [json.loads(text) for text in texts] == [SCENES[0], SCENES[3]]
+
+
 def test_a_conversation_asks_the_prompt_whose_answer_the_text_names_first(grown: str, tmp_path: Path) -> None:
     [first, *_] = conversations_of(export(grown, tmp_path / "both", format="llava", text="{caption} It is {mood}."))
     assert first == "<image>\nDescribe it.|caption 0 It is calm."
