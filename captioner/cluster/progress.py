@@ -62,10 +62,12 @@ class Progress:
 
     def read(self) -> tuple[int, str]:
         """Return how many images of this run are finished, and what the job does or waits for; empty while they
-        come."""
-        self._last = max(self._last, self._num_finished())
+        come: then nobody is asked."""
+        before, self._last = self._last, max(self._last, self._num_finished())
         if self.total is not None:
             self._last = min(self._last, self.total)
+        if self._last > before:
+            return self._last, ""
         return self._last, self._waits_for() or ("" if self._last else self.phase)
 
 

@@ -46,7 +46,8 @@ class Places(NamedTuple):
     @property
     def offsets(self) -> list[int]:
         """Where each place begins in the file, in bytes."""
-        return [index * self.block.rows.shape[1] for index in self.indices]
+        row_bytes = self.block.rows.shape[1]
+        return [index * row_bytes for index in self.indices]
 
     @property
     def pixels(self) -> list[Pixels]:

@@ -99,6 +99,14 @@ def test_the_phase_is_shown_until_the_first_image() -> None:
         assert [shown.read() for _ in range(3)] == [(0, "loading the model"), (0, "loading the model"), (3, "")]
 
 
+def test_what_a_job_waits_for_is_asked_only_while_no_image_comes() -> None:
+    shown, finished, asked = Progress(10, 0), [0, 3, 5, 5], []
+    with shown.counting(lambda: finished.pop(0), lambda: asked.append(len(finished)) or "waiting for GPUs"):
+        says = [shown.read()[1] for _ in range(4)]
+    assert says == ["waiting for GPUs", "", "", "waiting for GPUs"]
+    assert asked == [3, 0], "asking takes three calls of the cluster"
+
+
 def test_a_restarted_worker_adds_to_what_its_earlier_process_finished() -> None:
     registry = WorkerRegistry()
     for count in (5, 40, 3, 8):  # its second process began at 3
