@@ -24,7 +24,7 @@ from captioner.gallery.table_rows import TableRows, choose_parts
 from captioner.gallery.wording import doubt_words, model_name
 from captioner.images.thumbnails import Thumbnail
 from captioner.query.review import doubtful_sql
-from captioner.schema import SCORES, Reject, RejectReason, row_key
+from captioner.schema import CAPTIONS, SCORES, Reject, RejectReason, row_key
 from captioner.tables import CaptionTable
 from captioner.tables.table_images import TableImages
 from tests.caption_tables import add_part, begin_table, caption_row, failure_row
@@ -366,8 +366,9 @@ def test_the_answers_to_another_prompt_stand_above_the_references_in_place_of_th
     add_moods(table, images, {3: "calm"})
     (tmp_path / "references.csv").write_text("image_id,said\n003,quiet\n004,loud\n")
     flags = {"references": str(tmp_path / "references.csv"), "reference_column": "said", "caption_column": "mood"}
-    for rows in ({}, {"query": "SELECT key FROM captions WHERE num_tokens > 0 ORDER BY key"}):
-        cards = page_of(table, tmp_path, **flags, **rows)["cards"]
+    for columns in ("", "key", ", ".join(CAPTIONS.names)):
+        query = f"SELECT {columns} FROM captions ORDER BY key" if columns else None
+        cards = page_of(table, tmp_path, **flags, query=query)["cards"]
         assert [(text["label"], text["runs"]) for text in cards[3]["texts"]] == [
             ("", [["same", "calm"]]),
             ("reference", [["same", "quiet"]]),
