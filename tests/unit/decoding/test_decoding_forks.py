@@ -50,25 +50,31 @@ def forked(images, suffixes, **changes):
     ]
 
 
-@pytest.mark.parametrize("is_on_a_card", [False, True])
-@pytest.mark.parametrize("sizes", [SIZES, SIZES | {"max_prefix_len": 60}], ids=["stored once", "short"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_captions": 2}])
-def test_every_fork_has_the_captions_of_transformers_for_its_whole_prompt(
-    llama, images, suffixes, sizes, options, is_on_a_card
-):
-    layers = FusedLlama(llama, PlainOperations()) if is_on_a_card else None
-    some = [image[: sizes["max_prefix_len"]] for image in images]
-    engine = engine_of(llama, DecodingConfig(max_new_tokens=10, **options), **sizes, layers=layers)
-    found = written(engine, forked(some, suffixes))
+@pytest.fixture(scope="module", params=[SIZES, SIZES | {"max_prefix_len": 60}], ids=["stored once", "short"])
+def sizes(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[{}, {"num_beams": 3, "num_captions": 2}])
+def of_transformers(request, llama, images, suffixes, sizes):
+    """Options, and the captions that transformers gives each image and suffix with them."""
     shared = random_prefixes(llama, 1, 3, seed=2)[0]
-    named = {"num_return_sequences" if name == "num_captions" else name: value for name, value in options.items()}
-    for i, image in enumerate(some):
-        for suffix, hypotheses in zip(suffixes, found[i].forks, strict=True):
-            whole = torch.cat([image, suffix])
-            [theirs] = transformers_captions(
-                llama, [whole], shared_prefix=shared, max_new_tokens=10, do_sample=False, **named
-            )
-            assert [hypothesis.token_ids for hypothesis in hypotheses] == theirs
+    named = {"num_return_sequences" if name == "num_captions" else name: value for name, value in request.param.items()}
+    wholes = [torch.cat([image[: sizes["max_prefix_len"]], suffix]) for image in images for suffix in suffixes]
+    options = {"shared_prefix": shared, "max_new_tokens": 10, "do_sample": False, **named}
+    return request.param, [transformers_captions(llama, [whole], **options)[0] for whole in wholes]
+
+
+@pytest.mark.parametrize("is_on_a_card", [False, True])
+def test_every_fork_has_the_captions_of_transformers_for_its_whole_prompt(
+    llama, images, suffixes, sizes, of_transformers, is_on_a_card
+):
+    options, theirs = of_transformers
+    layers = FusedLlama(llama, PlainOperations()) if is_on_a_card else None
+    engine = engine_of(llama, DecodingConfig(max_new_tokens=10, **options), **sizes, layers=layers)
+    found = written(engine, forked([image[: sizes["max_prefix_len"]] for image in images], suffixes))
+    forks = [fork for i in range(len(images)) for fork in found[i].forks]
+    assert [[hypothesis.token_ids for hypothesis in fork] for fork in forks] == theirs
 
 
 def test_recorded_steps_write_the_forks_of_eager_steps(llama, images, suffixes):

@@ -44,7 +44,7 @@ def test_fused_layers_write_the_captions_of_transformers_layers(changes, prefix_
     llama = tiny_llama(**changes)
     for parameter in llama.parameters():  # biases of 0 and norms of 1 would hide a wrong place
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.25)
-    images = random_prefixes(llama, 32 if prefix_len < 90 else 8, prefix_len)
+    images = random_prefixes(llama, 16 if prefix_len < 90 else 8, prefix_len)
     layers = fused(copy.deepcopy(llama))
     for strategy in STRATEGIES:
         decoding = DecodingConfig(max_new_tokens=12, **strategy)

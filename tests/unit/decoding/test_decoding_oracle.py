@@ -29,7 +29,7 @@ def one_thread():
 @pytest.mark.parametrize("kv_heads", [2, 8])
 def test_greedy_captions_are_those_of_transformers(shared_len, prefix_len, kv_heads):
     llama = tiny_llama(num_key_value_heads=kv_heads)
-    images = random_prefixes(llama, 100, prefix_len)
+    images = random_prefixes(llama, 50, prefix_len)
     shared = random_prefixes(llama, 1, shared_len, seed=2)[0]
     ours = captions(llama, images, DecodingConfig(max_new_tokens=24), shared_prefix=shared, slots=25)
     theirs = transformers_captions(llama, images, shared_prefix=shared, max_new_tokens=24, do_sample=False)
@@ -74,10 +74,10 @@ def test_greedy_captions_with_changed_logits_are_those_of_transformers(options):
     shared = random_prefixes(llama, 1, 3, seed=2)[0]
     ours = captions(llama, images, DecodingConfig(max_new_tokens=24, **options), shared_prefix=shared, slots=25)
     theirs = transformers_captions(llama, images, shared_prefix=shared, max_new_tokens=24, do_sample=False, **options)
-    plain = transformers_captions(llama, images, shared_prefix=shared, max_new_tokens=24, do_sample=False)
+    plain = transformers_captions(llama, images[:25], shared_prefix=shared, max_new_tokens=24, do_sample=False)
     prefixes = [torch.cat([shared, image]) for image in images]
     assert_same_or_tied(llama, prefixes, ours, theirs, repetition_penalty=options.get("repetition_penalty", 1.0))
-    assert theirs != plain, "the option must matter"
+    assert theirs[:25] != plain, "the option must matter"
 
 
 @pytest.mark.parametrize("eos", [EOS, (3,), tuple(range(0, 160, 8)), ()])
@@ -93,7 +93,7 @@ def test_greedy_captions_with_changed_logits_are_those_of_transformers(options):
 )
 def test_beam_captions_are_those_of_transformers(eos, options):
     llama = tiny_llama()
-    images = random_prefixes(llama, 15, 1)
+    images = random_prefixes(llama, 10, 1)
     shared = random_prefixes(llama, 1, 3, seed=2)[0]
     decoding = DecodingConfig(max_new_tokens=20, **options)
     ours = captions(llama, images, decoding, shared_prefix=shared, eos_token_ids=eos, slots=16)
@@ -115,7 +115,7 @@ def named_by_transformers(options):
 
 def test_beam_captions_of_long_prefixes_are_those_of_transformers():
     llama = tiny_llama()
-    images = random_prefixes(llama, 30, 7)
+    images = random_prefixes(llama, 20, 7)
     shared = random_prefixes(llama, 1, 3, seed=2)[0]
     ours = captions(llama, images, DecodingConfig(max_new_tokens=20, num_beams=3), shared_prefix=shared, slots=24)
     theirs = transformers_captions(llama, images, shared_prefix=shared, max_new_tokens=20, do_sample=False, num_beams=3)
