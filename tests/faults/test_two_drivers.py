@@ -23,19 +23,22 @@ FOLDER, SYNC = Path(os.environ["FAULTS_FOLDER"]), os.fsync
 
 def fsync(descriptor):
     SYNC(descriptor)
-    if "/captions/.part-" not in os.readlink(f"/proc/self/fd/{descriptor}"):
+    half_written = os.readlink(f"/proc/self/fd/{descriptor}")
+    if "/captions/.part-" not in half_written:
         return
     try:
-        (FOLDER / "armed").rename(FOLDER / "sleeping")
+        (FOLDER / "armed").rename(FOLDER / "taken")
     except FileNotFoundError:
         return
+    (FOLDER / "taken").write_text(half_written)
+    (FOLDER / "taken").rename(FOLDER / "sleeping")
     if os.fork():
         os.kill(os.getpid(), signal.SIGKILL)
     os.setsid()
     threading.Timer(900, os._exit, [0]).start()
     while not (FOLDER / "woken").exists():
         time.sleep(0.05)
-    threading.Timer(10, os._exit, [0]).start()
+    threading.Timer(600, os._exit, [0]).start()
 
 os.fsync = fsync
 """
@@ -65,7 +68,7 @@ def test_a_second_driver_is_refused_and_a_writer_that_wakes_too_late_adds_nothin
     while not (faults / "sleeping").exists():
         assert first.process.poll() is None, f"the job ended before its writer slept: {first.end()}"
         time.sleep(0.02)
-    [half_written] = output.glob("captions/.part-*")
+    half_written = Path((faults / "sleeping").read_text())
     first.kill_driver()
     assert finish(images, output)["skipped_done"] > 0  # the crash left nothing that must be waited for
     assert half_written.exists(), "the writer did not sleep"
