@@ -30,6 +30,7 @@ _FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 _WINDOW = ViewportSize(width=1280, height=900)
+_PATIENCE_S = 200
 _SUBJECTS = ("a brown dog", "two red cars", "an old bridge", "a tall woman")
 
 
@@ -61,7 +62,7 @@ class Visit:
 
     def wait_until(self, condition: str) -> None:
         """Wait for something in the page; Playwright's own way is an eval, which the page's policy forbids."""
-        give_up = time.monotonic() + 200
+        give_up = time.monotonic() + _PATIENCE_S
         while not self.tab.evaluate(condition):
             assert time.monotonic() < give_up, condition
             self.tab.wait_for_timeout(20)
@@ -121,6 +122,7 @@ def visit(browser: Browser, blank_visits: list[Visit]) -> Iterator[Open]:
 
 def new_visit(browser: Browser, **context: Any) -> Visit:
     tab = browser.new_context(**context).new_page()
+    tab.set_default_timeout(_PATIENCE_S * 1000)
     found = Visit(tab)
     tab.on("console", lambda message: found.complaints.append(message.text))
     tab.on("pageerror", lambda error: found.complaints.append(str(error)))

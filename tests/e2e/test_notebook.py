@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.guard import GUARD_S
 from tests.pages import ROOT
 
 NOTEBOOK = ROOT / "jobs" / "guide" / "python.ipynb"
@@ -39,6 +40,6 @@ def test_the_whole_notebook_runs(tmp_path: Path) -> None:
 def executed(cells: list[str], folder: Path) -> list[str]:
     """What the cells print, in one Python as a kernel has it."""
     code = "\n".join(cells)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=GUARD_S)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

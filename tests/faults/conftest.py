@@ -20,6 +20,7 @@ import pytest
 from tests.bundles import save_tiny_bundle
 from tests.faults.job_without_ray import captioned_without_ray
 from tests.faults.running_job import MARK, Job, flags, kill, marked, table
+from tests.guard import GUARD_S
 from tests.http_server import SlowStore, serving
 from tests.sample_images import BROKEN, encoded
 
@@ -172,7 +173,7 @@ def cluster() -> Iterator[tuple[str, str]]:
     assert process.stdout is not None
     try:
         yield next(line.split()[1] for line in process.stdout if line.startswith("cluster ")), mark
-        process.communicate(timeout=60)  # the end of its stdin is its sign to go
+        process.communicate(timeout=GUARD_S)  # the end of its stdin is its sign to go
     finally:
         for pid, _ in marked(mark):
             kill(pid)

@@ -32,7 +32,7 @@ def test_credentials_are_in_no_output_no_table_and_no_log(
     bad = ["s3://AKIA:secret-of-the-test@bucket/x.jpg", "https://no.such.host.invalid/x.jpg?sig=secret-of-the-test"]
     listed = s3.put("list.txt", "\n".join([*uris, *bad, f"{s3.url}/in/none.jpg"]).encode())
     login = json.dumps(s3.storage_options)
-    more = ("--storage-options", login, "--fetch-timeout-s", "5")
+    more = ("--storage-options", login, "--fetch-timeout-s", "60")
     job = start(listed, tmp_path / "table", *more, RAY_TMPDIR=str(ray_folder))
     code, out, log = job.end()
     assert code == 0, log
