@@ -37,13 +37,31 @@ KINDS = {
 }
 """What to kill -> what stands in its command line."""
 
+WRITERS_WAIT = """
+import glob, os, re, time
+
+SYNC = os.fsync
+
+def fsync(descriptor):
+    SYNC(descriptor)
+    is_part = re.search("/(captions|features)/[.]part-", os.readlink(f"/proc/self/fd/{descriptor}"))
+    while is_part and glob.glob(os.environ["WRITERS_WAIT_WHILE"]):
+        time.sleep(0.02)
+
+os.fsync = fsync
+"""
+"""A sitecustomize: writers wait for as long as a file is there, with a part that is whole and has no name yet."""
+
 _AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 def flags(bundle: str, *more: str) -> list[str]:
-    """What every job of these tests is started with."""
+    """What every job of these tests is started with.
+
+    On any number of cores one decoder fetches, two blocks at once, and waits for a store that is held."""
     tempo = ["--max-new-tokens", "6", "--rows-per-part", "128", "--fetch-concurrency", "4"]
-    return ["--model", bundle, *tempo, *more]
+    patience = ["--cpu-workers", "1", "--fetch-timeout-s", str(GUARD_S)]
+    return ["--model", bundle, *tempo, *patience, *more]
 
 
 @dataclass

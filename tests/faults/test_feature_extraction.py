@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import save_tiny_bundle
-from tests.faults.running_job import MARK, wait_for_nobody
+from tests.faults.running_job import MARK, WRITERS_WAIT, wait_for_nobody
 from tests.guard import GUARD_S
 from tests.sample_images import encoded
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 1500
+PARTS = "features/*/features/part-*.parquet"
 _JOB = """
 import json, sys
 from captioner.cluster.session import joined_cluster
@@ -40,7 +41,7 @@ print(json.dumps([features.num_computed, features.num_reused]))
 
 
 def parts(run_folder: Path) -> list[Path]:
-    return list(run_folder.glob("features/*/features/part-*.parquet"))
+    return list(run_folder.glob(PARTS))
 
 
 def rows_of(found: list[Path]) -> int:
@@ -59,7 +60,15 @@ def test_an_extraction_that_is_killed_goes_on_from_its_parts(tmp_path: Path) -> 
     environment |= {"PYTHONPATH": str(ROOT), "CAPTIONER_CACHE": str(tmp_path / "local")}
 
     mark = uuid.uuid4().hex
-    first = subprocess.Popen(command, env={**environment, MARK: mark}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(WRITERS_WAIT)
+    one_is_there = {"WRITERS_WAIT_WHILE": str(run_folder / PARTS), "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+    first = subprocess.Popen(
+        command,
+        env={**environment, **one_is_there, MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     give_up = time.monotonic() + GUARD_S
     while not parts(run_folder):
         assert first.poll() is None, "the job ended before it could be killed"

@@ -42,7 +42,7 @@ def test_a_driver_that_is_ended_again_and_again_leaves_whole_parts_and_a_rerun_d
     output, finished = tmp_path / "captions", 0
     for ending in (signal.SIGINT, signal.SIGKILL):  # SIGTERM is the spot notice below
         store.hold_after(600)  # more than the two blocks of 256 that one decoder fetches at once: one is whole
-        job = start(images, output, "--cpu-workers", "1", "--drain-s", "2")  # what the store holds never comes
+        job = start(images, output, "--drain-s", "2")  # what the store holds never comes
         wait_for_parts(job, output, 1 + num_parts(output))
         job.process.send_signal(ending)
         assert finished < finished_rows(output) < NUM_IMAGES, "the injector came too late to do anything"
@@ -77,11 +77,11 @@ def test_a_spot_notice_during_tars_or_tables_commits_what_was_fetched_and_a_reru
     verified(str(output))
 
 
-def wait_for_served(job: Job, store: SlowStore, num: int, timeout_s: float = GUARD_S) -> None:
-    give_up = time.monotonic() + timeout_s
-    while store.num_served < num:
+def wait_for(job: Job, holds: Callable[[], object]) -> None:
+    give_up = time.monotonic() + GUARD_S
+    while not holds():
         assert job.process.poll() is None, f"the job ended before it could be interrupted: {job.end()}"
-        assert time.monotonic() < give_up, f"{store.num_served} images were fetched, not {num}"
+        assert time.monotonic() < give_up, "nothing came of it"
         time.sleep(0.02)
 
 
@@ -89,10 +89,13 @@ def test_a_spot_notice_before_the_first_part_is_full_still_leaves_what_was_capti
     start: Callable[..., Job], finish: Finish, images: Path, store: SlowStore, tmp_path: Path
 ) -> None:
     output, before = tmp_path / "captions", store.num_served
+    store.hold_after(600)  # more than the two blocks of 256 that one decoder fetches at once: most are not begun
     job = start(images, output, "--rows-per-part", "100000", *DRAINED)
-    wait_for_served(job, store, before + 600)
+    wait_for(job, lambda: store.num_served >= before + 600)
     assert not list(output.glob("captions/*.parquet"))
     job.process.terminate()
+    wait_for(job, lambda: list(output.glob("_run/stopping/[!.]*")))  # from then on no block is begun
+    store.hold_after(math.inf)
     code, _, log = job.end()
     assert "finished so far; what is begun is finished and saved, for up to 600 s" in log
     assert (code, "the same command continues" in log) == (130, True), log

@@ -12,6 +12,8 @@ import pytest
 
 from tests.faults.running_job import (
     KINDS,
+    ROOT,
+    WRITERS_WAIT,
     Job,
     assert_only_parts,
     assert_same,
@@ -34,13 +36,16 @@ Finish = Callable[..., dict[str, Any]]
 def test_a_job_survives_the_death_of_any_of_its_workers(
     start: Start, store: SlowStore, images: Path, unbroken: pd.DataFrame, tmp_path: Path
 ) -> None:
-    moments = random.Random(5)
+    moments, held = random.Random(5), tmp_path / "held"
+    (tmp_path / "sitecustomize.py").write_text(WRITERS_WAIT)
+    held.touch()  # a write may take less time than a look for its process
     store.hold_after(0)
-    job = start(images, tmp_path / "table")
+    job = start(images, tmp_path / "table", PYTHONPATH=f"{tmp_path}:{ROOT}", WRITERS_WAIT_WHILE=str(held))
     for kind in ("reader", "decode child", "decoder", "captioner", "writer"):
-        store.hold_after(100 if kind != "writer" else math.inf)  # most are left for the writers
+        store.hold_after(100 if kind != "writer" else math.inf)  # so many that the job goes on, and does not end
         time.sleep(moments.uniform(0, 0.7))
         job.kill(kind)
+    held.unlink()
     summary = job.summary()
     assert summary["read"] == len(unbroken)
     assert_same(table(tmp_path / "table"), unbroken)
@@ -53,7 +58,7 @@ def test_a_job_whose_own_ray_loses_its_raylet_or_gcs_ends_soon_with_the_reason_a
     output = tmp_path / "table"
     for kind in ("raylet", "gcs"):
         store.hold_after(600)  # more than the two blocks of 256 that one decoder fetches at once: one is whole
-        job = start(images, output, "--cpu-workers", "1")
+        job = start(images, output)
         job.wait_for("captioner")  # by then no process of the job before is left
         wait_for_parts(job, output, 1 + num_parts(output))
         time.sleep(random.Random(kind).uniform(0, 0.5))

@@ -38,7 +38,7 @@ def test_a_job_in_tiles_that_is_killed_and_run_again_has_the_unbroken_table(shap
     model = str(save_llava_next(tmp_path / "model"))
     listed = tmp_path / "images.txt"
     listed.write_text("".join(f"{shapes.url(f'{number:05d}.png')}\n" for number in range(NUM_IMAGES)))
-    settings = [*flags(model), "--rows-per-part", str(ROWS_PER_PART), "--cpu-workers", "1", "--workers", "1"]
+    settings = [*flags(model), "--rows-per-part", str(ROWS_PER_PART), "--workers", "1"]
 
     def finish(output: Path) -> dict[str, Any]:
         return captioned_without_ray([str(listed), str(output), *settings])
