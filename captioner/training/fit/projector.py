@@ -66,8 +66,9 @@ class ProjectorFit:
         self.trained = learning | adapter
         self._weights = list(self.trained.values())
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)
+        llama: Any = model.llama
+        llama.eval()
         if config.gradient_checkpointing:
-            llama: Any = model.llama
             llama.activation_checkpointing_enable({"use_reentrant": False})
 
     def loss_sum(self, batch: Batch) -> Tensor:
@@ -160,7 +161,10 @@ class ProjectorFit:
         """Keep no activations inside the block, if the config says so: transformers does so in training mode alone.
 
         A LLaMA has no dropout that the mode would turn on."""
-        self.model.llama.train(self.config.gradient_checkpointing)
+        if not self.config.gradient_checkpointing:  # spares two walks over all modules a step
+            yield
+            return
+        self.model.llama.train()
         try:
             yield
         finally:

@@ -299,11 +299,18 @@ def rows_without_time(state):
     return [{k: v for k, v in row.items() if not k.endswith(("_per_s", "seconds"))} for row in state.history]
 
 
+SHARED = toys.config(batch_size=7, num_scored_images=4, max_caption_tokens=8, eval_every=11)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The last state of one worker's fit in whole batches."""
+    return fit_by(1, folder, SHARED)[0]
+
+
 @pytest.mark.parametrize(("size", "num_parts"), [(1, 3), (2, 1), (3, 2)])
-def test_workers_and_parts_change_no_loss_beyond_the_last_bits(folder, size, num_parts):
-    config = toys.config(batch_size=7, num_scored_images=4, max_caption_tokens=8, eval_every=11)
-    [alone] = fit_by(1, folder, config)
-    shared = fit_by(size, folder, replace(config, gradient_accumulation_steps=num_parts))
+def test_workers_and_parts_change_no_loss_beyond_the_last_bits(folder, alone, size, num_parts):
+    shared = fit_by(size, folder, replace(SHARED, gradient_accumulation_steps=num_parts))
     assert len(alone.history) > 4
     for state in shared:
         assert state.best.captions == alone.best.captions
