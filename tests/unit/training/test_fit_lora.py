@@ -119,7 +119,7 @@ def test_a_fit_that_is_interrupted_at_any_step_ends_with_the_bits_of_an_unbroken
     losses = [row["loss"] for row in whole.history]
     assert losses[-1] < losses[0]
     assert {"learning_rate", "lora_learning_rate"} <= whole.history[-1].keys()
-    resumed = toys.interrupted(fit, [1, 3, 5, 10, 12, 14])
+    resumed = toys.interrupted(fit, [1, 3, 10, 14])
     assert rows_without_time(resumed) == rows_without_time(whole)
     assert all(torch.equal(weight, resumed.best.weights[name]) for name, weight in whole.best.weights.items())
     assert whole.best.weights.keys() > LORA_NAMES

@@ -80,7 +80,7 @@ def test_a_fit_that_is_interrupted_at_any_step_ends_with_the_bits_of_an_unbroken
     assert whole.step > 15
     losses = [row["loss"] for row in whole.history]
     assert losses[-1] < losses[0]
-    resumed = interrupted(folder, [1, 3, 5, 10, 12, 14], eval_every=3)
+    resumed = interrupted(folder, [1, 3, 10, 14], eval_every=3)
     assert rows_without_time(resumed) == rows_without_time(whole)
     assert all(torch.equal(weight, resumed.best.weights[name]) for name, weight in whole.best.weights.items())
 

@@ -253,7 +253,7 @@ def test_the_closing_lines_give_the_next_commands(fit):
 
 
 def test_a_fit_that_has_ended_says_when_its_images_have_changed_since(tmp_path):
-    ended = Fit(tmp_path, "--num-scored-images", "0")
+    ended = Fit(tmp_path, "--num-scored-images", "0", "--max-steps", "1")
     assert "images have changed" not in "\n".join(closing_lines(ended.plan, summarize(ended.plan)))
     image = next(tmp_path.glob("*.png"))
     os.utime(image, ns=(0, image.stat().st_mtime_ns + 10_000_000_000))
@@ -262,7 +262,7 @@ def test_a_fit_that_has_ended_says_when_its_images_have_changed_since(tmp_path):
 
 
 def test_a_bundle_that_carries_its_models_can_move(tmp_path):
-    carried = Fit(tmp_path, "--carry-models", "--num-scored-images", "0")
+    carried = Fit(tmp_path, "--carry-models", "--num-scored-images", "0", "--max-steps", "1")
     moved = tmp_path / "moved"
     carried.output.rename(moved)
     for part in carried.parts:
