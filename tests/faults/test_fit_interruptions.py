@@ -95,12 +95,18 @@ class Fit:
             time.sleep(0.02)
 
     def pid_of_worker(self, rank: int) -> int:
-        """Return the process of the worker that has this rank now."""
-        said = re.findall(rf"fit worker={rank} of=\d+ pid=(\d+)", self.log.read_text())
-        assert said, f"no worker of rank {rank} was found: {self.log.read_text()}"
-        name = Path(f"/proc/{said[-1]}/cmdline").read_bytes()
-        assert name.startswith(b"ray::RayTrainWorker"), f"{said[-1]} is {name!r}"
-        return int(said[-1])
+        """Return the process of the worker that has this rank now, once the log, which comes late, names it."""
+        self.wait_for(f"a worker of rank {rank}", lambda: self._living_worker(rank))
+        return self._living_worker(rank)
+
+    def _living_worker(self, rank: int) -> int:
+        """Return the last process with this rank, 0 if it is gone."""
+        said = re.findall(rf"fit worker={rank} of=\d+ pid=(\d+)\b", self.log.read_text())
+        try:
+            is_there = said and Path(f"/proc/{said[-1]}/cmdline").read_bytes().startswith(b"ray::RayTrainWorker")
+        except FileNotFoundError:
+            return 0
+        return int(said[-1]) if is_there else 0
 
     def kill_worker(self, rank: int) -> None:
         """Kill the process of the worker that has this rank now."""
