@@ -26,7 +26,8 @@ _ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Erro
 
 @dataclass
 class Weather:
-    """Faults at random: `share` of the requests under `prefix`, of the given kinds, in bursts of a few."""
+    """Faults at random: `share` of the requests under `prefix`, of the given kinds, in bursts of a few. One request
+    that is tried again and again meets no more than a burst: two in a row would outlast any number of tries."""
 
     seed: int
     share: float
@@ -38,13 +39,18 @@ class Weather:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         self._left: list[str] = []
+        self._in_a_row: Counter[tuple[str, str]] = Counter()
 
     def fault(self, method: str, path: str) -> str | None:
         if method not in self.methods or not path.startswith(self.prefix):
             return None
         if not self._left and self._random.random() < self.share / self.burst:
             self._left = [self._random.choice(list(self.kinds))] * self.burst
-        return self._left.pop() if self._left else None
+        if not self._left or self._in_a_row[method, path] == self.burst:
+            del self._in_a_row[method, path]
+            return None
+        self._in_a_row[method, path] += 1
+        return self._left.pop()
 
 
 @dataclass(frozen=True)

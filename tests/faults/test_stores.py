@@ -129,10 +129,9 @@ def test_a_job_behind_a_failing_store_ends_after_a_rerun_with_the_unbroken_table
     proxy.weather = bad
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    second = finish(listed, f"{s3.url}/table", *more)
-    if second["failed_by_reason"].get("fetch_failed"):  # the weather, too, may take an image for a while
-        proxy.weather = []
-        finish(listed, f"{s3.url}/table", *more)
+    finish(listed, f"{s3.url}/table", *more)
+    proxy.weather = []  # it, too, may have taken an image for a while
+    finish(listed, f"{s3.url}/table")  # with time: a busy machine may need those 8 s
     assert set(proxy.injected) == set(KINDS), f"the injector did not do everything: {proxy.injected}"
     assert_same(_comparable(table(f"{s3.url}/table", s3.storage_options)), _comparable(unbroken[:NUM_IMAGES]))
     verified(f"{s3.url}/table")
