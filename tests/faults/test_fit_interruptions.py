@@ -57,12 +57,48 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
+CHECKPOINTS_WAIT = """
+import os, time
+from pathlib import Path
+
+SYNC = os.fsync
+
+def fsync(descriptor):
+    SYNC(descriptor)
+    path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    if not path.name.startswith(".checkpoint"):
+        return
+    from captioner.training.fit.fit_state import FitState
+    while FitState.read(path.read_bytes()).step >= int(os.environ["HELD_FROM"]) and Path(os.environ["HELD"]).exists():
+        time.sleep(0.02)
+
+os.fsync = fsync
+"""
+
+
+def checkpoints_wait(site: Path, held_from: int) -> dict[str, str]:
+    """Return variables with which checkpoints from a step on, and so their fit, wait until SITE/held is gone."""
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(CHECKPOINTS_WAIT)
+    (site / "held").touch()
+    return {"HELD_FROM": str(held_from), "HELD": str(site / "held"), "PYTHONPATH": f"{site}:{ROOT}"}
+
+
 class Fit:
-    """A running fit, which says on `log` what happens to it."""
+    """A running fit, which says on `log` what happens to it. It waits at the step `held_from` until `go_on`."""
 
     def __init__(
-        self, command: list[str], output: Path, features: Path, *, workers: int | str = 1, **variables: str
+        self,
+        command: list[str],
+        output: Path,
+        features: Path,
+        *,
+        workers: int | str = 1,
+        held_from: int | None = None,
+        **variables: str,
     ) -> None:
+        if held_from is not None:
+            variables |= checkpoints_wait(output.with_suffix(".site"), held_from)
         whole = [*command[:5], str(output), *command[5:], "--features", str(features), "--workers", str(workers)]
         self.output, self.log, self.mark = output, output.with_suffix(".log"), uuid.uuid4().hex
         with self.log.open("a") as log:
@@ -108,6 +144,10 @@ class Fit:
             return 0
         return int(said[-1]) if is_there else 0
 
+    def go_on(self) -> None:
+        """Let it take its steps to the end."""
+        self.output.with_suffix(".site").joinpath("held").unlink()
+
     def kill_worker(self, rank: int) -> None:
         """Kill the process of the worker that has this rank now."""
         os.kill(self.pid_of_worker(rank), signal.SIGKILL)
@@ -150,7 +190,7 @@ def test_a_fit_whose_worker_and_driver_are_killed_at_random_steps_ends_with_the_
     command, tmp_path
 ):
     lots = random.Random(2026)
-    fit = Fit(command, tmp_path / "bundle", tmp_path / "features")
+    fit = Fit(command, tmp_path / "bundle", tmp_path / "features", held_from=320)
     fit.wait_for_step(20 + lots.randrange(100))
     time.sleep(lots.random() * 0.2)
     fit.kill_worker(0)
@@ -170,12 +210,13 @@ def test_a_fit_whose_worker_and_driver_are_killed_at_random_steps_ends_with_the_
 def test_a_fit_of_two_workers_of_which_each_is_killed_ends_with_the_weights_of_an_unbroken_one(
     command, unbroken_of_two, tmp_path
 ):
-    fit = Fit(command, tmp_path / "bundle", unbroken_of_two.parent / "features", workers=2)
+    fit = Fit(command, tmp_path / "bundle", unbroken_of_two.parent / "features", workers=2, held_from=240)
     killed_at = []
     for rank, step in ((1, 60), (0, 220)):
         fit.wait_for_step(step)
         fit.kill_worker(rank)
         killed_at.append(fit.step)
+    fit.go_on()
     fit.end()
     assert all(step < NUM_STEPS for step in killed_at), f"the injector came too late: {killed_at}"
     assert len(re.findall("fit worker=1 of=2", fit.log.read_text())) == 3, "both workers are started again"

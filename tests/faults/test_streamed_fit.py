@@ -12,7 +12,7 @@ import torch
 from captioner.model.bundle import describe
 from tests.faults.fit_without_ray import fitted_without_ray
 from tests.faults.running_job import kill, parent, wait_for_nobody
-from tests.faults.test_fit_interruptions import ROOT, Fit, environment, weights
+from tests.faults.test_fit_interruptions import ROOT, Fit, checkpoints_wait, environment, weights
 from tests.labelled_scenes import pack_tar, write_labels
 from tests.unit.model import tiny_models
 
@@ -36,8 +36,9 @@ def test_a_fit_on_patches_of_a_tar_that_is_killed_ends_with_the_bits_of_one_of_f
     script = [sys.executable, "-W", "ignore", str(ROOT / "jobs" / "fit_projector.py")]
     command = [*script, str(tar), *models, *rung, *steps, *few]
 
-    fit = Fit(command, tmp_path / "bundle", tmp_path / "features")
+    fit = Fit(command, tmp_path / "bundle", tmp_path / "features", held_from=100)
     fit.wait_for_step(60)
+    assert fit.pid_of_worker(0), "its start is in the log"
     os.kill(fit.process.pid, signal.SIGKILL)
     fit.process.wait()
     assert 60 <= fit.step < NUM_STEPS, "the injector came too late"
@@ -69,7 +70,12 @@ def test_a_fit_on_patches_of_a_tar_that_is_killed_ends_with_the_bits_of_one_of_f
     assert (summary["captioned"], summary["failed"]) == (60, 0)
 
 
-def test_a_fit_on_patches_that_loses_a_node_goes_on_with_the_worker_and_the_decoder_of_the_other(cluster, tmp_path):
+def test_a_fit_on_patches_that_loses_a_node_goes_on_with_the_worker_and_the_decoder_of_the_other(
+    tmp_path, monkeypatch, request
+):
+    for name, value in checkpoints_wait(tmp_path / "site", held_from=20).items():
+        monkeypatch.setenv(name, value)  # of the cluster, whose processes take the steps
+    cluster = request.getfixturevalue("cluster")
     labels = str(write_labels(tmp_path, {"train": 48, "validation": 12}))
     parts = tiny_models.save_clip(tmp_path / "clip"), tiny_models.save_llama(tmp_path / "llama")
     models = ["--clip", str(parts[0]), "--llama", str(parts[1]), "--image-features", "patches", "--image-tokens", "4"]
@@ -95,6 +101,7 @@ def test_a_fit_on_patches_that_loses_a_node_goes_on_with_the_worker_and_the_deco
     fit.wait_for_step(10)
     assert kill(parent(fit.pid_of_worker(1))), "the node was gone before it was killed"
     killed_at = fit.step
+    (tmp_path / "site/held").unlink()
     fit.wait_for("a group of one", lambda: "fit worker=0 of=1" in fit.log.read_text())
     saved = (fit.output / "_run" / "checkpoint.pt").read_bytes()
     fit.end()
