@@ -138,6 +138,14 @@ def kill(pid: int) -> bool:
     return True
 
 
+def is_gone(pid: int) -> bool:
+    """Say whether a process has ended, be it that nobody has waited for it."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def marked(mark: str) -> Iterator[tuple[int, str]]:
     """Yield pid and command line of each living process with this mark in its environment."""
     needle = f"{MARK}={mark}".encode()

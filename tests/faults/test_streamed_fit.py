@@ -11,7 +11,7 @@ import torch
 
 from captioner.model.bundle import describe
 from tests.faults.fit_without_ray import fitted_without_ray
-from tests.faults.running_job import kill, parent, wait_for_nobody
+from tests.faults.running_job import is_gone, kill, parent, wait_for_nobody
 from tests.faults.test_fit_interruptions import ROOT, Fit, checkpoints_wait, environment, weights
 from tests.labelled_scenes import pack_tar, write_labels
 from tests.unit.model import tiny_models
@@ -99,8 +99,10 @@ def test_a_fit_on_patches_that_loses_a_node_goes_on_with_the_worker_and_the_deco
 
     fit = Fit([*script, labels, *flags], tmp_path / "bundle", features, workers="1:2", **joined, **sooner)
     fit.wait_for_step(10)
-    assert kill(parent(fit.pid_of_worker(1))), "the node was gone before it was killed"
+    worker = fit.pid_of_worker(1)
+    assert kill(parent(worker)), "the node was gone before it was killed"
     killed_at = fit.step
+    fit.wait_for("the end of its worker", lambda: is_gone(worker))  # which outlives its raylet for a while
     (tmp_path / "site/held").unlink()
     fit.wait_for("a group of one", lambda: "fit worker=0 of=1" in fit.log.read_text())
     saved = (fit.output / "_run" / "checkpoint.pt").read_bytes()
