@@ -46,6 +46,7 @@ OFF_MODEL_SELECTOR = {STAGE_LABEL: f"!{MODEL_STAGE}"}
 
 _LOCAL_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the cores of decoders and of other programs
+    "RAY_worker_niceness": "0",  # of 15, as Ray has it, a job beside a busy program gets a thirtieth of a core
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor, which asks whether a node of a cluster is to be taken away
 }
 """What the processes of a local Ray find in their environment, unless the user has set it otherwise."""

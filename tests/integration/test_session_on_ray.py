@@ -37,13 +37,15 @@ def test_a_job_leaves_the_process_as_it_was(
 
 
 @pytest.mark.slow
-def test_threads_of_a_local_ray_wait_without_spinning_unless_the_user_has_it_otherwise(
+def test_a_local_ray_waits_without_spinning_and_has_the_priority_of_its_job_unless_the_user_has_it_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     with joined_cluster():
-        found = ray.get(ray.remote(lambda: dict(os.environ)).remote())
+        found, niceness = ray.get(ray.remote(lambda: (dict(os.environ), os.nice(0))).remote())
+    assert niceness == os.nice(0)
     assert found["OMP_WAIT_POLICY"] == "PASSIVE"
     assert found["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "1"
