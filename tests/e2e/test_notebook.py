@@ -20,6 +20,11 @@ def test_the_notebook_stands_without_outputs() -> None:
     assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
 
 
+def test_the_notebook_joins_no_ray_that_runs_on_the_machine() -> None:
+    """That one may be of any size, and refuses to be told its own."""
+    assert 'ray.init("local", ' in CELLS[-1]
+
+
 def test_the_cells_without_ray_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
