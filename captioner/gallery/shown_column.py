@@ -34,10 +34,11 @@ def with_texts_of(column: str, row: Mapping[str, Any]) -> Mapping[str, Any]:
         return row
     details = row.get(details_name(column)) or {}
     value = row.get(column)
-    named = {name: value for name, value in details.items() if name not in (*_SCORES, "candidates")}
+    own = (*_SCORES, "candidates")  # of an answer, as `caption` has them
+    named = {name: detail for name, detail in details.items() if name not in own}
     return {
-        **{name: value for name, value in row.items() if name not in (column, details_name(CAPTION))},
-        **{name: details.get(name) for name in (*_SCORES, "candidates")},
+        **{name: found for name, found in row.items() if name not in (column, details_name(CAPTION))},
+        **{name: details.get(name) for name in own},
         CAPTION: None if value is None else answer_text(value),
         details_name(column): named or None,
     }

@@ -73,8 +73,8 @@ class Decoder:
     def decode_batch(self, images: Sequence[Bytes], places: Places | None = None) -> list[Decoded | Reject]:
         """Return `decode` of each image, in their order, on all the child processes.
 
-        places: rows of 3 * S * S bytes that the pixels of each image become, if it is decoded; their block must not be
-        lent anew meanwhile. Without places the pixels of many images may share one new array."""
+        places: rows of 3 * S * S bytes that the pixels of each image become, if it is decoded. Without them the pixels
+        of many images may share one new array."""
         refused = {
             index: refusal for index, data in enumerate(images) if (refusal := refuse_by_size(data, self.config))
         }
